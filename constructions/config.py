@@ -1,0 +1,220 @@
+"""The shape of a transformer, as frozen data: everything but the weights.
+
+A `Config` says which arrays a `Transformer` has and how large they are (`Config.shapes`), so that
+parameters can be counted, saved and loaded without building anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Shapes = dict[str, Any]
+
+#: Arrays that say how a head is wired; part of the model, but no training touches them.
+WIRING = ("scale", "window", "query_groups", "key_groups")
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """A row of equal heads: `heads` of them, with `key_dim` and `value_dim` rows each."""
+
+    mixer: str
+    heads: int
+    key_dim: int
+    value_dim: int
+    bias: bool = False
+
+    def shapes(self, width: int, token_groups: int) -> Shapes:
+        """Shapes of one layer's arrays."""
+        h, k, v = self.heads, self.key_dim, self.value_dim
+        shapes: Shapes = {
+            "query": (h, k, width),
+            "key": (h, k, width),
+            "value": (h, v, width),
+            "output": (h, width, v),
+            "scale": (h,),
+            "window": (h, 2),
+            "query_groups": (h, token_groups),
+            "key_groups": (h, token_groups),
+        }
+        if self.bias:
+            shapes |= {"query_bias": (h, k), "key_bias": (h, k), "value_bias": (h, v)}
+            shapes |= {"output_bias": (width,)}
+        return shapes
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """A two-layer network at every token: hidden units, activation, optional gate and biases."""
+
+    hidden: int
+    activation: str = "relu"
+    gated: bool = False
+    bias: bool = False
+
+    def shapes(self, width: int) -> Shapes:
+        """Shapes of one layer's arrays."""
+        shapes: Shapes = {"hidden": (self.hidden, width), "output": (width, self.hidden)}
+        if self.bias:
+            shapes |= {"hidden_bias": (self.hidden,), "output_bias": (width,)}
+        if self.gated:
+            shapes |= {"gate": (self.hidden, width)}
+            if self.bias:
+                shapes |= {"gate_bias": (self.hidden,)}
+        return shapes
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """A normalisation, "layer" or "rms", of the whole stream or of some of its columns.
+
+    Without `read` and `write` it normalises the whole stream for the heads (or the MLP) behind it
+    and leaves the stream itself alone (pre-norm). With them it adds the normalised columns `read`
+    to the columns `write`, each (start, stop).
+    """
+
+    kind: str = "layer"
+    eps: float = 1e-5
+    affine: bool = False
+    read: tuple[int, int] | None = None
+    write: tuple[int, int] | None = None
+
+    def shapes(self, width: int) -> Shapes:
+        """Shapes of one layer's arrays."""
+        size = width if self.read is None else self.read[1] - self.read[0]
+        if not self.affine:
+            return {}
+        return {"gain": (size,)} | ({"offset": (size,)} if self.kind == "layer" else {})
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Norm, heads, norm, MLP; each of them may be absent."""
+
+    heads: tuple[HeadsConfig, ...] = ()
+    mlp: MlpConfig | None = None
+    norm: NormConfig | None = None
+    mlp_norm: NormConfig | None = None
+
+    def shapes(self, width: int, token_groups: int) -> Shapes:
+        """Shapes of one layer's arrays, nested like the parameter tree."""
+        shapes: Shapes = {"heads": [h.shapes(width, token_groups) for h in self.heads]}
+        for name in ("norm", "mlp_norm", "mlp"):
+            part: MlpConfig | NormConfig | None = getattr(self, name)
+            if part is not None:
+                shapes[name] = part.shapes(width)
+        return shapes
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """A pattern of layers that is repeated, with weights of its own each time or `tied` ones."""
+
+    pattern: tuple[LayerConfig, ...]
+    repeats: int = 1
+    tied: bool = False
+
+    @property
+    def stacked(self) -> int:
+        """How many copies of the pattern's weights are stored."""
+        return 1 if self.tied else self.repeats
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a `Transformer`.
+
+    Attributes:
+        width: columns of the residual stream.
+        segments: run in order.
+        token_groups: names of the kinds of tokens that heads can tell apart.
+        final_norm: a norm of the output.
+        precision: of every matrix product, "highest" or "default" (TF32 on recent GPUs).
+    """
+
+    width: int
+    segments: tuple[SegmentConfig, ...]
+    token_groups: tuple[str, ...] = ("token",)
+    final_norm: NormConfig | None = None
+    precision: str = "highest"
+
+    @property
+    def depth(self) -> int:
+        """Number of layers applied."""
+        return sum(s.repeats * len(s.pattern) for s in self.segments)
+
+    def layers(self) -> Iterator[LayerConfig]:
+        """The shape of every layer applied."""
+        for segment in self.segments:
+            for _ in range(segment.repeats):
+                yield from segment.pattern
+
+    @property
+    def max_heads(self) -> int:
+        """The most heads that a layer has."""
+        return max((sum(h.heads for h in layer.heads) for layer in self.layers()), default=0)
+
+    @property
+    def max_hidden(self) -> int:
+        """The most hidden units that an MLP has."""
+        return max((layer.mlp.hidden for layer in self.layers() if layer.mlp), default=0)
+
+    def shapes(self) -> Shapes:
+        """Shape of every array of the model, nested like its parameter tree.
+
+        Arrays of a segment are stacked over its repeats, `[repeats, ...]` (1 if tied).
+        """
+
+        def stack(tree: Any, repeats: int) -> Any:
+            if isinstance(tree, tuple):
+                return (repeats, *tree)
+            items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+            return {name: stack(value, repeats) for name, value in items}
+
+        segments = {
+            s: {
+                "layers": {
+                    p: stack(layer.shapes(self.width, len(self.token_groups)), segment.stacked)
+                    for p, layer in enumerate(segment.pattern)
+                }
+            }
+            for s, segment in enumerate(self.segments)
+        }
+        final = {"final_norm": self.final_norm.shapes(self.width)} if self.final_norm else {}
+        return {"segments": segments} | final
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of numbers, strings and lists; `from_json` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Config:
+        """Rebuild a config; raises TypeError or KeyError where `data` is not one."""
+
+        def norm(d: dict[str, Any] | None) -> NormConfig | None:
+            if d is None:
+                return None
+            ranges = {k: None if d[k] is None else tuple(d[k]) for k in ("read", "write")}
+            return NormConfig(**(d | ranges))
+
+        def layer(d: dict[str, Any]) -> LayerConfig:
+            return LayerConfig(
+                heads=tuple(HeadsConfig(**h) for h in d["heads"]),
+                mlp=None if d["mlp"] is None else MlpConfig(**d["mlp"]),
+                norm=norm(d["norm"]),
+                mlp_norm=norm(d["mlp_norm"]),
+            )
+
+        segments = tuple(
+            SegmentConfig(tuple(map(layer, s["pattern"])), s["repeats"], s["tied"])
+            for s in data["segments"]
+        )
+        return cls(
+            data["width"],
+            segments,
+            tuple(data["token_groups"]),
+            norm(data["final_norm"]),
+            data["precision"],
+        )

@@ -1,0 +1,377 @@
+"""What every family offers; verification, fits, probes, ledger and command use nothing else.
+
+A family is one algorithm three ways: `Construction.trace` is the algorithm as plain array code,
+`Construction.compile` the hand-built transformer that runs it, `Construction.counterpart` the same
+transformer class, trained. `verify` measures how far the second equals the first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from constructions.compiler import compile_program
+from constructions.program import Program
+from constructions.transformer import Transformer, randomise
+from synthetic.task import Task
+from synthetic.train import Recipe
+
+
+class Embedded(NamedTuple):
+    """Inputs as a model takes them.
+
+    Attributes:
+        stream: `[batch, token, width]`.
+        groups: the kind of every token, `[token]` or `[batch, token]`.
+        read: the tokens from which the prediction is read.
+    """
+
+    stream: Array
+    groups: Array
+    read: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a compiled model keeps a value of the trace.
+
+    Entry `index` of the value (without its batch axis) is
+    `scale * stream[layer[index], :, token[index], column[index]]`, where layer l counts the layers
+    applied (0 is the embedding). The three arrays broadcast against each other to the value's
+    shape: a span variable owned by its end points, a weight matrix in prefix rows and an ordinary
+    column are all written this way.
+    """
+
+    layer: np.ndarray
+    token: np.ndarray
+    column: np.ndarray
+    scale: float = 1.0
+
+    def gather(self, residual: Array) -> Array:
+        """The value, `[batch, ...]`, from residuals `[layer, batch, token, width]`."""
+        index = np.broadcast_arrays(self.layer, self.token, self.column)
+        return self.scale * jnp.moveaxis(residual, 1, 0)[:, index[0], index[1], index[2]]
+
+
+@dataclass(frozen=True, eq=False)
+class Gauge:
+    """What the embedding and the readout leave of a model's first and last layer.
+
+    Only `read @ stream` is read from the tokens that are read, `[rows, width]`, and those tokens
+    enter the model as `query @ (their free values)`, `[width, values]`. Weights that these two
+    maps annihilate have no effect, so comparisons of weights leave them out.
+    """
+
+    read: np.ndarray
+    query: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a claim's statistic is computed from.
+
+    Attributes:
+        construction: whose claim it is.
+        model: the subject: a trained counterpart, a near-miss, a random model, the construction.
+        reference: the compiled construction.
+        key: source of the inputs; the same for every subject, so that comparisons are paired.
+        batch: number of inputs.
+    """
+
+    construction: Construction
+    model: Transformer
+    reference: Transformer
+    key: Array
+    batch: int = 4096
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about a model that a number decides.
+
+    Attributes:
+        name: short and unique within a family.
+        statement: one sentence.
+        statistic: a name in `probes.ledger.STATISTICS`, or a function of the `Evidence`.
+        threshold, direction: the claim holds if the statistic is "<=" or ">=" the threshold.
+        source: paper, figure or equation.
+        catches: near-misses (names in `Construction.near_misses`) on which the claim must fail.
+        published: the paper's value, None where it gives none.
+        gauge: what the statistic does under the symmetries of the weights.
+    """
+
+    name: str
+    statement: str
+    statistic: str | Callable[[Evidence], float]
+    threshold: float
+    direction: str
+    source: str
+    catches: tuple[str, ...] = ()
+    published: float | str | None = None
+    gauge: str = "invariant: a function of the model's outputs"
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("<=", ">="):
+            raise ValueError(f"direction is {self.direction!r}, must be '<=' or '>='")
+
+    def holds(self, value: float) -> bool:
+        """Whether a value of the statistic satisfies the claim; NaN does not."""
+        return bool(value <= self.threshold if self.direction == "<=" else value >= self.threshold)
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """How the trained model of a construction's class is made.
+
+    Attributes:
+        init: key -> Transformer, pure.
+        task: what it is trained on.
+        recipe: the settings of the fit.
+        optimum: the lowest loss that the class can reach on the task, None where it is not known.
+        metrics: model -> {name: scalar}, evaluated along the fit, pure.
+        quick: settings for a demonstration.
+    """
+
+    init: Callable[[Array], Transformer]
+    task: Task
+    recipe: Recipe
+    optimum: float | None = None
+    metrics: Callable[[Transformer], dict[str, Array]] | None = None
+    quick: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled construction: the model, and on demand the certificate that it is right."""
+
+    model: Transformer
+    construction: Construction
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """`verify(construction)`; computed once, when asked for."""
+        return verify(self.construction)
+
+
+class Construction(ABC):
+    """One algorithm, its hand-built transformer and its trained counterpart.
+
+    Subclasses are frozen dataclasses of settings. Every trace has an entry "prediction", which is
+    what `task.loss` compares with the target; its other entries are named by the algorithm.
+    """
+
+    @property
+    @abstractmethod
+    def program(self) -> Program:
+        """The weights, as a tableau."""
+
+    @property
+    @abstractmethod
+    def task(self) -> Task:
+        """The task that the algorithm solves, at the construction's sizes."""
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """Statements about trained counterparts that the ledger decides."""
+        return ()
+
+    @abstractmethod
+    def trace(self, *inputs: Array) -> dict[str, Array]:
+        """The algorithm itself, independent of any model: {name: [batch, ...]}."""
+
+    @abstractmethod
+    def embed(self, model: Transformer, *inputs: Array) -> Embedded:
+        """Inputs as a residual stream; pure."""
+
+    @abstractmethod
+    def places(self, depth: int, *inputs: Array) -> dict[str, Place]:
+        """Where a model of this class with `depth` layers keeps the named values."""
+
+    @abstractmethod
+    def apply(self, model: Transformer, *inputs: Array) -> Array:
+        """The model's prediction, computed at the read tokens only; pure and unchecked."""
+
+    def check(self, *inputs: Any) -> None:
+        """Raise ValueError for concrete inputs that are out of the construction's domain."""
+
+    def sample(self, key: Array, batch: int) -> tuple[Array, ...]:
+        """Inputs of the construction's task."""
+        return self.task.sample(key, batch).inputs
+
+    def read(self, model: Transformer, *inputs: Array) -> dict[str, Array]:
+        """The values named in `trace`, as the model holds them; pure."""
+        stream, groups, _ = self.embed(model, *inputs)
+        _, sites = model.run(stream, groups, sites=("residual",))
+        places = self.places(model.config.depth, *inputs)
+        return {name: place.gather(sites["residual"]) for name, place in places.items()}
+
+    def compile(self, dtype: Any = None) -> Compiled:
+        """Compile the program; quick, raises only on what is static."""
+        return Compiled(compile_program(self.program, dtype), self)
+
+    def counterpart(self) -> Counterpart:
+        """The trained model of the same class; the default suits small regression models."""
+        base = self.compile().model
+        return Counterpart(lambda key: randomise(base, key, 0.02), self.task, Recipe())
+
+    def near_misses(self) -> dict[str, Transformer]:
+        """Models of the same inputs that are almost, but not quite, this construction."""
+        return {}
+
+    def gauge(self) -> Gauge:
+        """Which parts of the stream are read and which are free; here all of it."""
+        identity = np.eye(self.program.slots.width)
+        return Gauge(identity, identity)
+
+    def domain(self, key: Array) -> dict[str, float | str]:
+        """What the certificate is claimed on: facts measured on the default task."""
+        return {"task": repr(self.task)}
+
+    def tolerance(self, dtype: str) -> float:
+        """Largest error, relative to the root mean square, that counts as rounding."""
+        return {"float64": 1e-13, "float32": 5e-6}[dtype]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A paper's claim that a transformer runs an algorithm: a constructor with example settings."""
+
+    name: str
+    construct: Callable[..., Construction]
+    settings: Mapping[str, Any]
+    about: str
+    source: str
+
+    def __call__(self, **settings: Any) -> Construction:
+        """The construction with these settings."""
+        return self.construct(**settings)
+
+    def example(self) -> dict[str, Any]:
+        """Settings that tests, the demonstration and the command use where none are given."""
+        return dict(self.settings)
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far a compiled model is from its algorithm, in one dtype."""
+
+    dtype: str
+    max_abs_error: float
+    max_rel_error: float
+    tolerance: float
+    worst: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the relative error is within the tolerance; NaN is not."""
+        return bool(self.max_rel_error <= self.tolerance)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Errors of a compiled model against `trace` on fresh inputs, per dtype, and their domain.
+
+    `max_rel_error` is the largest absolute error of a named value over the root mean square of
+    that value (over batch, steps and entries); `worst` names the value.
+    """
+
+    construction: str
+    errors: tuple[Error, ...]
+    domain: Mapping[str, float | str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every dtype passed."""
+        return all(error.passed for error in self.errors)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data: one entry a dtype."""
+        return {
+            "construction": self.construction,
+            "passed": self.passed,
+            "domain": dict(self.domain),
+            "dtypes": {e.dtype: asdict(e) | {"passed": e.passed} for e in self.errors},
+        }
+
+
+def verify(
+    construction: Construction,
+    *,
+    dtypes: tuple[str, ...] = ("float64", "float32"),
+    batch: int = 64,
+    seed: int = 0,
+    model: Callable[[str], Transformer] | None = None,
+) -> Certificate:
+    """Compare a construction with its algorithm on fresh inputs of its task.
+
+    The reference is always `trace` in float64, on the same inputs; values that both have are
+    compared, "prediction" among them.
+
+    Args:
+        construction: any object of that protocol.
+        dtypes: "float64" and "float32", or one of them.
+        batch: number of inputs.
+        seed: of the inputs.
+        model: dtype -> model to test instead of the compiled one.
+    """
+    errors, domain = [], {}
+    for name in dtypes:
+        tolerance = construction.tolerance(name)
+        with jax.enable_x64(True):
+            key = jax.random.key(seed)
+            inputs = construction.sample(key, batch)
+            # both sides see inputs that the narrower dtype can hold
+            inputs = jax.tree.map(lambda a: _through(a, name), inputs)
+            expected = jax.device_get(jax.jit(construction.trace)(*inputs))
+            domain = domain or construction.domain(key)
+        with jax.enable_x64(name == "float64"):
+            given = jax.tree.map(lambda a: jnp.asarray(np.asarray(_narrow(a, name))), inputs)
+            subject = construction.compile(name).model if model is None else model(name)
+            found = jax.device_get(jax.jit(construction.read)(subject, *given))
+            found["prediction"] = jax.device_get(jax.jit(construction.apply)(subject, *given))
+        errors.append(_error(name, expected, found, tolerance))
+    return Certificate(repr(construction), tuple(errors), domain)
+
+
+def _through(a: Array, dtype: str) -> Array:
+    return a.astype(dtype).astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+
+def _narrow(a: Array, dtype: str) -> np.ndarray:
+    array = np.asarray(a)
+    if np.issubdtype(array.dtype, np.floating):
+        return array.astype(dtype)
+    return array.astype(np.int32) if array.dtype == np.int64 and dtype == "float32" else array
+
+
+def _error(
+    dtype: str,
+    expected: Mapping[str, np.ndarray],
+    found: Mapping[str, np.ndarray],
+    tolerance: float,
+) -> Error:
+    worst, largest, absolute = "", -1.0, 0.0
+    for name in expected:
+        if name not in found:
+            continue
+        if found[name].shape != expected[name].shape:
+            raise ValueError(
+                f"'{name}' has shape {found[name].shape} in the model and "
+                f"{expected[name].shape} in the trace"
+            )
+        wanted = expected[name].astype(np.float64)
+        error = float(np.max(np.abs(found[name].astype(np.float64) - wanted), initial=0.0))
+        scale = float(np.sqrt(np.mean(wanted**2))) or 1.0
+        if not error / scale <= largest:  # NaN takes the place, and keeps it
+            worst, largest, absolute = name, error / scale, error
+            if np.isnan(error):
+                break
+    return Error(dtype, absolute, largest, tolerance, worst)

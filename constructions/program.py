@@ -1,0 +1,214 @@
+"""A construction as a tableau: plain data that says what each head reads and writes.
+
+A `Program` is to the `Transformer` what a Butcher tableau is to a Runge-Kutta integrator. A
+gradient-descent layer, for example, is
+
+    Head(query=x, key=x, value=W0 @ x - y, write={y: step_size / num_examples}, keys="context")
+
+Layers are numbered from 1; layer 0 stands for the embedding. In one layer every head reads the
+stream as it was before the layer, then the MLP reads the stream with all heads' outputs added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from constructions.slots import Affine, Slot, Slots, constant
+
+Window = tuple[int | None, int | None]
+
+EVERYWHERE: Window = (None, None)
+CAUSAL: Window = (None, 0)
+SELF: Window = (0, 0)
+
+
+def _matrices(write: Mapping[Slot, Any], size: int, who: str) -> dict[Slot, np.ndarray]:
+    """Scalars become multiples of the identity; every matrix is checked to be [slot, size]."""
+    result = {}
+    for slot, m in write.items():
+        if not isinstance(slot, Slot):
+            raise TypeError(f"{who} must write into slots, got {slot!r}")
+        m = np.asarray(m, float)
+        if m.ndim == 0:
+            if slot.size != size:
+                raise ValueError(
+                    f"{who} writes {size} rows into {slot}, which has {slot.size} columns; "
+                    "a scalar needs them equal"
+                )
+            m = float(m) * np.eye(size)
+        if m.shape != (slot.size, size):
+            raise ValueError(
+                f"{who} writes into {slot} with a matrix of shape {m.shape}, "
+                f"must be ({slot.size}, {size})"
+            )
+        result[slot] = m
+    return result
+
+
+def _names(groups: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    return (groups,) if isinstance(groups, str) else None if groups is None else tuple(groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """One attention head: slot_w += M_w sum_j a_ij value(e_j), over the slots w that it writes.
+
+    The weights a_ij come from the scores scale * query(e_i) . key(e_j) through the mixer: the
+    scores themselves for `linear`, their softmax over j for `softmax` (no hidden 1/sqrt(d)).
+
+    Attributes:
+        query, key, value: affine maps of the slots; query and key have equally many rows.
+        write: {slot: matrix [slot.size, value rows] or a scalar times the identity}.
+        mixer: a name in `constructions.mixers.MIXERS`.
+        queries, keys: token groups at which the head acts and which it attends to; None: all.
+        window: bounds on the offset j - i, inclusive; None is unbounded. `CAUSAL` is (None, 0),
+            a head that looks at the next token has (1, 1).
+        scale: factor on the scores.
+        erases: a slot that this head clears (see `erase`).
+        name: for messages and figures.
+    """
+
+    query: Affine
+    key: Affine
+    value: Affine
+    write: Mapping[Slot, Any]
+    mixer: str = "linear"
+    queries: str | Sequence[str] | None = None
+    keys: str | Sequence[str] | None = None
+    window: Window = EVERYWHERE
+    scale: float = 1.0
+    erases: Slot | None = None
+    name: str = "head"
+
+    def __post_init__(self) -> None:
+        if self.query.size != self.key.size:
+            raise ValueError(
+                f"{self.name}: query has {self.query.size} rows and key {self.key.size}"
+            )
+        object.__setattr__(self, "write", _matrices(self.write, self.value.size, self.name))
+        object.__setattr__(self, "queries", _names(self.queries))
+        object.__setattr__(self, "keys", _names(self.keys))
+        low, high = self.window
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"{self.name}: window {self.window} is empty")
+
+    def reads(self) -> Iterator[tuple[str, Slot, tuple[str, ...] | None]]:
+        """Every (part, slot, token groups at which it is read)."""
+        for part, expr, groups in (
+            ("query", self.query, self.queries),
+            ("key", self.key, self.keys),
+            ("value", self.value, self.keys),
+        ):
+            for slot in expr.terms:
+                yield part, slot, _names(groups)
+
+
+def erase(slot: Slot, *, queries: str | Sequence[str] | None = None) -> Head:
+    """A head that subtracts a slot from itself: attention of every token to itself, value -slot."""
+    one = constant(1.0)
+    return Head(
+        query=one,
+        key=one,
+        value=-slot,
+        write={slot: 1.0},
+        window=SELF,
+        queries=queries if queries is not None else slot.tokens,
+        keys=slot.tokens,
+        erases=slot,
+        name=f"erase {slot.name}",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp:
+    """slot_w += M_w act(hidden(e_i)) * gate(e_i); without a gate that factor is 1.
+
+    `activation` is a name in `constructions.transformer.ACTIVATIONS`; "identity" with a gate is a
+    bilinear layer.
+    """
+
+    hidden: Affine
+    write: Mapping[Slot, Any]
+    gate: Affine | None = None
+    activation: str = "relu"
+    name: str = "mlp"
+
+    def __post_init__(self) -> None:
+        if self.gate is not None and self.gate.size != self.hidden.size:
+            raise ValueError(
+                f"{self.name}: hidden has {self.hidden.size} rows, gate {self.gate.size}"
+            )
+        object.__setattr__(self, "write", _matrices(self.write, self.hidden.size, self.name))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """slot `write` += normalised slot `read`, before the heads of the layer read the stream.
+
+    kind "layer": (v - mean v) / sqrt(var v + eps); kind "rms": v / sqrt(mean v^2 + eps).
+    """
+
+    read: Slot
+    write: Slot
+    kind: str = "layer"
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.read.size != self.write.size:
+            raise ValueError(
+                f"norm reads {self.read} ({self.read.size}) and writes {self.write} "
+                f"({self.write.size}); sizes must be equal"
+            )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A norm (optional), a row of heads that act in parallel, then an MLP (optional)."""
+
+    heads: Sequence[Head] = ()
+    mlp: Mlp | None = None
+    norm: Norm | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", tuple(self.heads))
+
+
+@dataclass(frozen=True)
+class Program:
+    """Layers over slots.
+
+    Attributes:
+        slots: the layout of the stream.
+        layers: run in order.
+        loops: how often the whole list of layers is run, with the same weights (a recurrent, or
+            looped, transformer). `depth` counts the layers that are applied.
+        token_groups: names of the kinds of tokens; the model is told each token's kind.
+    """
+
+    slots: Slots
+    layers: Sequence[Layer]
+    loops: int = 1
+    token_groups: tuple[str, ...] = ("token",)
+    name: str = field(default="program", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ValueError("layers of a program must not be empty")
+        if self.loops < 1:
+            raise ValueError(f"loops is {self.loops}, must be at least 1")
+
+    @property
+    def depth(self) -> int:
+        """Number of layers applied."""
+        return self.loops * len(self.layers)
+
+    def unrolled(self) -> Iterator[tuple[int, Layer]]:
+        """(number from 1, layer) for every layer applied."""
+        for number in range(self.depth):
+            yield number + 1, self.layers[number % len(self.layers)]

@@ -1,0 +1,401 @@
+"""The one transformer: compiled constructions and trained models are instances of this class.
+
+It maps a residual stream to itself; what surrounds it (embedding, readout) belongs to a family.
+With h the stream, one layer computes
+
+    x      =  norm(h)                                              (or h itself)
+    a^n    =  mixer(scale_n (W_Q^n x)(W_K^n x)^T, mask_n)          for every head n
+    h      <- h + sum_n P^n a^n W_V^n x
+    h      <- h + W_out (act(W_hidden x') * W_gate x'),  x' = norm(h)
+
+Head n lets token i look at token j if low_n <= j - i <= high_n and both tokens are of kinds that it
+acts on. The values named in `SITES` can be read and replaced, at all layers, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from constructions.config import WIRING, Config, LayerConfig, MlpConfig, NormConfig, SegmentConfig
+from constructions.mixers import MIXERS
+
+Stream = Float[Array, "batch token width"]
+Groups = Int[Array, "*batch token"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "identity": lambda u: u,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=True),
+    "tanh": jnp.tanh,
+    "square": jnp.square,
+}
+
+#: name -> (equation, axes after [layer, batch]); heads and hidden units are padded with zeros to
+#: the widest layer. "residual" has depth + 1 entries, every other site has depth of them.
+SITES: dict[str, tuple[str, str]] = {
+    "residual": ("h^l, the stream before layer l; the last entry is the output", "token width"),
+    "attention": ("a^{l,n}_ij, after mask and mixer", "head query key"),
+    "head_output": ("P^n sum_j a^{l,n}_ij W_V^n x_j", "token head width"),
+    "middle": ("h^l + sum_n head_output, the stream between heads and MLP", "token width"),
+    "mlp_hidden": ("act(W_hidden x') * W_gate x'", "token hidden"),
+}
+
+
+class Edit(NamedTuple):
+    """Replace a site's value by `value` where `where`; both broadcast to [layer, batch, ...]."""
+
+    where: Bool[Array, "..."]
+    value: Array
+
+
+class Wiring(nnx.Variable):
+    """An array that is part of a model and that no optimiser touches: scales and masks."""
+
+
+class Part(nnx.Module):
+    """The arrays of one part of a layer, each under its name in `Config.shapes`."""
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        for name, array in arrays.items():
+            setattr(self, name, Wiring(array) if name in WIRING else nnx.Param(array))
+
+
+class LayerWeights(nnx.Module):
+    """Weights of one position of a segment's pattern, stacked over its repeats."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self.heads = nnx.List([Part(group) for group in arrays["heads"].values()])
+        for name in ("norm", "mlp_norm", "mlp"):
+            if name in arrays:
+                setattr(self, name, Part(arrays[name]))
+
+
+class Segment(nnx.Module):
+    """Weights of a repeated pattern of layers."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self.layers = nnx.List([LayerWeights(layer) for layer in arrays["layers"].values()])
+
+
+class Transformer(nnx.Module):
+    """Maps a residual stream `[batch, token, width]` to itself; see the module's equations.
+
+    `arrays` is nested as `config.shapes()` and holds an array of that shape at every leaf.
+    """
+
+    def __init__(self, config: Config, arrays: Mapping[str, Any]) -> None:
+        _check_shapes(config.shapes(), arrays)
+        self.config = config
+        self.segments = nnx.List([Segment(s) for s in arrays["segments"].values()])
+        if config.final_norm is not None:
+            self.final_norm = Part(arrays["final_norm"])
+
+    def __call__(
+        self, stream: Stream, groups: Groups | None = None, *, read: slice | None = None
+    ) -> Float[Array, "batch read width"]:
+        """Run the model.
+
+        Args:
+            stream: `[batch, token, width]`.
+            groups: kind of every token, an index into `config.token_groups`, `[token]` or
+                `[batch, token]`; all 0 if left out.
+            read: tokens that are wanted. The last layer computes only those.
+        """
+        return self._run(stream, groups, read)[0]
+
+    def run(
+        self,
+        stream: Stream,
+        groups: Groups | None = None,
+        *,
+        sites: Sequence[str] = (),
+        edits: Mapping[str, Edit] | None = None,
+    ) -> tuple[Stream, dict[str, Array]]:
+        """Run the model, return its output and the values of `sites`, with `edits` applied.
+
+        An edited value is what is read and what everything behind it sees. Edits are arrays, so
+        one compiled function serves every choice of layer, token and head. ValueError for an
+        unknown site.
+        """
+        return self._run(stream, groups, None, tuple(sites), edits)
+
+    def _run(
+        self,
+        stream: Array,
+        groups: Array | None,
+        read: slice | None = None,
+        sites: tuple[str, ...] = (),
+        edits: Mapping[str, Edit] | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        if stream.ndim != 3 or stream.shape[-1] != self.config.width:
+            raise ValueError(
+                f"stream has shape {stream.shape}, must be [batch, token, {self.config.width}]"
+            )
+        if groups is None:
+            groups = jnp.zeros(stream.shape[1], int)
+        edits = _check_sites(self.config, sites, edits or {})
+        captured: list[dict[str, Array]] = []
+        start = 0
+        for segment, module in zip(self.config.segments, self.segments, strict=True):
+            stop = start + segment.repeats * len(segment.pattern)
+            run = _SegmentRun(self.config, segment, groups, sites)
+            weights = nnx.to_pure_dict(nnx.state(module))["layers"]
+            inside = {site: Edit(*(a[start:stop] for a in edit)) for site, edit in edits.items()}
+            stream, values = run(
+                stream, weights, inside, read if stop == self.config.depth else None
+            )
+            captured.append(values)
+            start = stop
+        values = {site: jnp.concatenate([c[site] for c in captured]) for site in sites}
+        if "residual" in edits:
+            stream = jnp.where(edits["residual"].where[-1], edits["residual"].value[-1], stream)
+        if "residual" in values:
+            values["residual"] = jnp.concatenate([values["residual"], stream[None]])
+        if self.config.final_norm is not None:
+            gains = nnx.to_pure_dict(nnx.state(self.final_norm))
+            stream = _normalise(self.config.final_norm, gains, stream)
+        return stream, values
+
+
+class _SegmentRun(NamedTuple):
+    """Runs one segment: a scan over the repeats of its pattern."""
+
+    config: Config
+    segment: SegmentConfig
+    groups: Array
+    sites: tuple[str, ...]
+
+    def __call__(
+        self, stream: Array, weights: Any, edits: Mapping[str, Edit], read: slice | None
+    ) -> tuple[Array, dict[str, Array]]:
+        repeats, size = self.segment.repeats, len(self.segment.pattern)
+        edits = jax.tree.map(lambda a: a.reshape(repeats, size, *a.shape[1:]), edits)
+        shared = jax.tree.map(lambda a: a[0], weights) if self.segment.tied else None
+        own = None if self.segment.tied else weights
+        # the last repeat stands alone where it computes fewer tokens than the others
+        scanned = 0 if repeats == 1 else repeats if read is None else repeats - 1
+        captured = []
+        if scanned:
+            stream, values = jax.lax.scan(
+                lambda h, x: self.repeat(h, shared or x[0], x[1], None),
+                stream,
+                jax.tree.map(lambda a: a[:scanned], (own, edits)),
+                length=scanned,
+            )
+            captured.append(values)
+        if scanned < repeats:
+            last = jax.tree.map(lambda a: a[-1], (own, edits))
+            stream, values = self.repeat(stream, shared or last[0], last[1], read)
+            captured.append({site: v[None] for site, v in values.items()})
+        values = {s: jnp.concatenate([c[s] for c in captured]) for s in self.sites}
+        return stream, {s: v.reshape(repeats * size, *v.shape[2:]) for s, v in values.items()}
+
+    def repeat(
+        self, stream: Array, weights: Any, edits: Any, read: slice | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """The pattern once; captured values are `[pattern, ...]`."""
+        taps = []
+        for p, layer in enumerate(self.segment.pattern):
+            tap = _Tap(self.sites, jax.tree.map(lambda a, p=p: a[p], edits))
+            end = read if p == len(self.segment.pattern) - 1 else None
+            stream = _layer(layer, self.config, weights[p], stream, self.groups, end, tap)
+            taps.append(tap.found)
+        return stream, {site: jnp.stack([found[site] for found in taps]) for site in self.sites}
+
+
+class _Tap:
+    """Edits, then records, the values of one layer that somebody asked for."""
+
+    def __init__(self, sites: tuple[str, ...], edits: Mapping[str, Edit]) -> None:
+        self.sites, self.edits, self.found = sites, edits, {}
+
+    def wants(self, site: str) -> bool:
+        return site in self.sites or site in self.edits
+
+    def __call__(self, site: str, value: Array, axis: int | None = None, size: int = 0) -> Array:
+        """`value` after edits; `axis` is padded to `size` in what is recorded."""
+        if not self.wants(site):
+            return value
+        kept = value.shape[axis] if axis is not None else 0
+        if axis is not None:
+            pad = [(0, 0)] * value.ndim
+            pad[axis] = (0, size - kept)
+            value = jnp.pad(value, pad)
+        if site in self.edits:
+            value = jnp.where(self.edits[site].where, self.edits[site].value, value)
+        if site in self.sites:
+            self.found[site] = value
+        return value if axis is None else jax.lax.slice_in_dim(value, 0, kept, axis=axis)
+
+
+def _layer(
+    layer: LayerConfig,
+    config: Config,
+    weights: Any,
+    stream: Array,
+    groups: Array,
+    read: slice | None,
+    tap: _Tap,
+) -> Array:
+    stream = tap("residual", stream)
+    stream, x = _apply_norm(layer.norm, weights, "norm", stream)
+    chosen = slice(None) if read is None else read
+    stream, queries = stream[:, chosen], x[:, chosen]
+    if layer.heads:
+        stream = stream + _heads(layer, config, weights["heads"], queries, x, groups, chosen, tap)
+    elif "attention" in tap.sites or "head_output" in tap.sites:
+        b, q, t, h, w = len(x), queries.shape[1], x.shape[1], config.max_heads, config.width
+        tap("attention", jnp.zeros((b, h, q, t), x.dtype))
+        tap("head_output", jnp.zeros((b, q, h, w), x.dtype))
+    stream = tap("middle", stream)
+    if layer.mlp is None:
+        tap("mlp_hidden", jnp.zeros((*stream.shape[:2], config.max_hidden), x.dtype))
+        return stream
+    stream, x = _apply_norm(layer.mlp_norm, weights, "mlp_norm", stream)
+    return stream + _mlp(layer.mlp, config, weights["mlp"], x, tap)
+
+
+def _heads(
+    layer: LayerConfig,
+    config: Config,
+    weights: Any,
+    queries: Array,
+    x: Array,
+    groups: Array,
+    chosen: slice,
+    tap: _Tap,
+) -> Array:
+    """sum_n P^n a^n W_V^n x for the tokens in `queries`."""
+    einsum = partial(jnp.einsum, precision=config.precision)
+    attention, values = [], []
+    for number, heads in enumerate(layer.heads):
+        w = weights[number]
+        q = _affine(einsum, "bth,nkh->btnk", queries, w["query"], w.get("query_bias"))
+        k = _affine(einsum, "bth,nkh->btnk", x, w["key"], w.get("key_bias"))
+        scores = einsum("bqnk,btnk->bnqt", q, k) * w["scale"][:, None, None]
+        attention.append(MIXERS[heads.mixer](scores, _mask(w, groups, chosen)))
+        values.append(_affine(einsum, "bth,nvh->btnv", x, w["value"], w.get("value_bias")))
+    sizes = [heads.heads for heads in layer.heads]
+    if tap.wants("attention"):
+        joined = tap("attention", jnp.concatenate(attention, 1), axis=1, size=config.max_heads)
+        attention = _split(joined, sizes, axis=1)
+    mixed = [einsum("bnqt,btnv->bqnv", a, v) for a, v in zip(attention, values, strict=True)]
+    outputs = [weights[number]["output"] for number in range(len(mixed))]
+    if tap.wants("head_output"):
+        each = [einsum("bqnv,nhv->bqnh", m, p) for m, p in zip(mixed, outputs, strict=True)]
+        joined = tap("head_output", jnp.concatenate(each, 2), axis=2, size=config.max_heads)
+        update = joined.sum(2)
+    else:
+        update = sum(einsum("bqnv,nhv->bqh", m, p) for m, p in zip(mixed, outputs, strict=True))
+    return update + sum(weights[n].get("output_bias", 0) for n in range(len(mixed)))
+
+
+def _mask(w: Mapping[str, Array], groups: Array, chosen: slice) -> Array:
+    """Which keys a query sees, `[(batch,) head, query, key]`."""
+    tokens = jnp.arange(groups.shape[-1])
+    offset = tokens[None, :] - tokens[chosen, None]
+    low, high = w["window"][:, 0, None, None], w["window"][:, 1, None, None]
+    near = (low <= offset) & (offset <= high)
+    acts = jnp.moveaxis(w["query_groups"][:, groups[..., chosen]], 0, -2)
+    seen = jnp.moveaxis(w["key_groups"][:, groups], 0, -2)
+    return near & acts[..., :, None] & seen[..., None, :]
+
+
+def _mlp(mlp: MlpConfig, config: Config, w: Mapping[str, Array], x: Array, tap: _Tap) -> Array:
+    einsum = partial(jnp.einsum, precision=config.precision)
+    u = _affine(einsum, "bth,uh->btu", x, w["hidden"], w.get("hidden_bias"))
+    u = ACTIVATIONS[mlp.activation](u)
+    if mlp.gated:
+        u = u * _affine(einsum, "bth,uh->btu", x, w["gate"], w.get("gate_bias"))
+    u = tap("mlp_hidden", u, axis=2, size=config.max_hidden)
+    return _affine(einsum, "btu,hu->bth", u, w["output"], w.get("output_bias"))
+
+
+def _affine(einsum: Any, equation: str, x: Array, w: Array, bias: Array | None) -> Array:
+    out = einsum(equation, x, w)
+    return out if bias is None else out + bias
+
+
+def _split(joined: Array, sizes: Sequence[int], axis: int) -> list[Array]:
+    ends = [sum(sizes[: n + 1]) for n in range(len(sizes) - 1)]
+    return jnp.split(joined, ends, axis=axis)
+
+
+def _apply_norm(
+    norm: NormConfig | None, weights: Any, name: str, stream: Array
+) -> tuple[Array, Array]:
+    """(the stream, what the next part of the layer reads)."""
+    if norm is None:
+        return stream, stream
+    if norm.read is None or norm.write is None:
+        return stream, _normalise(norm, weights.get(name, {}), stream)
+    normed = _normalise(norm, weights.get(name, {}), stream[..., slice(*norm.read)])
+    stream = stream.at[..., slice(*norm.write)].add(normed)
+    return stream, stream
+
+
+def _normalise(norm: NormConfig, w: Mapping[str, Array], v: Array) -> Array:
+    if norm.kind == "layer":
+        v = v - v.mean(-1, keepdims=True)
+    v = v * jax.lax.rsqrt(jnp.square(v).mean(-1, keepdims=True) + norm.eps)
+    return v * w.get("gain", 1) + w.get("offset", 0)
+
+
+def _check_shapes(shapes: Any, arrays: Any, path: str = "") -> None:
+    if isinstance(shapes, tuple):
+        if tuple(jnp.shape(arrays)) != shapes:
+            raise ValueError(f"array '{path}' has shape {jnp.shape(arrays)}, must be {shapes}")
+        return
+    if set(shapes) != set(arrays):
+        raise ValueError(f"arrays '{path}' are named {sorted(arrays)}, must be {sorted(shapes)}")
+    for name in shapes:
+        _check_shapes(shapes[name], arrays[name], f"{path}.{name}".lstrip("."))
+
+
+def _check_sites(
+    config: Config, sites: Sequence[str], edits: Mapping[str, Edit]
+) -> dict[str, Edit]:
+    """Edits with their layer axis written out; ValueError for names or shapes that do not fit."""
+    for name in (*sites, *edits):
+        if name not in SITES:
+            raise ValueError(f"unknown site '{name}', must be one of {sorted(SITES)}")
+    full = {}
+    for name, edit in edits.items():
+        layers = config.depth + (name == "residual")
+        rank = 2 + len(SITES[name][1].split())
+        for part, array in edit._asdict().items():
+            if jnp.ndim(array) != rank or jnp.shape(array)[0] not in (1, layers):
+                raise ValueError(
+                    f"{part} of the edit of '{name}' has shape {jnp.shape(array)}, must be "
+                    f"[{layers} or 1, batch, {SITES[name][1]}] with axes of size 1 where it repeats"
+                )
+        full[name] = Edit(*(jnp.broadcast_to(a, (layers, *jnp.shape(a)[1:])) for a in edit))
+    return full
+
+
+def randomise(model: Transformer, key: Array, std: float) -> Transformer:
+    """A model of the same class and wiring whose weights are drawn from N(0, std^2).
+
+    Biases and offsets are 0, gains are 1. `std` may be traced.
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    paths = list(params.flat_state())
+    keys = jax.random.split(key, len(paths))
+    for (path, leaf), k in zip(paths, keys, strict=True):
+        name = str(path[-1])
+        value = leaf[...]
+        if name == "gain":
+            new = jnp.ones_like(value)
+        elif name == "offset" or name.endswith("_bias"):
+            new = jnp.zeros_like(value)
+        else:
+            new = std * jax.random.normal(k, value.shape, value.dtype)
+        leaf[...] = new
+    return nnx.merge(graph, params, rest)
