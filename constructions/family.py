@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from constructions.compiler import compile_program
 from constructions.program import Program
+from constructions.slots import Slot
 from constructions.transformer import Transformer, randomise
 from synthetic.task import Task
 from synthetic.train import Recipe
@@ -47,7 +48,7 @@ class Place:
     `scale * stream[layer[index], :, token[index], column[index]]`, where layer l counts the layers
     applied (0 is the embedding). The three arrays broadcast against each other to the value's
     shape: a span variable owned by its end points, a weight matrix in prefix rows and an ordinary
-    column are all written this way.
+    slot (`Place.of`) are all written this way.
     """
 
     layer: np.ndarray
@@ -55,10 +56,27 @@ class Place:
     column: np.ndarray
     scale: float = 1.0
 
+    @classmethod
+    def of(cls, slot: Slot, tokens: range, layers: int | range, scale: float = 1.0) -> Place:
+        """A slot at some tokens: a value `[layer, token, slot.size]`, or `[token, slot.size]`."""
+        token, column = np.asarray(tokens)[:, None], np.arange(slot.start, slot.start + slot.size)
+        layer = np.asarray(layers)
+        return cls(layer if layer.ndim == 0 else layer[:, None, None], token, column, scale)
+
     def gather(self, residual: Array) -> Array:
         """The value, `[batch, ...]`, from residuals `[layer, batch, token, width]`."""
         index = np.broadcast_arrays(self.layer, self.token, self.column)
         return self.scale * jnp.moveaxis(residual, 1, 0)[:, index[0], index[1], index[2]]
+
+    def from_output(self, model: Transformer, stream: Array, groups: Array) -> Array:
+        """The value, `[batch, ...]`, of a model's last layer, computing only the tokens it needs."""
+        first, last = int(self.token.min()), int(self.token.max())
+        out = model(stream, groups, read=slice(first, last + 1))
+        if self.token.shape == (last + 1 - first, 1) and (np.diff(self.column) == 1).all():
+            # the usual case, a block: a slice is much faster to differentiate than a gather
+            return self.scale * out[..., self.column[0] : self.column[-1] + 1]
+        tokens, columns = np.broadcast_arrays(self.token - first, self.column)
+        return self.scale * out[:, tokens, columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +111,13 @@ class Evidence:
     batch: int = 4096
 
 
+class NearMiss(NamedTuple):
+    """A model that is almost a construction, and the construction that it is almost."""
+
+    model: Transformer
+    construction: Construction
+
+
 @dataclass(frozen=True)
 class Claim:
     """A statement about a model that a number decides.
@@ -106,6 +131,7 @@ class Claim:
         catches: near-misses (names in `Construction.near_misses`) on which the claim must fail.
         published: the paper's value, None where it gives none.
         gauge: what the statistic does under the symmetries of the weights.
+        note: what a reader of the published value should know.
     """
 
     name: str
@@ -117,6 +143,7 @@ class Claim:
     catches: tuple[str, ...] = ()
     published: float | str | None = None
     gauge: str = "invariant: a function of the model's outputs"
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.direction not in ("<=", ">="):
@@ -195,9 +222,11 @@ class Construction(ABC):
     def places(self, depth: int, *inputs: Array) -> dict[str, Place]:
         """Where a model of this class with `depth` layers keeps the named values."""
 
-    @abstractmethod
     def apply(self, model: Transformer, *inputs: Array) -> Array:
-        """The model's prediction, computed at the read tokens only; pure and unchecked."""
+        """The model's prediction, computed at the tokens that hold it; pure and unchecked."""
+        embedded = self.embed(model, *inputs)
+        place = self.places(model.config.depth, *inputs)["prediction"]
+        return place.from_output(model, embedded.stream, embedded.groups)
 
     def check(self, *inputs: Any) -> None:
         """Raise ValueError for concrete inputs that are out of the construction's domain."""
@@ -222,8 +251,8 @@ class Construction(ABC):
         base = self.compile().model
         return Counterpart(lambda key: randomise(base, key, 0.02), self.task, Recipe())
 
-    def near_misses(self) -> dict[str, Transformer]:
-        """Models of the same inputs that are almost, but not quite, this construction."""
+    def near_misses(self) -> dict[str, NearMiss]:
+        """Models that are almost, but not quite, this construction, by name."""
         return {}
 
     def gauge(self) -> Gauge:

@@ -16,20 +16,35 @@ a context token holds y_i - (W_k - W_0) x_i and a query token -W_k x.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
-from constructions.family import Claim, Construction, Counterpart, Embedded, Family, Gauge, Place
+from constructions.compiler import compile_program, config_of
+from constructions.config import Config, LayerConfig
+from constructions.family import (
+    Claim,
+    Construction,
+    Counterpart,
+    Embedded,
+    Evidence,
+    Family,
+    Gauge,
+    NearMiss,
+    Place,
+)
 from constructions.program import Head, Layer, Program
 from constructions.slots import Slots
+from constructions.symmetries import canonical, canonical_distance, layer_tensors
 from constructions.transformer import Transformer, randomise
+from synthetic.recipe import Recipe
 from synthetic.regression import RegressionTask
+from synthetic.theory import one_layer_excess, optimal_one_layer
 
 Inputs = Float[Array, "batch context dim_x"]
 Outputs = Float[Array, "batch context dim_y"]
@@ -82,19 +97,20 @@ class GradientDescent(Construction):
             return np.zeros((self.dim_y, self.dim_x))
         return np.asarray(self.init_weight, float)
 
-    @cached_property
+    @property
     def program(self) -> Program:
+        return self._program(mixer="linear", keys="context")
+
+    def _program(self, mixer: str, keys: str | None) -> Program:
         slots = Slots()
         x = slots.add("x", self.dim_x, meaning="x_i")
         y = slots.add("y", self.dim_y, accumulates=True, meaning="y_i - (W_k - W_0) x_i")
-        eta, n = self.step_size, self.num_examples
-        step = Layer([
-            Head(query=x, key=x, value=self.initial @ x - y, write={y: eta / n}, keys="context")
-        ])  # fmt: skip
-        groups = ("context", "query")
-        if self.recurrent:
-            return Program(slots, [step], self.steps, groups, name="gradient descent")
-        return Program(slots, [step] * self.steps, 1, groups, name="gradient descent")
+        rate = self.step_size / self.num_examples
+        head = Head(
+            query=x, key=x, value=self.initial @ x - y, write={y: rate}, keys=keys, mixer=mixer
+        )
+        layers, loops = ([head], self.steps) if self.recurrent else ([head] * self.steps, 1)
+        return Program(slots, [Layer([h]) for h in layers], loops, ("context", "query"))
 
     @property
     def task(self) -> RegressionTask:
@@ -146,25 +162,90 @@ class GradientDescent(Construction):
         return Embedded(jnp.concatenate([context, queries], axis=1), groups, slice(n, n + q))
 
     def places(self, depth: int, x: Inputs, y: Outputs, x_query: Queries) -> dict[str, Place]:
-        n, q = x.shape[1], x_query.shape[1]
-        layer = np.arange(depth + 1)[:, None, None]
-        token = np.arange(n + q)[:, None]
-        xs, ys = np.arange(self.dim_x), self.dim_x + np.arange(self.dim_y)
+        slots, steps = self.program.slots, range(depth + 1)
+        n, t = x.shape[1], x.shape[1] + x_query.shape[1]
         return {
-            "inputs": Place(layer, token, xs),
-            "residual": Place(layer, token[:n], ys),
-            "estimate": Place(layer, token[n:], ys, scale=-1.0),
-            "prediction": Place(np.asarray(depth), token[n:], ys, scale=-1.0),
+            "inputs": Place.of(slots["x"], range(t), steps),
+            "residual": Place.of(slots["y"], range(n), steps),
+            "estimate": Place.of(slots["y"], range(n, t), steps, scale=-1.0),
+            "prediction": Place.of(slots["y"], range(n, t), depth, scale=-1.0),
         }
-
-    def apply(self, model: Transformer, x: Inputs, y: Outputs, x_query: Queries) -> Array:
-        stream, groups, read = self.embed(model, x, y, x_query)
-        return -model(stream, groups, read=read)[..., self.dim_x : self.dim_x + self.dim_y]
 
     def gauge(self) -> Gauge:
         """Queries enter as (x, -W_0 x); only their y is read, with its sign turned."""
         identity = np.eye(self.dim_x + self.dim_y)
         return Gauge(-identity[self.dim_x :], np.concatenate([np.eye(self.dim_x), -self.initial]))
+
+    def domain(self, key: Array) -> dict[str, float | str]:
+        """The task, and how near its contexts come to the largest stable step size."""
+        x = self.sample(key, 1024)[0]
+        gram = jnp.einsum("bni,bnj->bij", x, x, precision="highest") / self.num_examples
+        largest = float(self.step_size * jnp.linalg.eigvalsh(gram).max())
+        return {
+            "task": repr(self.task),
+            "step size times largest curvature of 1024 contexts (stable below 2)": largest,
+        }
+
+    def counterpart(self) -> Counterpart:
+        """Linear attention as wide as its tokens, trained with Adam.
+
+        One layer from W_0 = 0 has a closed-form optimum; its exact distance to it is a metric.
+        """
+        base = compile_program(self.program, config=_widened(self.program))
+        std = 0.2 / math.sqrt(self.steps)
+        recipe = Recipe(
+            steps=2000, batch=512, learning_rate=1e-2, schedule="cosine", average_tail=0.25
+        )
+        optimum = metrics = None
+        if self.steps == 1 and self.init_weight is None:
+            gauge, reference = self.gauge(), self._optimal().compile().model
+            optimum = self.optimal_loss
+
+            def metrics(model: Transformer) -> dict[str, Array]:
+                return {
+                    "exact_excess": self.population_excess(model) / self.optimal_loss,
+                    "canonical_distance": canonical_distance(model, reference, gauge),
+                }
+
+        return Counterpart(
+            lambda key: randomise(base, key, std), self.task, recipe, optimum, metrics
+        )
+
+    @property
+    def optimal_loss(self) -> float:
+        """The least population loss of one layer of linear attention on the task."""
+        return float(optimal_one_layer(self.task)[1])
+
+    def _optimal(self) -> GradientDescent:
+        """One step with the best step size."""
+        weight = np.asarray(optimal_one_layer(self.task)[0])
+        return replace(self, step_size=float(weight[0, 0]) * self.num_examples)
+
+    def population_excess(self, model: Transformer) -> Array:
+        """Exact mean loss of a one-layer model on the task less the least one, a scalar; pure."""
+        (tensor,) = layer_tensors(model, self.gauge())
+        return one_layer_excess(tensor, self.task)
+
+    def near_misses(self) -> dict[str, NearMiss]:
+        def of(construction: GradientDescent, **changes: Any) -> NearMiss:
+            program = construction._program(**({"mixer": "linear", "keys": "context"} | changes))
+            return NearMiss(compile_program(program), construction)
+
+        elsewhere = replace(self, init_weight=np.full((self.dim_y, self.dim_x), 0.5))
+        others = {
+            "step size + 10 %": replace(self, step_size=1.1 * self.step_size),
+            "step size - 10 %": replace(self, step_size=0.9 * self.step_size),
+            "one step too many": replace(self, steps=self.steps + 1),
+        }
+        # the model is the other construction's, the claims are measured as this one's
+        return {name: NearMiss(of(other).model, self) for name, other in others.items()} | {
+            "centred attention": of(self, mixer="centred"),
+            "query among the keys, W_0 != 0": of(elsewhere, keys=None),
+        }
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        return ONE_STEP_CLAIMS if self.steps == 1 else ()
 
     def check(self, *inputs: Any) -> None:
         """Shapes, and finite values where they are concrete."""
@@ -188,20 +269,151 @@ class GradientDescent(Construction):
                 raise ValueError(f"{name} holds NaN or infinite values, must be finite")
 
     def predict(
-        self, model: Transformer, x: Inputs, y: Outputs, x_query: Queries
+        self, model: Transformer, x: ArrayLike, y: ArrayLike, x_query: ArrayLike
     ) -> Float[Array, "batch query dim_y"]:
         """W_K x_query as the model computes it (sign already turned).
 
-        ValueError for shapes that do not fit or, on concrete arrays, values that are not finite.
+        Args:
+            model: the compiled construction or a model of the same class.
+            x, y, x_query: `[batch, context, dim_x]`, `[batch, context, dim_y]` and
+                `[batch, query, dim_x]`.
+
+        Raises:
+            ValueError: for shapes that do not fit or, on concrete arrays, values that are not
+                finite.
         """
         self.check(x, y, x_query)
         return self.apply(model, *map(jnp.asarray, (x, y, x_query)))
 
 
+def _widened(program: Program) -> Config:
+    """The program's shape with heads as wide as the stream, as the paper trains them."""
+    shape = config_of(program)
+    width = shape.width
+
+    def widen(layer: LayerConfig) -> LayerConfig:
+        heads = (replace(h, key_dim=width, value_dim=width) for h in layer.heads)
+        return replace(layer, heads=tuple(heads))
+
+    segments = (replace(s, pattern=tuple(map(widen, s.pattern))) for s in shape.segments)
+    return replace(shape, segments=tuple(segments))
+
+
+def step_size_error(evidence: Evidence) -> float:
+    """|eta' / eta - 1|, eta' the multiple of the construction's step that is nearest the model's."""
+    gauge = evidence.construction.gauge()
+    (ours,), (theirs,) = (canonical(m, gauge) for m in (evidence.model, evidence.reference))
+    return abs(float(jnp.vdot(theirs, ours) / jnp.vdot(theirs, theirs)) - 1)
+
+
+def input_scale_gap(evidence: Evidence) -> float:
+    """Largest |loss / loss of the construction - 1| over inputs scaled by 0.5, 1, 1.5 and 2."""
+
+    @jax.jit
+    def losses(model: Transformer) -> Array:
+        tasks = [evidence.construction.task.scaled_inputs(f) for f in (0.5, 1.0, 1.5, 2.0)]
+        batches = [task.sample(evidence.key, evidence.batch) for task in tasks]
+        apply = evidence.construction.apply
+        return jnp.stack([
+            task.loss(apply(model, *batch.inputs), batch).mean()
+            for task, batch in zip(tasks, batches, strict=True)
+        ])  # fmt: skip
+
+    return float(jnp.abs(losses(evidence.model) / losses(evidence.reference) - 1).max())
+
+
+_STEPS = ("step size + 10 %", "step size - 10 %")
+_FUNCTIONS = ("one step too many", "centred attention", "query among the keys, W_0 != 0")
+_PAPER = "von Oswald et al. 2022, arXiv 2212.07677"
+
+ONE_STEP_CLAIMS = (
+    Claim(
+        "equal loss",
+        "A trained layer of linear attention has the loss of one step of gradient descent.",
+        "excess_loss",
+        0.005,
+        "<=",
+        f"{_PAPER}, fig. 2",
+        catches=(*_STEPS, *_FUNCTIONS),
+    ),
+    Claim(
+        "published loss",
+        "That loss is the 0.2 of the paper's figures.",
+        "mean_loss",
+        0.22,
+        "<=",
+        f"{_PAPER}, fig. 3a",
+        catches=("one step too many", "query among the keys, W_0 != 0"),
+        published=0.2,
+        note="0.2062 on U(-1/2, 1/2), as the public code draws inputs; on U(-1, 1), as the text "
+        "says, the optimum is 0.8249.",
+    ),
+    Claim(
+        "equal predictions",
+        "Its predictions are those of the gradient step.",
+        "prediction_distance",
+        0.07,
+        "<=",
+        f"{_PAPER}, fig. 2 (preds diff)",
+        catches=(*_STEPS, *_FUNCTIONS),
+    ),
+    Claim(
+        "aligned sensitivities",
+        "Its sensitivity to the query points where the gradient step's does.",
+        "sensitivity_cosine",
+        0.99,
+        ">=",
+        f"{_PAPER}, fig. 2 (model cos)",
+        catches=("centred attention", "query among the keys, W_0 != 0"),
+        published=1.0,
+        note="A cosine cannot see a scale: a step size off by 10 % passes.",
+    ),
+    Claim(
+        "equal step size",
+        "Its step size is the gradient step's.",
+        step_size_error,
+        0.05,
+        "<=",
+        f"{_PAPER}, section 3",
+        catches=_STEPS,
+        gauge="invariant: read off the canonical tensor",
+    ),
+    Claim(
+        "equal weights",
+        "Its weights are the construction's, modulo their symmetries.",
+        "weight_distance",
+        0.05,
+        "<=",
+        f"{_PAPER}, section 3",
+        catches=_STEPS,
+        gauge="invariant: a distance of canonical tensors",
+    ),
+    Claim(
+        "interpolation",
+        "Weights between the two lose nothing.",
+        "interpolation_gap",
+        0.005,
+        "<=",
+        f"{_PAPER}, fig. 2 (interpolated)",
+        catches=_STEPS,
+        gauge="invariant: canonical tensors are interpolated, not weights",
+    ),
+    Claim(
+        "input scale",
+        "It fails on inputs of another scale exactly as gradient descent does.",
+        input_scale_gap,
+        0.10,
+        "<=",
+        f"{_PAPER}, fig. 2 and appendix A.9",
+        catches=(*_STEPS, *_FUNCTIONS),
+    ),
+)
+
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
     construct=GradientDescent,
-    settings={"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1, "step_size": 6.0606},
+    # 200 / 33 = N / (v D) is the best step size on U(-1/2, 1/2), see synthetic.theory
+    settings={"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1, "step_size": 200 / 33},
     about="linear self-attention runs gradient descent on in-context linear regression",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 1",
 )

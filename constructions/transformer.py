@@ -14,6 +14,7 @@ acts on. The values named in `SITES` can be read and replaced, at all layers, by
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -383,19 +384,20 @@ def _check_sites(
 def randomise(model: Transformer, key: Array, std: float) -> Transformer:
     """A model of the same class and wiring whose weights are drawn from N(0, std^2).
 
-    Biases and offsets are 0, gains are 1. `std` may be traced.
+    Biases and offsets are 0, gains are 1. `std` may be traced; `model` stays as it is.
     """
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    paths = list(params.flat_state())
-    keys = jax.random.split(key, len(paths))
-    for (path, leaf), k in zip(paths, keys, strict=True):
-        name = str(path[-1])
-        value = leaf[...]
+
+    def draw(path: tuple[Any, ...], leaf: Array) -> Array:
+        name = path[-1].key
+        if name in WIRING:
+            return leaf
         if name == "gain":
-            new = jnp.ones_like(value)
-        elif name == "offset" or name.endswith("_bias"):
-            new = jnp.zeros_like(value)
-        else:
-            new = std * jax.random.normal(k, value.shape, value.dtype)
-        leaf[...] = new
-    return nnx.merge(graph, params, rest)
+            return jnp.ones_like(leaf)
+        if name == "offset" or name.endswith("_bias"):
+            return jnp.zeros_like(leaf)
+        # one stream of numbers for each array, whatever else the model has
+        own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return std * jax.random.normal(own, leaf.shape, leaf.dtype)
+
+    arrays = nnx.to_pure_dict(nnx.state(model))
+    return Transformer(model.config, jax.tree_util.tree_map_with_path(draw, arrays))

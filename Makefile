@@ -1,0 +1,67 @@
+# Needs Python 3.11 or later and make; everything else is installed into .venv.
+#
+#   make demo                     compare construction and trained counterpart, every family
+#   make test PYTHON=python3.12   lint, types, tests and notebooks, on the interpreter named
+#   make setup EXTRAS=dev,notebooks,cuda12
+
+.DEFAULT_GOAL := demo
+.PHONY: setup demo test lint notebooks bench clean
+.SUFFIXES:
+
+SHELL   = /bin/sh
+PYTHON ?= python3
+EXTRAS ?= dev,notebooks
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN   = .venv/bin
+STAMP = .venv/installed
+
+# The stamp holds what was installed, so that setup is repeated when the interpreter, the extras,
+# pyproject.toml or constraints.txt change and at no other time, whatever the files' dates say.
+setup:
+	@set -eu; \
+	version=$$($(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])') || { \
+	    echo "PYTHON=$(PYTHON) does not run; name an interpreter, as in: make PYTHON=python3.12" >&2; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "PYTHON=$(PYTHON) is Python $$version; 3.11 or later is needed" >&2; exit 1; }; \
+	wanted="$$version $(EXTRAS) $$(cat pyproject.toml constraints.txt | cksum)"; \
+	installed=$$(cat $(STAMP) 2>/dev/null || true); \
+	if [ "$$wanted" = "$$installed" ]; then exit 0; fi; \
+	if [ "$${installed%% *}" != "$$version" ]; then rm -rf .venv; fi; \
+	rm -f $(STAMP); \
+	echo "Installing into .venv (Python $$version); the first time takes a minute or two."; \
+	if command -v uv >/dev/null 2>&1; then \
+	    [ -d .venv ] || uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv; \
+	    VIRTUAL_ENV=.venv uv pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"; \
+	else \
+	    [ -x $(BIN)/pip ] || { rm -rf .venv; $(PYTHON) -m venv .venv; }; \
+	    $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"; \
+	fi; \
+	printf '%s\n' "$$wanted" > $(STAMP)
+
+demo: setup
+	@$(BIN)/orrery demo --out reports
+
+test: lint
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@if $(BIN)/pyright --version >/dev/null 2>&1; then \
+	    PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python; \
+	else \
+	    echo "pyright cannot start here (it needs node): types are not checked"; \
+	fi
+
+# Runs every notebook at full settings and keeps its outputs in the .ipynb beside it.
+notebooks: setup
+	@$(BIN)/python tests/execute_notebooks.py
+
+bench: setup
+	@set -eu; for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+
+clean:
+	rm -rf .venv reports build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

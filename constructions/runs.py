@@ -1,0 +1,318 @@
+"""Runs of a family: fit its counterpart into a run directory, and read one back.
+
+`config.json` of such a run says, beside what every fit keeps,
+
+    {"family": name in CATALOGUE, "settings": {...}, "dtype": of the weights}
+
+which is all that is needed to rebuild the construction and the structure of the model; the file
+of weights is then checked against that structure, name by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from constructions import CATALOGUE
+from constructions.family import Construction, Counterpart
+from constructions.transformer import Transformer
+from synthetic import devices
+from synthetic.checkpoints import Checkpoints
+from synthetic.recipe import Recipe
+from synthetic.runs import RunDirectory
+from synthetic.saved import RunError, check_arrays, load_state, named, unnamed
+from synthetic.train import fit
+
+KIND = "fit"
+FIELDS = ("family", "settings", "dtype", "recipe")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fit of a family's counterpart.
+
+    Attributes:
+        family: its name in the catalogue.
+        settings: of the construction, as plain data.
+        construction: the construction with these settings.
+        models: the fitted model of every seed.
+        seeds: in the order of `models`.
+        history: the records of `metrics.jsonl`; lists over seeds where the run has several.
+        recipe: how it was fitted.
+        optimum: the lowest loss that the class can reach, None where it is not known.
+        seconds: wall time of the fit, where it was made by this process.
+        path: the run directory, None for a fit that was not kept.
+    """
+
+    family: str
+    settings: dict[str, Any]
+    construction: Construction
+    models: tuple[Transformer, ...]
+    seeds: tuple[int, ...]
+    history: list[dict[str, Any]]
+    recipe: Recipe
+    optimum: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    path: Path | None = None
+
+
+def construct(name: str, settings: Mapping[str, Any] | None = None) -> Construction:
+    """The construction of a family: its example settings, with these in their place.
+
+    Raises:
+        ValueError: unknown family or setting, or a setting out of range.
+    """
+    return _construct(name, {**_family(name).example(), **(settings or {})})
+
+
+def _family(name: str) -> Any:
+    if name not in CATALOGUE:
+        raise ValueError(f"unknown family {name!r}, must be one of {', '.join(sorted(CATALOGUE))}")
+    return CATALOGUE[name]
+
+
+def _construct(name: str, settings: Mapping[str, Any]) -> Construction:
+    family = _family(name)
+    known = inspect.signature(family.construct).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for setting in settings:
+        if setting not in known and not free:
+            raise ValueError(
+                f"unknown setting {setting!r} of {name}, must be one of {', '.join(known)}"
+            )
+    try:
+        return family(**settings)
+    except TypeError as error:  # a string where a number is wanted, say
+        raise ValueError(f"settings {dict(settings)} of {name}: {error}") from error
+
+
+def _plain(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON has them: arrays and tuples become lists."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, np.ndarray | np.generic | jax.Array):
+            return np.asarray(value).tolist()
+        raise ValueError(f"settings of {name}: {value!r} cannot be written as JSON")
+
+    return json.loads(json.dumps(dict(settings), default=one, allow_nan=False))
+
+
+def fit_family(
+    name: str,
+    settings: Mapping[str, Any] | None = None,
+    out: str | PathLike[str] | None = None,
+    *,
+    quick: bool = False,
+    seed: int | None = None,
+    seeds: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+    progress: Callable[[Mapping[str, Any]], object] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Fit the counterpart of a family's construction.
+
+    Args:
+        name: in the catalogue.
+        settings: of the construction, in place of its example settings.
+        out: the run directory; None keeps nothing.
+        quick: use the settings for a demonstration, where the counterpart has them.
+        seed, seeds: one seed (0 if neither is given), or several that are fitted at once.
+        mesh, progress: as in `synthetic.train.fit`.
+        resume: continue the run in `out`. What is left out is then what the run was started with.
+        overwrite: replace the run in `out`.
+        **overrides: fields of the recipe.
+
+    Raises:
+        ValueError: an argument out of range, named.
+        RunError: `out` exists, or cannot be resumed with these settings.
+        NonFiniteLossError: names the step.
+    """
+    given = dict(settings or {})
+    if seed is not None and seeds is not None:
+        raise ValueError(f"seed={seed}, seeds={list(seeds)}: give one of them")
+    if resume:
+        if out is None:
+            raise ValueError("out=None: resume=True needs a run directory")
+        old = _read_config(RunDirectory(out), everywhere=True)
+        if old["family"] != name:
+            raise RunError(
+                f"{RunDirectory(out).config}: family: {old['family']!r}, asked for {name!r}"
+            )
+        settings = {**old["settings"], **given}
+        if seed is None and seeds is None:
+            seed, seeds = old.get("seed"), old.get("seeds")
+        base = _recipe(RunDirectory(out), old)
+    else:
+        settings = {**_family(name).example(), **given}
+        base = None
+    construction = _construct(name, settings)
+    settings = _plain(name, settings)
+    counterpart = construction.counterpart()
+    if base is None:
+        base = counterpart.quick if quick and counterpart.quick else counterpart.recipe
+    result = fit(
+        counterpart.init,
+        counterpart.task,
+        base,
+        predict=construction.apply,
+        metrics=counterpart.metrics,
+        optimum=counterpart.optimum,
+        seed=seed or 0,
+        seeds=seeds,
+        mesh=mesh,
+        progress=progress,
+        out=out,
+        config={"family": name, "settings": settings, "dtype": str(jnp.zeros(0).dtype)},
+        resume=resume,
+        overwrite=overwrite,
+        **overrides,
+    )
+    return Run(
+        family=name,
+        settings=settings,
+        construction=construction,
+        models=tuple(result.models),  # type: ignore[arg-type]
+        seeds=result.seeds,
+        history=result.history,
+        recipe=result.recipe,
+        optimum=counterpart.optimum,
+        seconds=result.seconds,
+        path=None if out is None else Path(out),
+    )
+
+
+def load_run(path: str | PathLike[str]) -> Run:
+    """Read a finished run.
+
+    Raises:
+        RunError: one line that names the file and the field: no run, truncated, foreign, of
+            another version, or weights whose names, shapes or dtypes are not the family's.
+    """
+    run = RunDirectory(path)
+    config, construction, counterpart = _rebuild(run)
+    if not run.model.exists():
+        raise RunError(f"{run.model}: missing: the fit has not ended; resume it")
+    arrays, _ = load_state(run.model)
+    return Run(
+        family=config["family"],
+        settings=config["settings"],
+        construction=construction,
+        models=_models(arrays, counterpart, config, run.model),
+        seeds=_seeds(config),
+        history=run.records(),
+        recipe=_recipe(run, config),
+        optimum=counterpart.optimum,
+        path=run.path,
+    )
+
+
+def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transformer, ...]]]:
+    """The models along a fit, by step: one a seed, the averaged parameters where it averages.
+
+    Checkpoints that are cut off are left out. A run keeps its last few only.
+
+    Raises:
+        RunError: as `load_run`; the fit need not have ended.
+    """
+    run = RunDirectory(path)
+    config, _, counterpart = _rebuild(run)
+    if not run.checkpoints.is_dir():
+        return []
+    found = []
+    with Checkpoints(run.checkpoints) as checkpoints:
+        for step in checkpoints.steps():
+            arrays = checkpoints._read(step)
+            if arrays is None:
+                continue
+            tree: dict[str, dict[str, np.ndarray]] = {}
+            for name, array in arrays.items():
+                part, _, rest = name.partition("/")
+                tree.setdefault(part, {})[rest] = array
+            flat = {**(tree.get("average") or tree.get("params", {})), **tree.get("rest", {})}
+            where = run.checkpoints / str(step)
+            found.append((step, _models(flat, counterpart, config, where)))
+    return found
+
+
+def _read_config(run: RunDirectory, *, everywhere: bool = False) -> dict[str, Any]:
+    """The checked config; `everywhere` reads it on the first process, for all of them."""
+
+    def read() -> dict[str, Any]:
+        config = run.read_config(KIND, fields=FIELDS)
+        for name, kind in (("family", str), ("settings", dict), ("recipe", dict)):
+            if not isinstance(config[name], kind):
+                raise RunError(f"{run.config}: {name}: {config[name]!r}, must be a {kind.__name__}")
+        if config["dtype"] not in ("float32", "float64"):
+            raise RunError(f"{run.config}: dtype: {config['dtype']!r}, must be float32 or float64")
+        try:
+            _seeds(config)
+        except (KeyError, TypeError, ValueError):
+            found = config.get("seeds", config.get("seed"))
+            raise RunError(f"{run.config}: seed: {found!r}, must be an integer") from None
+        return config
+
+    if not everywhere:
+        return read()
+    return json.loads(devices.on_first_process(lambda: json.dumps(read()).encode()))
+
+
+def _seeds(config: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(map(int, config["seeds"])) if "seeds" in config else (int(config["seed"]),)
+
+
+def _recipe(run: RunDirectory, config: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.from_json(config["recipe"])
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{run.config}: recipe: {error}") from error
+
+
+def _rebuild(run: RunDirectory) -> tuple[dict[str, Any], Construction, Counterpart]:
+    config = _read_config(run)
+    if config["family"] not in CATALOGUE:
+        known = ", ".join(sorted(CATALOGUE))
+        raise RunError(f"{run.config}: family: {config['family']!r}, must be one of {known}")
+    try:
+        construction = _construct(config["family"], config["settings"])
+    except ValueError as error:
+        raise RunError(f"{run.config}: settings: {error}") from error
+    return config, construction, construction.counterpart()
+
+
+def _models(
+    arrays: Mapping[str, np.ndarray], counterpart: Counterpart, config: Mapping[str, Any], path: Path
+) -> tuple[Transformer, ...]:
+    """One model a seed from arrays that were checked against the counterpart's structure."""
+    stacked = len(config["seeds"]) if "seeds" in config else None
+    # the run's own precision, whatever this process' default is
+    with jax.enable_x64(config["dtype"] == "float64"):
+        structure: list[Any] = []
+
+        def abstract(key: jax.Array) -> Any:
+            graphdef, state = nnx.split(counterpart.init(key))
+            structure.append(graphdef)
+            return named(state), state
+
+        shapes, like = jax.eval_shape(abstract, jax.random.key(0))
+        lead = () if stacked is None else (stacked,)
+        wanted = {n: jax.ShapeDtypeStruct((*lead, *a.shape), a.dtype) for n, a in shapes.items()}
+        check_arrays(arrays, wanted, path)
+
+        def model(index: int) -> Any:
+            own = {n: jnp.asarray(a if stacked is None else a[index]) for n, a in arrays.items()}
+            return nnx.merge(structure[0], unnamed(own, like))
+
+        return tuple(model(index) for index in range(stacked or 1))

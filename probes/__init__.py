@@ -1,0 +1,1 @@
+"""How far a trained model is its construction: interventions, probes, claims and the report."""

@@ -1,0 +1,201 @@
+"""Everything that a report shows, as plain data: one call a section, none of them family-specific.
+
+A section that does not apply to a family (weights of a model without a canonical form, say) is
+left out; `Comparison.omitted` says why.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from constructions.family import Certificate
+from constructions.runs import Run
+from probes import sections
+from probes.ledger import Row, ledger
+from probes.sections import Curves, NotApplicable, Patches, ScaleCurve, Weights
+from probes.table import ProbeTable, probe_table
+
+FORMAT, VERSION = "orrery-report", 1
+#: Trained models that the probe table has a column for.
+PROBED = 1
+
+@dataclass(frozen=True)
+class Comparison:
+    """A construction beside its trained counterparts; see the classes of its parts.
+
+    Attributes:
+        reproduce: commands, settings, seeds, versions and seconds.
+        omitted: section -> why it is missing.
+    """
+
+    family: str
+    about: str
+    source: str
+    settings: dict[str, Any]
+    seeds: tuple[int, ...]
+    certificate: Certificate
+    rows: list[Row]
+    curves: Curves | None
+    weights: list[Weights] | None
+    probes: ProbeTable | None
+    patches: Patches | None
+    scale_curve: ScaleCurve | None
+    reproduce: dict[str, Any]
+    omitted: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many claims hold, are refuted, are void."""
+        verdicts = [row.verdict for row in self.rows]
+        return {verdict: verdicts.count(verdict) for verdict in ("holds", "refuted", "void")}
+
+    @property
+    def verdict(self) -> str:
+        """The comparison in one sentence."""
+        models = f"{len(self.seeds)} trained model" + ("s" if len(self.seeds) != 1 else "")
+        if self.rows:
+            first = f"{self.counts['holds']} of {len(self.rows)} claims hold on {models}"
+        else:
+            first = f"The family makes no claims at these settings; {models} fitted"
+        exact = max(self.certificate.errors, key=lambda e: e.dtype)
+        if not self.certificate.passed:
+            return f"{first}; the construction FAILS its certificate"
+        return f"{first}; construction exact to {exact.max_rel_error:.0e} in {exact.dtype}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; numbers that are not finite become None."""
+        parts = {
+            name: None if part is None else asdict(part)
+            for name, part in (
+                ("curves", self.curves),
+                ("patches", self.patches),
+                ("scale_curve", self.scale_curve),
+            )
+        }
+        weights = None if self.weights is None else [asdict(w) for w in self.weights]
+        return _finite(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "family": self.family,
+                "settings": self.settings,
+                "seeds": list(self.seeds),
+                "verdict": self.verdict,
+                "counts": self.counts,
+                "certificate": self.certificate.to_json(),
+                "claims": [row.to_json() for row in self.rows],
+                **parts,
+                "weights": weights,
+                "probes": None if self.probes is None else self.probes.to_json(),
+                "omitted": self.omitted,
+                "reproduce": self.reproduce,
+            }
+        )
+
+
+def compare(
+    run: Run,
+    *,
+    about: str = "",
+    source: str = "",
+    seed: int = 0,
+    batch: int = 4096,
+    commands: Sequence[str] = (),
+    progress: Callable[[str], object] = lambda _: None,
+) -> Comparison:
+    """Compare the trained models of a run with their construction.
+
+    Args:
+        run: a fit of one or several seeds.
+        about, source: of the family, for the heading.
+        seed: of all inputs and controls.
+        batch: inputs per statistic.
+        commands: what to type to make this comparison again.
+        progress: called with the name of each section.
+    """
+    construction, models = run.construction, run.models
+    reference = construction.compile().model
+    omitted: dict[str, str] = {}
+    began = time.perf_counter()
+
+    def section(name: str, function: Callable[[], Any]) -> Any:
+        progress(name)
+        try:
+            return function()
+        except NotApplicable as error:
+            omitted[name] = str(error)
+            return None
+
+    certificate = section("certificate", lambda: construction.compile().certificate)
+    rows = section("claims", lambda: ledger(construction, models, seed=seed, batch=batch))
+    named = {f"trained {s}": m for s, m in zip(run.seeds[:PROBED], models, strict=False)}
+    parts = {
+        "curves": section("curves", lambda: sections.curves(run, reference, seed, batch)),
+        "weights": section("weights", lambda: sections.weights(construction, models, reference)),
+        "probes": section(
+            "probes", lambda: probe_table(construction, named, jax.random.key(seed))
+        ),
+        "patches": section(
+            "patches", lambda: sections.patches(construction, models, reference, seed)
+        ),
+        "scale_curve": section(
+            "scale_curve",
+            lambda: sections.scale_curve(construction, models, reference, seed, batch),
+        ),
+    }
+    seconds = {**run.seconds, "compare": time.perf_counter() - began}
+    return Comparison(
+        family=run.family,
+        about=about,
+        source=source,
+        settings=run.settings,
+        seeds=run.seeds,
+        certificate=certificate,
+        rows=rows,
+        reproduce=_reproduce(run, seed, batch, commands, seconds),
+        omitted=omitted,
+        **parts,
+    )
+
+
+def _reproduce(
+    run: Run, seed: int, batch: int, commands: Sequence[str], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    packages = ("orrery", "jax", "flax", "optax", "numpy")
+    device = jax.devices()[0]
+    return {
+        "commands": list(commands),
+        "settings": run.settings,
+        "recipe": run.recipe.to_json(),
+        "seeds": list(run.seeds),
+        "seed of inputs and controls": seed,
+        "inputs per statistic": batch,
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value

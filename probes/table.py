@@ -1,0 +1,273 @@
+"""The probe table: every named value of an algorithm, probed for in several models, with controls.
+
+Rows are the values that `construction.trace` names, step by step, at the tokens that own them;
+columns are the models asked about, then the compiled construction, the probe on the embedding
+alone, a model of the same class at random initialisation, and the control task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from constructions.family import Construction
+from probes.linear import Ridge, Split, ridge, split
+from probes.sites import Subject, activations, variables
+
+CONTROLS = ("construction", "input-only", "random init", "control task")
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeTable:
+    """Held-out R^2 of ridge probes.
+
+    Attributes:
+        names: of the rows, "value, step, tokens".
+        columns: the models, then `CONTROLS`.
+        values: `[row, column]`, the R^2 on test sequences at the layer that is best on validation
+            sequences. The control task probes the first model for shuffled targets.
+        layers: `[row, column]`, that layer (0 is the embedding).
+        by_layer: column -> `[row, layer]`, test R^2 at every layer.
+        constant: values left out because they do not vary between inputs.
+    """
+
+    names: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: np.ndarray
+    layers: np.ndarray
+    by_layer: Mapping[str, np.ndarray]
+    constant: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """The table as text: R^2, and the layer in brackets."""
+        lines = [["value, step, tokens", *self.columns]]
+        lines += [
+            [name, *(f"{v:.3f} ({layer})" for v, layer in zip(row, layers, strict=True))]
+            for name, row, layers in zip(self.names, self.values, self.layers, strict=True)
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
+        return "\n".join(
+            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
+            for line in lines
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; NaN becomes None."""
+
+        def plain(array: np.ndarray) -> list[list[float | None]]:
+            return [[None if np.isnan(v) else float(v) for v in row] for row in array]
+
+        return {
+            "names": list(self.names),
+            "columns": list(self.columns),
+            "values": plain(self.values),
+            "layers": self.layers.tolist(),
+            "by_layer": {name: plain(array) for name, array in self.by_layer.items()},
+            "constant": list(self.constant),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One value at one step, at some tokens: `values` `[batch, token, entry]`.
+
+    `tokens` is None for a value without an owner: the probe then reads the tokens that are read out
+    and the mean over all tokens, joined.
+    """
+
+    name: str
+    step: int | None
+    tokens: tuple[int, ...] | None
+    role: str
+    values: np.ndarray
+
+    @property
+    def row(self) -> str:
+        """The row of the table that it counts towards."""
+        step = "" if self.step is None else f", step {self.step}"
+        return f"{self.name}{step}, {self.role}"
+
+
+def probe_table(
+    construction: Construction,
+    models: Mapping[str, Subject],
+    key: Array,
+    *,
+    names: tuple[str, ...] | None = None,
+    batch: int = 512,
+    site: str = "residual",
+) -> ProbeTable:
+    """Which intermediate values of the algorithm can be read off which model, and where?
+
+    For every name in `construction.trace` and every step, ridge probes (`probes.linear`) on the
+    stream of the tokens that own the value, at every layer. Read a number against its neighbours:
+    what the input-only column explains needs no model, what random init explains needs no training.
+    A value that the algorithm never changes is probed for once.
+
+    It misleads where a model holds a value in other tokens than the construction does, or not
+    linearly; and the best of many layers is chosen on validation sequences, but chosen.
+
+    Args:
+        construction: whose algorithm it is.
+        models: column -> `Transformer`, or a function from inputs to `{site: [layer, batch, token,
+            feature]}` with the construction's tokens. The first is what the control task is run on.
+        key: of inputs, splits, random initialisation and control task.
+        names: of the values, all of the trace if None.
+        batch: number of sequences.
+        site: what is probed; its axes must begin with tokens.
+
+    ValueError for an unknown name, no model, a column that is named like a control, or activations
+    of the wrong shape.
+    """
+    if not models or set(models) & set(CONTROLS):
+        raise ValueError(f"models are named {list(models)}, must be some, and none of {CONTROLS}")
+    draw, cut, shuffle, init = jax.random.split(key, 4)
+    inputs = construction.sample(draw, batch)
+    compiled = construction.compile().model
+    initial = construction.counterpart().init(init)
+    subjects: dict[str, Subject] = {**models, "construction": compiled, "random init": initial}
+    embedded = construction.embed(compiled, *inputs)
+    features = {
+        name: _features(activations(construction, subject, (site,))(*inputs), site, embedded, name)
+        for name, subject in subjects.items()
+    }
+    features["input-only"] = np.asarray(embedded.stream)[None]
+    targets, constant = _varying(
+        _targets(construction, inputs, embedded, names, compiled.config.depth)
+    )
+    parts = split(cut, batch)
+    order = np.asarray(jax.random.permutation(shuffle, batch))
+    first, read = next(iter(models)), np.arange(embedded.stream.shape[1])[embedded.read]
+    scores = {
+        name: _scores(array, targets, parts, read, order if name == first else None)
+        for name, array in features.items()
+    }
+    columns = (*models, *CONTROLS)
+    rows = tuple(dict.fromkeys(target.row for target in targets))
+    values = np.full((len(rows), len(columns)), np.nan)
+    layers = np.zeros(values.shape, int)
+    by_layer = {}
+    for c, column in enumerate(columns):
+        real = scores[first if column == "control task" else column]
+        total = [real[row][0] for row in rows]
+        shown = [real[row][1] for row in rows] if column == "control task" else total
+        layers[:, c] = [np.argmax(r2[:, 1]) for r2 in total]
+        by_layer[column] = np.array([r2[:, 2] for r2 in shown])
+        values[:, c] = by_layer[column][np.arange(len(rows)), layers[:, c]]
+    return ProbeTable(rows, columns, values, layers, by_layer, constant)
+
+
+def _features(found: Mapping[str, Array], site: str, embedded: Any, name: str) -> np.ndarray:
+    """`[layer, batch, token, feature]`."""
+    if site not in found:
+        raise ValueError(f"activations of '{name}' hold {sorted(found)}, must hold '{site}'")
+    array = np.asarray(found[site])
+    if array.ndim < 4 or array.shape[1:3] != embedded.stream.shape[:2]:
+        raise ValueError(
+            f"'{site}' of '{name}' has shape {array.shape}, must be [layer, "
+            f"{', '.join(map(str, embedded.stream.shape[:2]))}, feature]"
+        )
+    return array.reshape(*array.shape[:3], -1)
+
+
+def _targets(
+    construction: Construction, inputs: Any, embedded: Any, names: Any, depth: int
+) -> Iterator[Target]:
+    trace = {name: np.asarray(a) for name, a in construction.trace(*inputs).items()}
+    for name in names or ():
+        if name not in trace:
+            raise ValueError(f"unknown value '{name}', must be one of {sorted(trace)}")
+    kinds = np.asarray(embedded.groups).reshape(-1, embedded.stream.shape[1])[0]
+    labels = np.asarray(construction.program.token_groups)[kinds]
+    placed = variables(construction, depth, inputs)
+    for name in names or trace:
+        flat = trace[name].reshape(len(trace[name]), -1)
+        if name not in placed:
+            # what nobody owns has steps if its first axis counts the layers
+            steps = trace[name].shape[1] if trace[name].ndim > 2 else 1
+            steps = steps if steps == depth + 1 else 1
+            for step, values in enumerate(np.split(flat, steps, axis=1)):
+                number = step if steps > 1 else None
+                yield Target(name, number, None, "pooled", values[:, None])
+            continue
+        _, layer, token, column = (np.ravel(a) for a in placed[name])
+        for number in np.unique(layer):
+            for tokens, entries in _blocks(np.flatnonzero(layer == number), token, column):
+                role = "+".join(dict.fromkeys(labels[list(tokens)]))
+                yield Target(name, int(number), tokens, role, flat[:, entries])
+
+
+def _blocks(
+    entries: np.ndarray, token: np.ndarray, column: np.ndarray
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Entries `[token, column]` of columns that the same tokens own: one probe serves them all."""
+    owners: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for c in np.unique(column[entries]):
+        own = entries[column[entries] == c]
+        own = own[np.argsort(token[own], kind="stable")]
+        owners.setdefault(tuple(token[own].tolist()), []).append(own)
+    for tokens, columns in owners.items():
+        yield tokens, np.stack(columns, -1)
+
+
+def _varying(targets: Iterator[Target]) -> tuple[list[Target], tuple[str, ...]]:
+    """Targets without constants and without repetitions of the step before."""
+    kept: list[Target] = []
+    constant: list[str] = []
+    last: dict[Any, np.ndarray] = {}
+    for target in targets:
+        values = target.values
+        if np.ptp(values, axis=0).max() <= 1e-6 * max(1.0, float(np.abs(values).max())):
+            constant.append(target.row)
+            continue
+        same = (target.name, target.tokens, values.shape)
+        if same not in last or not np.array_equal(last[same], values):
+            kept.append(target)
+        last[same] = values
+    return kept, tuple(dict.fromkeys(constant))
+
+
+def _scores(
+    features: np.ndarray,
+    targets: list[Target],
+    parts: Split,
+    read: np.ndarray,
+    order: np.ndarray | None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Row -> R^2 `[layer, part]`, of the targets and of the targets in another order."""
+    sums: dict[str, list[np.ndarray]] = {}
+
+    def alike(target: Target) -> tuple[Any, ...]:
+        return target.name, str(target.tokens), target.values.shape
+
+    for _, same in groupby(sorted(targets, key=alike), alike):
+        chosen = list(same)
+        y = np.stack([target.values for target in chosen])
+        if order is not None:
+            y = np.concatenate([y, y[:, order]])
+        x = _pooled(features, read) if chosen[0].tokens is None else features[:, :, chosen[0].tokens]
+        fit: Ridge = ridge(jnp.asarray(x), jnp.asarray(y), parts)
+        both = np.asarray(jnp.stack([fit.residual, fit.total]), float)  # [2, layer, step, part]
+        both = both.reshape(*both.shape[:2], -1, len(chosen), both.shape[-1])
+        for number, target in enumerate(chosen):
+            sums.setdefault(target.row, []).append(both[:, :, :, number])
+    result = {}
+    for row, blocks in sums.items():
+        residual, total = np.sum(blocks, axis=0)
+        r2 = 1 - residual / total  # [layer, real or shuffled, part]
+        result[row] = (r2[:, 0], r2[:, -1])
+    return result
+
+
+def _pooled(features: np.ndarray, read: np.ndarray) -> np.ndarray:
+    """`[layer, batch, 1, ...]`: the mean over tokens, then the tokens that are read out."""
+    ends = features[:, :, read].reshape(*features.shape[:2], -1)
+    return np.concatenate([features.mean(2), ends], axis=-1)[:, :, None]

@@ -1,0 +1,238 @@
+"""`fit`: any Flax NNX module on any task, in jitted chunks of steps with data made on the device.
+
+A step is a pure function of the training state and the step's number: the data of step `t` come
+from `fold_in(data_key, t)`. Resuming therefore needs nothing but the state, and repeats the bits of
+an uninterrupted fit.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from synthetic.minimize import Minimum, minimize
+from synthetic.recipe import Recipe
+from synthetic.recorder import Recorder
+from synthetic.runs import RunDirectory, finite
+from synthetic.step import Program, TrainingState, make_program
+from synthetic.task import Task
+
+__all__ = ["Fit", "Minimum", "NonFiniteLossError", "Recipe", "fit", "minimize", "print_progress"]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss, gradient or parameter stopped being finite.
+
+    Attributes:
+        step: the first step, counted from 0, at which it was seen.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The result of `fit`.
+
+    Attributes:
+        models: the fitted model of every seed: the averaged parameters where the recipe averages,
+            else the last iterate.
+        last_models: the last iterate of every seed.
+        history: one record per chunk, as in `metrics.jsonl`: "step" (steps done), "loss" and
+            "gradient_norm" (means over the chunk's steps), "excess" where the optimum is known, and
+            the metrics; lists over seeds where `seeds` was given.
+        step: steps done.
+        seconds: wall time of this call, {"compile": ..., "run": ...}.
+        recipe: the settings.
+        seeds: the seeds, in the order of `models`.
+    """
+
+    models: tuple[nnx.Module, ...]
+    last_models: tuple[nnx.Module, ...]
+    history: list[dict[str, Any]]
+    step: int
+    seconds: dict[str, float]
+    recipe: Recipe
+    seeds: tuple[int, ...]
+
+    @property
+    def model(self) -> Any:
+        """The fitted model of the first seed."""
+        return self.models[0]
+
+    @property
+    def last(self) -> Any:
+        """The last iterate of the first seed."""
+        return self.last_models[0]
+
+
+def fit(
+    model: nnx.Module | Callable[[Array], nnx.Module],
+    task: Task,
+    recipe: Recipe | None = None,
+    *,
+    predict: Callable[..., Any] | None = None,
+    metrics: Callable[[Any], Mapping[str, Any]] | None = None,
+    optimum: float | None = None,
+    optimizer: str | optax.GradientTransformation | None = None,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+    progress: Callable[[Mapping[str, Any]], object] | None = None,
+    out: str | PathLike[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> Fit:
+    """Minimises the mean of `task.loss(predict(model, *inputs), batch)` over fresh batches.
+
+    The same seed on the same number of devices gives the same bits. The model passed in is left
+    unchanged. Only `nnx.Param`s are trained; other state is carried along.
+
+    Args:
+        model: a module, or a function from a key to one (each seed then draws its own weights).
+        task: what to sample and the loss per example.
+        recipe: the settings; None takes the defaults of `Recipe`.
+        predict: `predict(model, *inputs)`; None calls the model.
+        metrics: `metrics(model) -> {name: scalar}`, evaluated inside the jitted call at each
+            chunk's end, on the averaged parameters where the recipe averages.
+        optimum: the least attainable loss, above 0; adds `excess = (loss - optimum) / optimum`.
+        optimizer: a name for `Recipe.optimizer`, or an optax transformation used in place of the
+            recipe's optimiser, schedule and clipping.
+        seed: the seed of the weights (where `model` is a function) and the data.
+        seeds: several seeds, fitted at once; needs `model` to be a function.
+        mesh: from `devices.mesh`: splits seeds and batch over devices. None uses one device.
+        progress: called with each record, and "steps" and "steps_per_second".
+        out: the run directory; config, metrics, checkpoints and the fitted model are kept there.
+        config: further JSON entries of `config.json`, such as how to rebuild the model.
+        resume: continue the run in `out` from its newest readable checkpoint.
+        overwrite: replace a run in `out`.
+        **overrides: fields of `Recipe`, such as `steps=200`.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named.
+        RunError: `out` exists, or cannot be resumed with these settings.
+        NonFiniteLossError: names the step; the last checkpoint, whose parameters are finite, stays
+            in `out`.
+    """
+    recipe = Recipe() if recipe is None else recipe
+    if optimizer is not None:
+        overrides["optimizer"] = optimizer if isinstance(optimizer, str) else "custom"
+    recipe = dataclasses.replace(recipe, **overrides)
+    if optimum is not None and not (math.isfinite(optimum) and optimum > 0):
+        raise ValueError(f"optimum={optimum}: must be finite and above 0")
+    if (resume or overwrite) and out is None:
+        raise ValueError(f"out=None: resume={resume}, overwrite={overwrite} need a run directory")
+    if resume and overwrite:
+        raise ValueError("resume=True, overwrite=True: choose one")
+
+    began = time.perf_counter()
+    program = make_program(
+        model,
+        task,
+        recipe,
+        predict=predict,
+        metrics=metrics,
+        transformation=None if isinstance(optimizer, str) else optimizer,
+        seed=seed,
+        seeds=seeds,
+        mesh=mesh,
+    )
+    which = {"seed": seed} if seeds is None else {"seeds": list(seeds)}
+    settings = {"recipe": recipe.to_json(), **which, "optimum": optimum, **(config or {})}
+    run = None if out is None else RunDirectory(out)
+    with Recorder(run, recipe.checkpoint_every) as recorder:
+        recorder.check(settings, resume=resume, overwrite=overwrite)
+        state = program.init()
+        # Compiled first: a model that does not fit its task then leaves no directory behind.
+        advance = program.compile(state)
+        step, restored, history = recorder.open(settings, state, resume=resume, overwrite=overwrite)
+        if restored is not None:
+            state = program.lay_out(restored)
+        compiled = time.perf_counter()
+        while step < recipe.steps:
+            lap = time.perf_counter()
+            stop = min((step // program.length + 1) * program.length, recipe.steps)
+            state, report = advance(state, step, stop)
+            record = _record(program, report, step, stop, optimum)
+            history.append(record)
+            recorder.record(record)
+            if progress is not None:
+                rate = (stop - step) / (time.perf_counter() - lap)
+                progress({**record, "steps": recipe.steps, "steps_per_second": rate})
+            step = stop
+            following = None if step == recipe.steps else step + program.length
+            if recorder.due(step, following):
+                recorder.save(step, program.host(state))
+        host = program.host(state)
+        recorder.finish(_arrays(host), settings)
+    ended = time.perf_counter()
+    return Fit(
+        models=tuple(program.modules(host, averaged=True)),
+        last_models=tuple(program.modules(host, averaged=False)),
+        history=history,
+        step=step,
+        seconds={"compile": compiled - began, "run": ended - compiled},
+        recipe=recipe,
+        seeds=program.seeds,
+    )
+
+
+def print_progress(record: Mapping[str, Any]) -> None:
+    """Prints a record of `fit` as one line on stderr: loss, excess over the optimum, speed."""
+    from rich.console import Console
+
+    def shown(name: str, form: str) -> str:
+        value = record[name]
+        values = value if isinstance(value, list) else [value]
+        return " ".join("n/a" if x is None else format(x, form) for x in values)
+
+    parts = [f"step {record['step']}/{record['steps']}", f"loss {shown('loss', '.6g')}"]
+    if "excess" in record:
+        parts.append(f"excess over the optimum {shown('excess', '.3%')}")
+    parts.append(f"{record['steps_per_second']:.0f} steps/s")
+    Console(stderr=True, highlight=False, soft_wrap=True).print("  ".join(parts))
+
+
+def _record(
+    program: Program, report: Mapping[str, Any], start: int, stop: int, optimum: float | None
+) -> dict[str, Any]:
+    """The record of a chunk, from what the jitted call reported; raises NonFiniteLossError."""
+    count = stop - start
+    means: dict[str, Any] = {}
+    for name in ("loss", "gradient_norm"):
+        values = np.asarray(report[name], np.float64)[:count]
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            step, *seed = bad[0].tolist()
+            where = f" of seed {program.seeds[seed[0]]}" if seed else ""
+            raise NonFiniteLossError(
+                f"{name.replace('_', ' ')}{where} is {values[tuple(bad[0])]} at step "
+                f"{start + step}",
+                start + step,
+            )
+        means[name] = values.mean(axis=0)
+    if not report["finite"]:
+        raise NonFiniteLossError(f"a parameter is not finite after step {stop - 1}", stop - 1)
+    if optimum is not None:
+        means["excess"] = (means["loss"] - optimum) / optimum
+    measured = {name: np.asarray(value) for name, value in report["metrics"].items()}
+    values = {name: value.tolist() for name, value in {**means, **measured}.items()}
+    return finite({"step": stop, **values})
+
+
+def _arrays(state: TrainingState) -> dict[str, Any]:
+    params = state.params if state.average is None else state.average
+    return {**params, **state.rest}

@@ -1,0 +1,43 @@
+"""Set-up shared by all tests: types checked at run time, fixed seeds, no display, float64."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before jax or matplotlib is imported; the commands that tests start inherit both.
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers share a GPU
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+# Every annotation of ours, shapes included, is checked at each call. Must come before any import
+# of the three packages.
+jaxtyping.install_import_hook(["constructions", "synthetic", "probes"], "beartype.beartype")
+
+# The first example of a property compiles, so a deadline would measure XLA.
+hypothesis.settings.register_profile(
+    "orrery", deadline=None, derandomize=True, database=None, max_examples=25
+)
+hypothesis.settings.load_profile("orrery")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Run the test in float64: JAX's default float is double for its length."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def nltk_data() -> Path:
+    """The folder with nltk's data (`corpora/treebank`), named by ORRERY_NLTK_DATA."""
+    named = os.environ.get("ORRERY_NLTK_DATA")
+    if not named:
+        pytest.skip("ORRERY_NLTK_DATA does not name a folder that holds nltk's corpora/treebank")
+    folder = Path(named)
+    if not (folder / "corpora" / "treebank").is_dir():
+        pytest.fail(f"ORRERY_NLTK_DATA={named} holds no corpora/treebank")
+    return folder

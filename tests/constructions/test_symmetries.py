@@ -1,0 +1,327 @@
+"""The group leaves the function alone, the canonical form is its invariant, and nothing else is."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from constructions import symmetries
+from constructions.compiler import FAR
+from constructions.config import (
+    Config,
+    HeadsConfig,
+    LayerConfig,
+    MlpConfig,
+    NormConfig,
+    SegmentConfig,
+)
+from constructions.family import Gauge
+from constructions.gradient_descent import GradientDescent
+from constructions.symmetries import (
+    add_gram_pair,
+    canonical,
+    canonical_distance,
+    canonical_distances,
+    change_key_basis,
+    change_value_basis,
+    fill_inert,
+    from_canonical,
+    head_products,
+    layer_tensors,
+    permute_heads,
+    rescale_heads,
+    split_heads,
+    transform,
+)
+from constructions.transformer import Transformer
+from flax import nnx
+
+WIDTH, TOKENS = 5, 6
+KINDS = jnp.asarray([0, 0, 0, 0, 1, 1])
+ALL = Gauge(np.eye(WIDTH), np.eye(WIDTH))
+MASKS = {"every": (-FAR, FAR), "causal": (-FAR, 0), "next": (1, 2)}
+ANY = (change_key_basis, change_value_basis, permute_heads, split_heads)
+ACTIONS = (*ANY, rescale_heads, add_gram_pair, transform)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def gauge(read=2, values=3):
+    rng = np.random.default_rng(5)
+    return Gauge(rng.normal(size=(read, WIDTH)), rng.normal(size=(WIDTH, values)))
+
+
+def draw(config, seed=0, mask="causal"):
+    """Random weights; all heads look at tokens of kind 0 through the same window, or None: mixed."""
+    rng = np.random.default_rng(seed)
+
+    def fill(name, shape):
+        if isinstance(shape, dict):
+            return {n: fill(n, s) for n, s in shape.items()}
+        if name == "window":
+            chosen = list(MASKS.values()) if mask is None else [MASKS[mask]]
+            windows = np.asarray(chosen)[rng.integers(len(chosen), size=shape[:-1])]
+            return jnp.asarray(windows, jnp.int32)
+        if name.endswith("groups"):
+            return jnp.broadcast_to(jnp.asarray([True, name == "query_groups"]), shape)
+        return jnp.asarray(rng.normal(size=shape) / 2)
+
+    return Transformer(config, fill("", config.shapes()))
+
+
+def config(*mixers, depth=1, bias=False, tied=False, **layer):
+    heads = tuple(HeadsConfig(m, 2 + n, 3 - n, 1 + n, bias) for n, m in enumerate(mixers))
+    segment = SegmentConfig((LayerConfig(heads, **layer),), depth, tied)
+    return Config(WIDTH, (segment,), ("context", "query"))
+
+
+def stream(seed=1, batch=3):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, TOKENS, WIDTH)))
+
+
+def equal(a, b, tolerance=1e-10):
+    return np.allclose(a, b, rtol=0, atol=tolerance * float(jnp.sqrt(jnp.mean(jnp.square(b)))))
+
+
+def brute_force(model, layer):
+    """T of one layer, entry by entry from the stored weights."""
+    t = np.zeros((WIDTH,) * 4)
+    for part in model.segments[0].layers[0].heads:
+        w = {n: np.asarray(a)[layer] for n, a in nnx.to_pure_dict(nnx.state(part)).items()}
+        for n in range(len(w["scale"])):
+            a = w["output"][n] @ w["value"][n]
+            b = w["scale"][n] * w["key"][n].T @ w["query"][n]
+            for i, j in np.ndindex(WIDTH, WIDTH):
+                t[:, i, j, :] += (np.outer(a[:, i], b[j]) + np.outer(a[:, j], b[i])) / 2
+    return t
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mixer", ["linear", "centred", "softmax"])
+@pytest.mark.parametrize("act", ACTIONS, ids=lambda f: f.__name__)
+def test_group_leaves_the_function_alone(act, mixer, bias):
+    model = draw(config(mixer, mixer, depth=2, bias=bias), mask=None)
+    before = model(stream(), KINDS)
+    if (act is rescale_heads and mixer == "softmax") or (
+        act is add_gram_pair and mixer != "linear"
+    ):
+        with pytest.raises(TypeError, match=mixer):
+            act(model, jax.random.key(0))
+        return
+    moved = act(model, jax.random.key(0))
+    assert equal(moved(stream(), KINDS), before)
+    assert equal(model(stream(), KINDS), before, 0), "the original model was changed"
+    weights = jax.tree.leaves(nnx.state(model, nnx.Param))
+    others = jax.tree.leaves(nnx.state(moved, nnx.Param))
+    assert any(a.shape != b.shape or not np.allclose(a, b) for a, b in zip(weights, others))
+
+
+@pytest.mark.parametrize("mask", ["causal", None])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("act", ACTIONS, ids=lambda f: f.__name__)
+def test_distance_is_zero_along_orbits(act, tied, mask):
+    model = draw(config("linear", "linear", depth=3, tied=tied), mask=mask)
+    moved = act(model, jax.random.key(1))
+    assert canonical_distance(moved, model, ALL) < 1e-10
+    assert canonical_distances(moved, model, ALL).shape == (3,)
+    if mask is not None:
+        for t, u in zip(canonical(moved, ALL), canonical(model, ALL), strict=True):
+            assert equal(t, u)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_inert_weights(depth):
+    """Without effect on what is read of the query tokens, for queries in the gauge's domain."""
+    model, g = draw(config("linear", "linear", depth=depth)), gauge()
+    moved = fill_inert(model, g, jax.random.key(0))
+    free = np.random.default_rng(2).normal(size=(3, 2, g.query.shape[1]))
+    inputs = stream().at[:, 4:].set(free @ g.query.T)
+
+    def read(m, inputs):
+        return m(inputs, KINDS, read=slice(4, 6)) @ g.read.T
+
+    assert equal(read(moved, inputs), read(model, inputs))
+    assert not equal(moved(inputs, KINDS), model(inputs, KINDS), 1e-3)
+    if depth == 1:
+        assert not equal(read(moved, stream()), read(model, stream()), 1e-3)
+    assert canonical_distance(moved, model, g) < 1e-10
+    assert canonical_distance(moved, model, ALL) > 0.1
+    everything = transform(model, jax.random.key(3), g)
+    assert equal(read(everything, inputs), read(model, inputs))
+    assert canonical_distance(everything, model, g) < 1e-10
+
+
+def test_inert_weights_refused():
+    with pytest.raises(ValueError, match="applied 2 times"):
+        fill_inert(draw(config("linear", depth=2, tied=True)), gauge(), jax.random.key(0))
+    with pytest.raises(TypeError, match="mlp or a norm"):
+        fill_inert(draw(config("linear", mlp=MlpConfig(4))), gauge(), jax.random.key(0))
+
+
+def test_canonical_is_brute_force():
+    model = draw(config("linear", "linear", depth=2))
+    for layer, t in enumerate(canonical(model, ALL)):
+        assert equal(t, brute_force(model, layer), 1e-14)
+    g = gauge()
+    last = canonical(model, g)[-1]
+    assert equal(last, np.einsum("ro,oabc->rabc", g.read, brute_force(model, 1)), 1e-14)
+    (only,) = canonical(single := draw(config("linear")), g)
+    full = brute_force(single, 0)
+    assert equal(only, np.einsum("ro,oabc,cv->rabv", g.read, full, g.query), 1e-14)
+
+
+def test_distance_is_brute_force():
+    one, two = (draw(config("linear", "linear", depth=2), seed) for seed in (0, 1))
+    t, u = (np.stack([brute_force(m, layer) for layer in (0, 1)]) for m in (one, two))
+    expected = np.linalg.norm(t - u) / np.linalg.norm(u)
+    assert equal(canonical_distance(one, two, ALL), expected, 1e-12)
+    each = [np.linalg.norm(t[k] - u[k]) / np.linalg.norm(u[k]) for k in (0, 1)]
+    assert equal(canonical_distances(one, two, ALL), np.asarray(each), 1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_step_size_is_no_symmetry(steps):
+    settings = {"dim_x": 3, "dim_y": 2, "steps": steps, "init_weight": np.ones((2, 3))}
+    built = GradientDescent(**settings, step_size=1.0)
+    gauge, reference = built.gauge(), built.compile().model
+    for factor in (1.1, 0.5):
+        model = GradientDescent(**settings, step_size=factor).compile().model
+        distance = float(canonical_distance(model, reference, gauge))
+        assert distance == pytest.approx(abs(factor - 1), abs=1e-14)
+    looped = GradientDescent(**settings, step_size=1.0, recurrent=True).compile().model
+    assert canonical_distance(looped, reference, gauge) == 0
+    other = GradientDescent(**(settings | {"init_weight": None}), step_size=1.0).compile().model
+    assert canonical_distance(other, reference, gauge) > 0.1
+
+
+def test_other_mask_is_far():
+    """Equal weights that look at other tokens: orthogonal, so sqrt(2) away."""
+    causal, every = (draw(config("linear"), mask=mask) for mask in ("causal", "every"))
+    assert canonical_distance(causal, every, ALL) == pytest.approx(2**0.5)
+    assert not equal(causal(stream(), KINDS), every(stream(), KINDS), 1e-2)
+
+
+def test_jit_and_gradient():
+    model, reference = draw(config("linear", "linear", depth=2)), draw(config("linear"), 1)
+    with pytest.raises(ValueError, match="depth of the model is 2, of the reference 1"):
+        canonical_distance(model, reference, ALL)
+    reference = draw(config("linear", depth=2), 1)
+    g = gauge()
+    distance = nnx.jit(partial(canonical_distance, gauge=g))
+    assert equal(distance(model, reference), canonical_distance(model, reference, g), 1e-14)
+    for t, u in zip(nnx.jit(partial(layer_tensors, gauge=g))(model), canonical(model, g)):
+        assert equal(t, u, 1e-14)
+    with pytest.raises(TypeError, match="masks are traced"):
+        nnx.jit(partial(canonical, gauge=g))(model)
+
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, target):
+        return canonical_distance(nnx.merge(graph, params, rest), target, g)
+
+    leaves = jax.tree.leaves(jax.grad(loss)(params, reference))
+    direction = jax.tree.map(lambda a: jnp.cos(jnp.arange(a.size)).reshape(a.shape), params)
+    slope = sum(jnp.vdot(a, b) for a, b in zip(leaves, jax.tree.leaves(direction), strict=True))
+    step = 1e-5
+    near = [
+        loss(jax.tree.map(lambda a, d, s=s: a + s * step * d, params, direction), reference)
+        for s in (1, -1)
+    ]
+    assert slope == pytest.approx((near[0] - near[1]) / (2 * step), rel=1e-6)
+    flat = jax.grad(loss)(params, model)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(flat)), "NaN where the distance is 0"
+
+
+@pytest.mark.parametrize("mask", list(MASKS))
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_from_canonical(depth, mask):
+    like, g = draw(config("linear", depth=depth), mask=mask), gauge()
+    rng = np.random.default_rng(3)
+    shapes = [t.shape for t in canonical(like, ALL)]
+    tensors = [jnp.asarray(rng.normal(size=s)) / 5 for s in shapes]
+    model = from_canonical(tensors, like, ALL)
+    h = np.asarray(stream())
+    offset = np.arange(TOKENS)[None] - np.arange(TOKENS)[:, None]
+    low, high = MASKS[mask]
+    seen = (low <= offset) & (offset <= high) & (np.asarray(KINDS) == 0)
+    for t in tensors:
+        h = h + np.einsum("oabc,zja,zjb,ij,zic->zio", t, h, h, seen, h, optimize=True)
+    assert equal(model(stream(), KINDS), h)
+    for t, u in zip(canonical(model, ALL), tensors, strict=True):
+        assert equal(t, (u + jnp.swapaxes(u, 1, 2)) / 2)
+    # through a gauge: what is contracted away is inert
+    again = from_canonical(canonical(model, g), like, g)
+    assert canonical_distance(again, model, g) < 1e-10
+    inputs = stream()
+    if depth == 1:
+        inputs = inputs.at[:, 4:].set(inputs[:, 4:, : g.query.shape[1]] @ g.query.T)
+    last = slice(4, 6)
+    assert equal(
+        again(inputs, KINDS, read=last) @ g.read.T, model(inputs, KINDS, read=last) @ g.read.T
+    )
+
+
+def test_from_canonical_shapes():
+    like = draw(config("linear"))
+    with pytest.raises(ValueError, match="2 tensors for a model of 1 layers"):
+        from_canonical(canonical(like, ALL) * 2, like, ALL)
+    with pytest.raises(
+        ValueError, match=r"tensor 0 has shape \(5, 5, 5, 5\), must be \(2, 5, 5, 3"
+    ):
+        from_canonical(canonical(like, ALL), like, gauge())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (config("linear", "softmax"), "layer 1 has softmax heads"),
+        (config("centred"), "layer 1 has centred heads"),
+        (config("linear", bias=True), "layer 1 has biases"),
+        (config("linear", mlp=MlpConfig(3)), "layer 1 has an mlp"),
+        (config("linear", norm=NormConfig()), "layer 1 has a norm"),
+    ],
+)
+def test_only_linear_attention_has_a_canonical_form(bad, message):
+    model, good = draw(bad), draw(config("linear"))
+    for call in (
+        lambda: canonical(model, ALL),
+        lambda: canonical_distance(model, good, ALL),
+        lambda: canonical_distance(good, model, ALL),
+        lambda: from_canonical(canonical(good, ALL), model, ALL),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_mixed_masks_and_gauges_are_refused():
+    with pytest.raises(TypeError, match="layer 1 has heads with different masks"):
+        canonical(draw(config("linear", "linear"), mask=None), ALL)
+    with pytest.raises(ValueError, match=r"must be \[rows, 5\] and \[5, values\]"):
+        canonical(draw(config("linear")), Gauge(np.eye(4), np.eye(5)))
+
+
+@pytest.mark.parametrize("mixer", ["linear", "centred", "softmax"])
+def test_head_products_are_invariants(mixer):
+    """Of both changes of basis, for any mixer; looped models show their layers once per loop."""
+    model = draw(config(mixer, mixer, depth=3, tied=True))
+    found = head_products(model)
+    assert found.output_value.shape == found.key_query.shape == (3, 5, WIDTH, WIDTH)
+    moved = change_value_basis(change_key_basis(model, jax.random.key(0)), jax.random.key(1))
+    for a, b in zip(head_products(moved), found, strict=True):
+        assert equal(a, b)
+    part = model.segments[0].layers[0].heads[1]
+    a = part.output[...][0, 2] @ part.value[...][0, 2]
+    assert equal(found.output_value[2, 4], a, 1e-14)
+
+
+def test_every_action_is_tested():
+    public = {
+        n
+        for n, f in vars(symmetries).items()
+        if getattr(f, "__module__", "") == symmetries.__name__
+    }
+    acts = {
+        n for n in public if n.split("_")[0] in ("change", "permute", "split", "rescale", "add")
+    }
+    assert acts == {f.__name__ for f in ACTIONS} - {"transform"}

@@ -1,0 +1,475 @@
+"""The transformer against loops in numpy, its sites against one another, and its NNX side."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain_numpy
+import pytest
+from constructions.config import (
+    WIRING,
+    Config,
+    HeadsConfig,
+    LayerConfig,
+    MlpConfig,
+    NormConfig,
+    SegmentConfig,
+)
+from constructions.transformer import SITES, Edit, Transformer, Wiring, randomise
+from flax import nnx
+
+WIDTH = 6
+KINDS = ("word", "prefix", "stop")
+
+PLAIN = LayerConfig(heads=(HeadsConfig("linear", 2, 3, 2),))
+RICH = LayerConfig(
+    heads=(
+        HeadsConfig("softmax", 2, 3, 2, bias=True),
+        HeadsConfig("linear", 1, 1, 4),
+        HeadsConfig("centred", 3, 2, 1, bias=True),
+    ),
+    mlp=MlpConfig(5, "gelu", bias=True),
+    norm=NormConfig("layer", affine=True),
+    mlp_norm=NormConfig("rms", eps=1e-3, affine=True),
+)
+SLOTTED = LayerConfig(
+    heads=(HeadsConfig("softmax", 1, 2, 2),),
+    mlp=MlpConfig(3, "identity", gated=True),
+    norm=NormConfig("rms", read=(0, 2), write=(3, 5)),
+)
+GATED = LayerConfig(mlp=MlpConfig(4, "tanh", gated=True, bias=True))
+RELU = LayerConfig(
+    heads=(HeadsConfig("linear", 1, 2, 2, bias=True),),
+    mlp=MlpConfig(2, "relu"),
+    mlp_norm=NormConfig("layer", read=(1, 4), write=(0, 3), affine=True),
+)
+EMPTY = LayerConfig(norm=NormConfig("layer", read=(0, 3), write=(3, 6)))
+
+CONFIGS = {
+    "plain": Config(WIDTH, (SegmentConfig((PLAIN,)),)),
+    "rich": Config(WIDTH, (SegmentConfig((RICH,), 2),), KINDS, NormConfig("layer", affine=True)),
+    "tied": Config(WIDTH, (SegmentConfig((PLAIN, RICH), 3, tied=True),), KINDS),
+    "segments": Config(
+        WIDTH,
+        (SegmentConfig((SLOTTED, GATED), 2), SegmentConfig((RICH,)), SegmentConfig((RELU,), 3)),
+        KINDS,
+        NormConfig("rms"),
+    ),
+    "no weights": Config(WIDTH, (SegmentConfig((EMPTY,), 2), SegmentConfig((PLAIN, EMPTY), 2))),
+}
+
+
+def arrays_of(config, seed=0, dtype=np.float64):
+    """Random arrays of a config, windows and token groups among them."""
+    rng = np.random.default_rng(seed)
+
+    def draw(tree, name=""):
+        if isinstance(tree, dict):
+            return {key: draw(value, str(key)) for key, value in tree.items()}
+        if name == "window":
+            low = rng.integers(-4, 2, tree[:-1])
+            return jnp.asarray(np.stack([low, low + rng.integers(0, 5, low.shape)], -1), jnp.int32)
+        if name.endswith("_groups"):
+            return jnp.asarray(rng.random(tree) < 0.7)
+        return jnp.asarray(rng.normal(size=tree) * 0.6, dtype)
+
+    return draw(config.shapes())
+
+
+def model_of(config, seed=0):
+    arrays = arrays_of(config, seed)
+    return Transformer(config, arrays), arrays
+
+
+def stream_of(config, batch=2, tokens=5, seed=1):
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(0, len(config.token_groups), (batch, tokens))
+    return jnp.asarray(rng.normal(size=(batch, tokens, config.width))), jnp.asarray(groups)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("per_example", [False, True], ids=["[token]", "[batch, token]"])
+def test_equals_loops(x64, name, per_example):
+    config = CONFIGS[name]
+    model, arrays = model_of(config)
+    stream, groups = stream_of(config)
+    groups = groups if per_example else groups[0]
+    expected, sites, before = plain_numpy.transformer(config, arrays, stream, groups)
+    np.testing.assert_allclose(model(stream, groups), expected, rtol=1e-11, atol=1e-11)
+
+    out, found = jax.jit(lambda m, s, g: m.run(s, g, sites=tuple(SITES)))(model, stream, groups)
+    np.testing.assert_allclose(out, expected, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(found["residual"][-1], before, rtol=1e-11, atol=1e-11)
+    for number, (layer, site) in enumerate(zip(config.layers(), sites, strict=True)):
+        for wanted, at in (("residual", "residual"), ("middle", "middle")):
+            np.testing.assert_allclose(found[at][number], site[wanted], rtol=1e-11, atol=1e-11)
+        heads = sum(h.heads for h in layer.heads)
+        attention = found["attention"][number]
+        assert attention.shape[1] == config.max_heads
+        assert not attention[:, heads:].any()
+        if heads:
+            np.testing.assert_allclose(attention[:, :heads], site["attention"], atol=1e-11)
+            each = np.moveaxis(np.asarray(site["head_output"]), 1, 2)
+            head_output = found["head_output"][number]
+            np.testing.assert_allclose(head_output[:, :, :heads], each, rtol=1e-11, atol=1e-11)
+            assert not head_output[:, :, heads:].any()
+        hidden = found["mlp_hidden"][number]
+        used = layer.mlp.hidden if layer.mlp else 0
+        assert not hidden[..., used:].any()
+        if used:
+            np.testing.assert_allclose(hidden[..., :used], site["hidden"], rtol=1e-11, atol=1e-11)
+
+
+def test_float32_is_kept():
+    config = CONFIGS["segments"]
+    model = Transformer(config, arrays_of(config, dtype=np.float32))
+    stream, groups = stream_of(config)
+    assert model(stream.astype(jnp.float32), groups).dtype == jnp.float32
+
+
+def test_a_query_without_keys_gets_nothing(x64):
+    config = CONFIGS["rich"]
+    arrays = arrays_of(config)
+    for heads in arrays["segments"][0]["layers"][0]["heads"].values():
+        heads["query_groups"] = jnp.zeros_like(heads["query_groups"])
+    model = Transformer(config, arrays)
+    stream, groups = stream_of(config)
+    _, found = model.run(stream, groups, sites=("attention", "head_output"))
+    assert not found["attention"].any()
+    assert not found["head_output"].any()
+
+
+READS = [slice(2, None), slice(-1, None), slice(-3, -1), slice(0, 2), slice(4, 5), slice(None)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_read_is_the_full_run_sliced(x64, name):
+    config = CONFIGS[name]
+    model, _ = model_of(config)
+    stream, groups = stream_of(config)
+    for kinds in (groups, groups[0]):
+        full = model(stream, kinds)
+        for read in READS:
+            part = model(stream, kinds, read=read)
+            assert part.shape == full[:, read].shape
+            np.testing.assert_allclose(part, full[:, read], rtol=1e-12, atol=1e-12)
+
+
+def test_read_computes_fewer_queries_in_the_last_layer(x64):
+    model, _ = model_of(CONFIGS["tied"])
+    stream, groups = stream_of(CONFIGS["tied"], tokens=64)
+
+    def cost(read):
+        run = jax.jit(lambda m, s, g: m(s, g, read=read)).lower(model, stream, groups).compile()
+        return run.cost_analysis()["flops"]
+
+    single, _ = model_of(CONFIGS["plain"])
+    run = jax.jit(lambda m, s, read: m(s, read=read), static_argnums=2)
+    texts = [str(run.trace(single, stream, r).jaxpr) for r in (None, slice(-1, None))]
+    assert "2,64,64" in texts[0].replace(" ", "")
+    assert "64,64]" not in texts[1].replace(" ", "")
+    assert cost(slice(-1, None)) < cost(None) * 1.2  # one more body, of one query
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sites_satisfy_their_equations(x64, name):
+    config = CONFIGS[name]
+    model, arrays = model_of(config)
+    stream, groups = stream_of(config)
+    _, found = model.run(stream, groups, sites=tuple(SITES))
+    assert found["residual"].shape[0] == config.depth + 1
+    np.testing.assert_array_equal(found["residual"][0], stream)
+    number = 0
+    for s, segment in enumerate(config.segments):
+        for repeat in range(segment.repeats):
+            for p, layer in enumerate(segment.pattern):
+                stored = arrays["segments"][s]["layers"][p]
+                weights = jax.tree.map(lambda a, t=segment.tied, r=repeat: a[0 if t else r], stored)
+                before, middle = found["residual"][number], found["middle"][number]
+                if layer.norm is None or layer.norm.write is None:
+                    bias = sum(w.get("output_bias", 0) for w in weights["heads"].values())
+                    update = found["head_output"][number].sum(2) + bias
+                    np.testing.assert_allclose(middle, before + update, atol=1e-12)
+                after = found["residual"][number + 1]
+                if layer.mlp is None:
+                    np.testing.assert_array_equal(after, middle)
+                elif layer.mlp_norm is None or layer.mlp_norm.write is None:
+                    hidden = found["mlp_hidden"][number][..., : layer.mlp.hidden]
+                    w = weights["mlp"]
+                    out = hidden @ w["output"].T + w.get("output_bias", 0)
+                    np.testing.assert_allclose(after, middle + out, atol=1e-12)
+                number += 1
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("name", ["rich", "segments", "tied"])
+def test_an_edit_with_the_value_itself_changes_nothing(x64, name, site):
+    config = CONFIGS[name]
+    model, _ = model_of(config)
+    stream, groups = stream_of(config)
+    out, found = model.run(stream, groups, sites=(site,))
+    edit = Edit(jnp.ones((1,) * found[site].ndim, bool), found[site])
+    again, seen = model.run(stream, groups, sites=(site,), edits={site: edit})
+    np.testing.assert_allclose(again, out, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(seen[site], found[site])
+
+
+@pytest.mark.parametrize("name", ["rich", "segments", "tied"])
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_a_residual_edit_restarts_the_model_there(x64, name, layer):
+    """Patching the whole stream of one run into another gives the other run from there on."""
+    config = CONFIGS[name]
+    model, _ = model_of(config)
+    stream, groups = stream_of(config)
+    other = stream_of(config, seed=5)[0]
+    out, found = model.run(other, groups, sites=("residual",))
+    where = jnp.zeros((config.depth + 1, 1, 1, 1), bool).at[layer].set(True)
+    patched, seen = model.run(
+        stream,
+        groups,
+        sites=("residual",),
+        edits={"residual": Edit(where, found["residual"])},
+    )
+    np.testing.assert_allclose(patched, out, rtol=1e-12, atol=1e-12)
+    start = layer % (config.depth + 1)
+    np.testing.assert_allclose(seen["residual"][start:], found["residual"][start:], atol=1e-12)
+    if start:
+        assert np.abs(seen["residual"][start - 1] - found["residual"][start - 1]).max() > 1e-3
+
+
+def test_edits_broadcast(x64):
+    config = CONFIGS["segments"]
+    model, _ = model_of(config)
+    stream, groups = stream_of(config)
+    shape = (config.depth, 2, 5, config.max_heads, WIDTH)
+    # token 3, every head of layer 2, every example
+    where = jnp.zeros((config.depth, 1, 5, 1, 1), bool).at[2, :, 3].set(True)
+    value = jnp.full((1, 1, 1, 1, 1), 0.25)
+    small = model.run(stream, groups, edits={"head_output": Edit(where, value)})[0]
+    full = Edit(jnp.broadcast_to(where, shape), jnp.broadcast_to(value, shape))
+    np.testing.assert_array_equal(small, model.run(stream, groups, edits={"head_output": full})[0])
+    assert np.abs(small - model(stream, groups)).max() > 1e-3
+
+
+def test_an_ablated_head_is_a_head_with_zero_output(x64):
+    config = CONFIGS["rich"]
+    model, arrays = model_of(config)
+    stream, groups = stream_of(config)
+    where = jnp.zeros((2, 1, 1, config.max_heads, 1), bool).at[1, :, :, 3].set(True)
+    edited, _ = model.run(
+        stream, groups, edits={"head_output": Edit(where, jnp.zeros((1,) * 5))}
+    )
+    # head 3 of the layer is the first of the third group
+    heads = arrays["segments"][0]["layers"][0]["heads"]
+    heads[2]["output"] = heads[2]["output"].at[1, 0].set(0)
+    np.testing.assert_allclose(edited, Transformer(config, arrays)(stream, groups), atol=1e-12)
+
+
+def test_many_edits_share_one_compile(x64):
+    config = CONFIGS["rich"]
+    model, _ = model_of(config)
+    stream, groups = stream_of(config)
+    compiled = 0
+
+    @jax.jit
+    def patched(where, value):
+        nonlocal compiled
+        compiled += 1
+        return model.run(stream, groups, edits={"residual": Edit(where, value)})[0]
+
+    for layer in range(3):
+        where = jnp.zeros((3, 1, 1, 1), bool).at[layer].set(True)
+        patched(where, jnp.zeros((1, 1, 1, 1)))
+    assert compiled == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sites": ("nothing",)}, "unknown site 'nothing'"),
+        ({"edits": {"nothing": Edit(jnp.ones(1, bool), jnp.ones(1))}}, "unknown site 'nothing'"),
+        ({"edits": {"middle": Edit(jnp.ones((1, 1, 1), bool), jnp.ones((1, 1, 1, 1)))}}, "where"),
+        ({"edits": {"middle": Edit(jnp.ones((1, 1, 1, 1), bool), jnp.ones((7, 1, 1, 1)))}}, "value"),
+    ],
+)
+def test_bad_sites_are_named(arguments, message):
+    config = CONFIGS["rich"]
+    model = Transformer(config, arrays_of(config, dtype=np.float32))
+    with pytest.raises(ValueError, match=message):
+        model.run(jnp.zeros((1, 2, WIDTH)), jnp.zeros(2, int), **arguments)
+
+
+def test_bad_shapes_are_named():
+    config = CONFIGS["rich"]
+    arrays = arrays_of(config, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"stream has shape \(1, 2, 5\)"):
+        Transformer(config, arrays)(jnp.zeros((1, 2, WIDTH - 1)))
+    heads = arrays["segments"][0]["layers"][0]["heads"]
+    heads[1]["query"] = heads[1]["query"][..., :-1]
+    with pytest.raises(ValueError, match=r"segments.0.layers.0.heads.1.query"):
+        Transformer(config, arrays)
+    del heads[1]["query"]
+    with pytest.raises(ValueError, match=r"segments.0.layers.0.heads.1"):
+        Transformer(config, arrays)
+
+
+def equations(jaxpr):
+    """Number of equations, those of inner jaxprs included."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += 1
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            count += equations(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("read", [None, slice(-1, None)])
+def test_the_computation_does_not_grow_with_depth(tied, read):
+    sizes = []
+    for repeats in (10, 100):
+        config = Config(WIDTH, (SegmentConfig((RICH, PLAIN), repeats, tied),), KINDS)
+        model = Transformer(config, arrays_of(config, dtype=np.float32))
+        jaxpr = jax.make_jaxpr(lambda m, s: m(s, jnp.zeros(5, int), read=read))(
+            model, jnp.zeros((2, 5, WIDTH))
+        )
+        sizes.append(equations(jaxpr.jaxpr))
+    assert sizes[0] == sizes[1] > 50
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_survives_json(name):
+    config = CONFIGS[name]
+    again = Config.from_json(json.loads(json.dumps(config.to_json())))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert again.shapes() == config.shapes()
+    for change in ({"width": 7}, {"precision": "default"}, {"token_groups": ("other",)}):
+        other = dataclasses.replace(config, **change)
+        assert Config.from_json(json.loads(json.dumps(other.to_json()))) == other != config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_split_and_merge(x64, name):
+    model, _ = model_of(CONFIGS[name])
+    stream, groups = stream_of(CONFIGS[name])
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    again = nnx.merge(graph, params, rest)
+    np.testing.assert_array_equal(again(stream, groups), model(stream, groups))
+    assert not {str(path[-1]) for path, _ in params.flat_state()} & {*WIRING}
+    assert {str(path[-1]) for path, _ in rest.flat_state()} <= {*WIRING}
+    assert all(isinstance(v, Wiring) for _, v in rest.flat_state())
+
+
+def test_gradients_reach_every_parameter_and_no_wiring(x64):
+    config = Config(
+        WIDTH, (SegmentConfig((RICH,), 2), SegmentConfig((SLOTTED,), 2)), KINDS, RICH.norm
+    )
+    arrays = arrays_of(config)
+    for segment in arrays["segments"].values():
+        for heads in segment["layers"][0]["heads"].values():
+            heads["window"] = jnp.broadcast_to(jnp.array([-9, 9], jnp.int32), heads["window"].shape)
+            heads["query_groups"] = jnp.ones_like(heads["query_groups"])
+            heads["key_groups"] = jnp.ones_like(heads["key_groups"])
+    model = Transformer(config, arrays)
+    stream, groups = stream_of(config)
+    gradient = nnx.grad(lambda m: jnp.sin(m(stream, groups)).sum())(model)
+    flat = dict(gradient.flat_state())
+    assert {p for p, _ in nnx.state(model, nnx.Param).flat_state()} == set(flat)
+    # a softmax does not see what is added to all keys alike; every other array must matter
+    still = {path for path, leaf in flat.items() if not np.abs(leaf[...]).max() > 1e-12}
+    assert {path[-1] for path in still} <= {"key_bias"}
+
+
+def test_randomise(x64):
+    config = Config(
+        32,
+        (SegmentConfig((dataclasses.replace(RICH, heads=(HeadsConfig("linear", 3, 8, 8),)),), 4),),
+        KINDS,
+        NormConfig("layer", affine=True),
+    )
+    model, _ = model_of(config)
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
+    drawn = randomise(model, jax.random.key(0), 0.3)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model)))
+
+    flat = {path: leaf[...] for path, leaf in nnx.state(drawn).flat_state()}
+    old = {path: leaf[...] for path, leaf in nnx.state(model).flat_state()}
+    weights = []
+    for path, value in flat.items():
+        name = path[-1]
+        if name in WIRING:
+            np.testing.assert_array_equal(value, old[path])
+        elif name == "gain":
+            np.testing.assert_array_equal(value, 1)
+        elif name == "offset" or name.endswith("_bias"):
+            np.testing.assert_array_equal(value, 0)
+        else:
+            weights.append(value.ravel())
+    joined = np.concatenate(weights)
+    assert len(np.unique(joined)) == len(joined)
+    # 4 standard errors of mean, variance and fourth moment of a normal distribution
+    n = len(joined)
+    z = joined / 0.3
+    assert abs(z.mean()) < 4 / np.sqrt(n)
+    assert abs((z**2).mean() - 1) < 4 * np.sqrt(2 / n)
+    assert abs((z**4).mean() - 3) < 4 * np.sqrt(96 / n)
+
+    def same(a, b):
+        leaves = zip(jax.tree.leaves(nnx.state(a)), jax.tree.leaves(nnx.state(b)), strict=True)
+        return all(np.array_equal(x, y) for x, y in leaves)
+
+    assert same(drawn, randomise(model, jax.random.key(0), 0.3))
+    assert not same(drawn, randomise(model, jax.random.key(1), 0.3))
+
+
+def test_randomise_under_vmap(x64):
+    model, _ = model_of(CONFIGS["segments"])
+    stream, groups = stream_of(CONFIGS["segments"])
+    keys = jax.random.split(jax.random.key(0), 3)
+    outputs = jax.jit(jax.vmap(lambda k, s: randomise(model, k, s)(stream, groups), (0, None)))(
+        keys, 0.2
+    )
+    for key, output in zip(keys, outputs, strict=True):
+        alone = randomise(model, key, 0.2)(stream, groups)
+        np.testing.assert_allclose(output, alone, rtol=1e-10, atol=1e-12)
+
+
+def test_under_tree_mode():
+    """The same model where NNX keeps trees instead of graphs."""
+    if os.environ.get("NNX_GRAPH_MODE") == "false":
+        pytest.skip("already in tree mode")
+    code = """
+import jax, jax.numpy as jnp
+from flax import nnx
+from constructions.config import *
+from constructions.compiler import _cast, _zeros
+from constructions.transformer import Transformer, randomise
+layer = LayerConfig((HeadsConfig("softmax", 2, 2, 2),), MlpConfig(3), NormConfig(affine=True))
+config = Config(4, (SegmentConfig((layer,), 2),))
+arrays = _cast(_zeros(config.shapes()), jnp.float32)
+model = randomise(Transformer(config, arrays), jax.random.key(0), 0.5)
+stream = jnp.ones((2, 3, 4))
+out = nnx.jit(lambda m, s: m(s))(model, stream)
+graph, params, rest = nnx.split(model, nnx.Param, ...)
+grads = jax.grad(lambda p: nnx.merge(graph, p, rest)(stream).sum())(params)
+assert jax.tree.structure(grads) == jax.tree.structure(params)
+_, sites = model.run(stream, sites=("residual",))
+assert jnp.allclose(sites["residual"][-1], out, atol=1e-6)
+"""
+    tree_mode = {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=os.environ | tree_mode,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr

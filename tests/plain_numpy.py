@@ -1,0 +1,196 @@
+"""The transformer and the programs once more, as loops over batch, tokens and heads in float64.
+
+`transformer` follows the equations of `constructions.transformer` from a config and its arrays.
+`interpret` runs a `Program` on slots that are separate variables: it knows nothing of columns, so
+that it shows what a program means, whatever the layout of the stream.
+"""
+
+import math
+
+import numpy as np
+
+ACTIVATIONS = {
+    "identity": lambda u: u,
+    "relu": lambda u: np.maximum(u, 0.0),
+    "gelu": lambda u: 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))),
+    "tanh": np.tanh,
+    "square": lambda u: u * u,
+}
+
+
+def mix(mixer, scores):
+    """Attention weights from the scores of the keys that one query sees."""
+    scores = np.asarray(scores, float)
+    if len(scores) == 0:
+        return scores
+    if mixer == "linear":
+        return scores
+    if mixer == "centred":
+        return scores - sum(scores) / len(scores)
+    assert mixer == "softmax"
+    weights = [math.exp(s - max(scores)) for s in scores]
+    return np.array(weights) / math.fsum(weights)
+
+
+def attend(mixer, query, key, value, scale, sees):
+    """sum_j a_ij value_j for rows `[token, rows]` of one example, and the weights `[i, j]`."""
+    tokens = len(query)
+    out, weights = np.zeros(value.shape), np.zeros((tokens, tokens))
+    for i in range(tokens):
+        keys = [j for j in range(tokens) if sees(i, j)]
+        a = mix(mixer, [scale * sum(query[i] * key[j]) for j in keys])
+        for j, weight in zip(keys, a, strict=True):
+            weights[i, j] = weight
+            out[i] += weight * value[j]
+    return out, weights
+
+
+def normalise(kind, eps, v, gain=1.0, offset=0.0):
+    if kind == "layer":
+        v = v - np.mean(v)
+    return v / math.sqrt(np.mean(v**2) + eps) * gain + offset
+
+
+def transformer(config, arrays, stream, groups):
+    """Output of the model, and the sites of every layer as a list of dictionaries."""
+    stream = np.array(stream, float)
+    groups = np.broadcast_to(groups, stream.shape[:2])
+    sites = []
+    for s, segment in enumerate(config.segments):
+        for repeat in range(segment.repeats):
+            for p, layer in enumerate(segment.pattern):
+                stored = arrays["segments"][s]["layers"][p]
+                weights = _pick(stored, 0 if segment.tied else repeat)
+                stream, found = _layer(layer, weights, stream, groups)
+                sites.append(found)
+    before = stream
+    if config.final_norm is not None:
+        gains = arrays["final_norm"]
+        stream = np.stack([[_norm(config.final_norm, gains, v) for v in h] for h in stream])
+    return stream, sites, before
+
+
+def _pick(tree, repeat):
+    if isinstance(tree, dict):
+        return {name: _pick(value, repeat) for name, value in tree.items()}
+    return np.asarray(tree)[repeat].astype(float)
+
+
+def _norm(config, weights, v):
+    return normalise(config.kind, config.eps, v, weights.get("gain", 1), weights.get("offset", 0))
+
+
+def _normed(config, weights, h):
+    """(stream, what is read) of one example after an optional norm."""
+    if config is None:
+        return h, h
+    if config.read is None:
+        return h, np.stack([_norm(config, weights, v) for v in h])
+    h = h.copy()
+    for v in h:
+        v[slice(*config.write)] += _norm(config, weights, v[slice(*config.read)])
+    return h, h
+
+
+def _layer(layer, weights, stream, groups):
+    found = {"residual": stream, "attention": [], "head_output": [], "middle": [], "hidden": []}
+    result = []
+    for h, kinds in zip(stream, groups, strict=True):
+        h, x = _normed(layer.norm, weights.get("norm", {}), h)
+        attention, outputs = [], []
+        update = np.zeros_like(h)
+        for number, group in enumerate(layer.heads):
+            w = weights["heads"][number]
+            for n in range(group.heads):
+
+                def rows(name, x=x, w=w, n=n):
+                    bias = w[name + "_bias"][n] if name + "_bias" in w else 0.0
+                    return np.stack([w[name][n] @ v + bias for v in x])
+
+                def sees(i, j, w=w, n=n, kinds=kinds):
+                    near = w["window"][n][0] <= j - i <= w["window"][n][1]
+                    return near and w["query_groups"][n][kinds[i]] and w["key_groups"][n][kinds[j]]
+
+                mixed, a = attend(
+                    group.mixer, rows("query"), rows("key"), rows("value"), w["scale"][n], sees
+                )
+                attention.append(a)
+                outputs.append(np.stack([w["output"][n] @ m for m in mixed]))
+                update += outputs[-1]
+            update += w.get("output_bias", 0.0)
+        h = h + update
+        found["attention"].append(attention)
+        found["head_output"].append(outputs)
+        found["middle"].append(h)
+        if layer.mlp is not None:
+            h, x = _normed(layer.mlp_norm, weights.get("mlp_norm", {}), h)
+            w = weights["mlp"]
+            hidden = []
+            for v in x:
+                u = ACTIVATIONS[layer.mlp.activation](w["hidden"] @ v + w.get("hidden_bias", 0.0))
+                if layer.mlp.gated:
+                    u = u * (w["gate"] @ v + w.get("gate_bias", 0.0))
+                hidden.append(u)
+            found["hidden"].append(hidden)
+            h = h + np.stack([w["output"] @ u + w.get("output_bias", 0.0) for u in hidden])
+        result.append(h)
+    return np.stack(result), found
+
+
+def interpret(program, values, groups):
+    """Values of all slots, {name: [batch, token, size]}, after the last layer.
+
+    `values` holds the slots of the embedding; other slots start at zero. `groups` is
+    `[batch, token]`.
+    """
+    names = np.asarray(program.token_groups)[groups]
+    batch, tokens = names.shape
+    state = {slot: np.zeros((batch, tokens, slot.size)) for slot in program.slots}
+    for slot in program.slots:
+        if slot.name in values:
+            state[slot] = np.array(values[slot.name], float)
+
+    def evaluate(expr, state, b, i):
+        out = expr.constant.astype(float)
+        for slot, m in expr.terms.items():
+            out = out + m @ state[slot][b, i]
+        return out
+
+    for _, layer in program.unrolled():
+        if layer.norm is not None:
+            norm = layer.norm
+            new = np.stack([[normalise(norm.kind, norm.eps, v) for v in h] for h in state[norm.read]])
+            state[norm.write] = state[norm.write] + new
+        after = {slot: value.copy() for slot, value in state.items()}
+        for head in layer.heads:
+            for b in range(batch):
+
+                def sees(i, j, head=head, kinds=names[b]):
+                    low, high = head.window
+                    return (
+                        (low is None or low <= j - i)
+                        and (high is None or j - i <= high)
+                        and (head.queries is None or kinds[i] in head.queries)
+                        and (head.keys is None or kinds[j] in head.keys)
+                    )
+
+                q, k, v = (
+                    np.stack([evaluate(expr, state, b, i) for i in range(tokens)])
+                    for expr in (head.query, head.key, head.value)
+                )
+                mixed, _ = attend(head.mixer, q, k, v, head.scale, sees)
+                for slot, m in head.write.items():
+                    after[slot][b] += mixed @ np.asarray(m).T
+        state = after
+        if layer.mlp is not None:
+            after = {slot: value.copy() for slot, value in state.items()}
+            for b in range(batch):
+                for i in range(tokens):
+                    u = evaluate(layer.mlp.hidden, state, b, i)
+                    u = ACTIVATIONS[layer.mlp.activation](u)
+                    if layer.mlp.gate is not None:
+                        u = u * evaluate(layer.mlp.gate, state, b, i)
+                    for slot, m in layer.mlp.write.items():
+                        after[slot][b, i] += m @ u
+            state = after
+    return {slot.name: value for slot, value in state.items()}
