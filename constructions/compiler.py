@@ -64,6 +64,10 @@ def check(program: Program) -> None:
     written = {slot: 0 for slot in program.slots if slot.born == 0}
     for number, layer in program.unrolled():
         label = f"layer {number}" + (f" ({layer.name})" if layer.name else "")
+        if layer.norm is not None:  # acts before the heads, which see what it wrote
+            where = f"{label}, norm"
+            _check_read(program, layer.norm.read, None, written, number, where)
+            _check_writes(program, [(layer.norm.write, where, None)], written, set(), number)
         erased = {head.erases for head in layer.heads if head.erases is not None}
         for head in layer.heads:
             where = f"{label}, head '{head.name}'"
@@ -73,11 +77,7 @@ def check(program: Program) -> None:
                 )
             for part, slot, groups in head.reads():
                 _check_read(program, slot, groups, written, number, f"{where}, {part}")
-        if layer.norm is not None:
-            _check_read(program, layer.norm.read, None, written, number, f"{label}, norm")
         writes = [(slot, f"{label}, head '{h.name}'", h) for h in layer.heads for slot in h.write]
-        if layer.norm is not None:
-            writes.append((layer.norm.write, f"{label}, norm", None))
         _check_writes(program, writes, written, erased, number)
         if layer.mlp is not None:
             where = f"{label}, mlp '{layer.mlp.name}'"
@@ -137,20 +137,21 @@ def _check_writes(
         if layer < slot.born or (slot.dies is not None and layer > slot.dies):
             raise ProgramError(
                 f"{where}: writes {slot} at layer {layer}; it is alive from {slot.born} "
-                f"to {slot.dies or 'the end'}"
+                f"to {'the end' if slot.dies is None else slot.dies}"
             )
         if slot in written and not slot.accumulates:
             raise ProgramError(
                 f"{where}: overwrites {slot}, written at layer {written[slot]}; erase it first or "
                 "declare it with accumulates=True"
             )
-        for other in written:
+        for other in (*written, *fresh):
             columns = max(slot.start, other.start) < min(
                 slot.start + slot.size, other.start + other.size
             )
             if other != slot and columns and _meet(slot, other):
                 raise ProgramError(
                     f"{where}: {slot} takes the columns of {other}, which was not erased"
+                    + (" (both are written here)" if other in fresh else "")
                 )
         fresh[slot] = where
     written.update(dict.fromkeys(fresh, layer))
@@ -218,6 +219,18 @@ def fill(program: Program, config: Config) -> dict[str, Any]:
             f"program '{program.name}' has {len(program.layers)} layers of width "
             f"{program.slots.width}; the config has {depth} of width {config.width}"
         )
+    if _order(config) != list(range(depth)) * program.loops:
+        raise ProgramError(
+            f"program '{program.name}' runs {program.loops} loops of {depth} layers; the config "
+            f"applies its stored layers in the order {_order(config)}"
+        )
+    if config.token_groups[: len(program.token_groups)] != program.token_groups:
+        raise ProgramError(
+            f"token groups of the config are {config.token_groups}, must begin with "
+            f"{program.token_groups}"
+        )
+    if config.final_norm is not None:
+        raise ProgramError(f"the config ends in {config.final_norm}, which no program has")
     layers = iter(enumerate(program.layers, start=1))
     for s, segment in enumerate(config.segments):
         for r in range(segment.stacked):
@@ -246,8 +259,24 @@ def _fill_layer(
         if shape.mlp is None or not _fits(_mlp_config(layer.mlp), shape.mlp):
             raise ProgramError(f"{where}, mlp '{layer.mlp.name}' does not fit into {shape.mlp}")
         _fill_mlp(layer.mlp, arrays["mlp"], r, config)
-    if layer.norm is not None and shape.norm != _norm_config(layer.norm):
-        raise ProgramError(f"{where}: norm of {layer.norm.read} does not fit into {shape.norm}")
+    norm = None if layer.norm is None else _norm_config(layer.norm)
+    if shape.norm != norm or shape.mlp_norm is not None:
+        raise ProgramError(
+            f"{where}: needs norm {norm} and no norm before the MLP, the config has {shape.norm} "
+            f"and {shape.mlp_norm}"
+        )
+
+
+def _order(config: Config) -> list[int]:
+    """Which stored layer is applied at each place of the depth."""
+    order, first = [], 0
+    for segment in config.segments:
+        size = len(segment.pattern)
+        for repeat in range(segment.repeats):
+            start = first if segment.tied else first + repeat * size
+            order += range(start, start + size)
+        first += segment.stacked * size
+    return order
 
 
 def _place_head(head: Head, groups: Sequence[HeadsConfig], used: list[int]) -> int | None:

@@ -133,7 +133,9 @@ class Slot(Affine):
             self.tokens is None or other.tokens is None or bool({*self.tokens} & {*other.tokens})
         )
         end, other_end = (np.inf if s.dies is None else s.dies for s in (self, other))
-        return same_token and self.born < other_end and other.born < end
+        # born together they are written together, even if one is only read by the MLP behind
+        together = self.born == other.born
+        return same_token and (together or (self.born < other_end and other.born < end))
 
     def __str__(self) -> str:
         return f"slot '{self.name}'"

@@ -147,7 +147,9 @@ class Transformer(nnx.Module):
         for segment, module in zip(self.config.segments, self.segments, strict=True):
             stop = start + segment.repeats * len(segment.pattern)
             run = _SegmentRun(self.config, segment, groups, sites)
-            weights = nnx.to_pure_dict(nnx.state(module))["layers"]
+            # layers that hold no arrays (a norm without gains) leave no trace in the state
+            state = nnx.to_pure_dict(nnx.state(module)).get("layers", {})
+            weights = {p: state.get(p, {}) for p in range(len(segment.pattern))}
             inside = {site: Edit(*(a[start:stop] for a in edit)) for site, edit in edits.items()}
             stream, values = run(
                 stream, weights, inside, read if stop == self.config.depth else None
@@ -185,7 +187,7 @@ class _SegmentRun(NamedTuple):
         captured = []
         if scanned:
             stream, values = jax.lax.scan(
-                lambda h, x: self.repeat(h, shared or x[0], x[1], None),
+                lambda h, x: self.repeat(h, x[0] if shared is None else shared, x[1], None),
                 stream,
                 jax.tree.map(lambda a: a[:scanned], (own, edits)),
                 length=scanned,
@@ -193,7 +195,8 @@ class _SegmentRun(NamedTuple):
             captured.append(values)
         if scanned < repeats:
             last = jax.tree.map(lambda a: a[-1], (own, edits))
-            stream, values = self.repeat(stream, shared or last[0], last[1], read)
+            weights = last[0] if shared is None else shared
+            stream, values = self.repeat(stream, weights, last[1], read)
             captured.append({site: v[None] for site, v in values.items()})
         values = {s: jnp.concatenate([c[s] for c in captured]) for s in self.sites}
         return stream, {s: v.reshape(repeats * size, *v.shape[2:]) for s, v in values.items()}

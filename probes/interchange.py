@@ -87,7 +87,9 @@ def interchange(
         ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit.
     """
     base, source = _pair(base, source)
-    return _interchange(model, base, source, jnp.asarray(where), construction=construction, site=site)
+    return _interchange(
+        model, base, source, jnp.asarray(where), construction=construction, site=site
+    )
 
 
 def sweep(
@@ -98,7 +100,7 @@ def sweep(
     *,
     site: str = "residual",
     over: str | tuple[str, ...] = "token",
-    chunk: int = 32,
+    chunk: int = 8,
 ) -> Sweep:
     """Effect of every single patch of a site: all layers times all positions, in one compile.
 
@@ -134,7 +136,7 @@ def interchange_agreement(
     *,
     site: str = "residual",
     over: str | tuple[str, ...] = "token",
-    chunk: int = 32,
+    chunk: int = 8,
 ) -> Agreement:
     """Do the same patches move a model as they move the construction?
 
@@ -206,15 +208,13 @@ def attribution(
     """
     base, source = _pair(base, source)
     axes = _axes(construction, model, base, site, over)
-    effect, gap = _attribution(
-        model, base, source, construction=construction, site=site, axes=axes
-    )
+    effect, gap = _attribution(model, base, source, construction=construction, site=site, axes=axes)
     _differ(gap)
     return Sweep(axes, np.asarray(effect), np.full(effect.shape, np.nan))
 
 
 def path_patch(
-    construction: Construction, model: Transformer, base: Inputs, source: Inputs, *, chunk: int = 32
+    construction: Construction, model: Transformer, base: Inputs, source: Inputs, *, chunk: int = 8
 ) -> np.ndarray:
     """Effects of the direct paths from every head to the heads of every later layer.
 
@@ -300,7 +300,9 @@ def _map(function: Any, sizes: tuple[int, ...], chunk: int) -> Any:
     grid[:runs] = np.indices(sizes).reshape(len(sizes), runs).T
     grid = jnp.asarray(grid.reshape(rounds, chunk, len(sizes)))
     found = jax.lax.map(jax.vmap(function), grid)
-    return jax.tree.map(lambda a: a.reshape(rounds * chunk, *a.shape[2:])[:runs].reshape(sizes), found)
+    return jax.tree.map(
+        lambda a: a.reshape(rounds * chunk, *a.shape[2:])[:runs].reshape(sizes), found
+    )
 
 
 def _mask(shape: tuple[int, ...], positions: tuple[int, ...], index: Array) -> Array:
@@ -327,7 +329,14 @@ def _interchange(
 
 @partial(jax.jit, static_argnames=("construction", "site", "axes", "chunk"))
 def _sweep(
-    model: Transformer, base: Any, source: Any, *, construction: Any, site: str, axes: Any, chunk: int
+    model: Transformer,
+    base: Any,
+    source: Any,
+    *,
+    construction: Any,
+    site: str,
+    axes: Any,
+    chunk: int,
 ) -> tuple[Array, Array, Array]:
     values = _values(construction, model, source, site)
     pair = _Pair(construction, model, base, source)

@@ -130,7 +130,7 @@ def probe_table(
     if not models or set(models) & set(CONTROLS):
         raise ValueError(f"models are named {list(models)}, must be some, and none of {CONTROLS}")
     draw, cut, shuffle, init = jax.random.split(key, 4)
-    inputs = construction.sample(draw, batch)
+    inputs = jax.jit(construction.sample, static_argnums=1)(draw, batch)
     compiled = construction.compile().model
     initial = construction.counterpart().init(init)
     subjects: dict[str, Subject] = {**models, "construction": compiled, "random init": initial}
@@ -146,10 +146,7 @@ def probe_table(
     parts = split(cut, batch)
     order = np.asarray(jax.random.permutation(shuffle, batch))
     first, read = next(iter(models)), np.arange(embedded.stream.shape[1])[embedded.read]
-    scores = {
-        name: _scores(array, targets, parts, read, order if name == first else None)
-        for name, array in features.items()
-    }
+    scores = _scores(features, targets, parts, read, order)
     columns = (*models, *CONTROLS)
     rows = tuple(dict.fromkeys(target.row for target in targets))
     values = np.full((len(rows), len(columns)), np.nan)
@@ -181,7 +178,7 @@ def _features(found: Mapping[str, Array], site: str, embedded: Any, name: str) -
 def _targets(
     construction: Construction, inputs: Any, embedded: Any, names: Any, depth: int
 ) -> Iterator[Target]:
-    trace = {name: np.asarray(a) for name, a in construction.trace(*inputs).items()}
+    trace = {name: np.asarray(a) for name, a in jax.jit(construction.trace)(*inputs).items()}
     for name in names or ():
         if name not in trace:
             raise ValueError(f"unknown value '{name}', must be one of {sorted(trace)}")
@@ -236,35 +233,44 @@ def _varying(targets: Iterator[Target]) -> tuple[list[Target], tuple[str, ...]]:
 
 
 def _scores(
-    features: np.ndarray,
+    features: Mapping[str, np.ndarray],
     targets: list[Target],
     parts: Split,
     read: np.ndarray,
-    order: np.ndarray | None,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Row -> R^2 `[layer, part]`, of the targets and of the targets in another order."""
-    sums: dict[str, list[np.ndarray]] = {}
+    order: np.ndarray,
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Column -> row -> R^2 `[layer, part]`, of the targets and of the targets in another order."""
+    sums: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in features}
 
-    def alike(target: Target) -> tuple[Any, ...]:
-        return target.name, str(target.tokens), target.values.shape
+    def alike(target: Target) -> tuple[str, tuple[int, ...]]:
+        return str(target.tokens), target.values.shape
 
-    for _, same in groupby(sorted(targets, key=alike), alike):
-        chosen = list(same)
-        y = np.stack([target.values for target in chosen])
-        if order is not None:
+    # models of one width are probed in one call, as if they were layers of one model
+    widths = {name: array.shape[-1] for name, array in features.items()}
+    for width in sorted(set(widths.values())):
+        names = [name for name in features if widths[name] == width]
+        ends = np.cumsum([len(features[name]) for name in names])[:-1]
+        joined = np.concatenate([features[name] for name in names])
+        for _, same in groupby(sorted(targets, key=alike), alike):
+            chosen = list(same)
+            own = chosen[0].tokens
+            x = _pooled(joined, read) if own is None else joined[:, :, list(own)]
+            y = np.stack([target.values for target in chosen])
             y = np.concatenate([y, y[:, order]])
-        x = _pooled(features, read) if chosen[0].tokens is None else features[:, :, chosen[0].tokens]
-        fit: Ridge = ridge(jnp.asarray(x), jnp.asarray(y), parts)
-        both = np.asarray(jnp.stack([fit.residual, fit.total]), float)  # [2, layer, step, part]
-        both = both.reshape(*both.shape[:2], -1, len(chosen), both.shape[-1])
-        for number, target in enumerate(chosen):
-            sums.setdefault(target.row, []).append(both[:, :, :, number])
-    result = {}
-    for row, blocks in sums.items():
-        residual, total = np.sum(blocks, axis=0)
-        r2 = 1 - residual / total  # [layer, real or shuffled, part]
-        result[row] = (r2[:, 0], r2[:, -1])
-    return result
+            fit: Ridge = ridge(jnp.asarray(x), jnp.asarray(y), parts)
+            both = np.asarray(jnp.stack([fit.residual, fit.total], 1), float)
+            both = both.reshape(len(x), 2, 2, len(chosen), 3)  # layer, sum, real or not, step, part
+            for name, layers in zip(names, np.split(both, ends), strict=True):
+                for number, target in enumerate(chosen):
+                    sums[name].setdefault(target.row, []).append(layers[:, :, :, number])
+    scores: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for name, rows in sums.items():
+        r2 = {}
+        for row, blocks in rows.items():
+            total = np.sum(blocks, axis=0)
+            r2[row] = 1 - total[:, 0] / total[:, 1]  # [layer, real or shuffled, part]
+        scores[name] = {row: (array[:, 0], array[:, 1]) for row, array in r2.items()}
+    return scores
 
 
 def _pooled(features: np.ndarray, read: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.family import Construction
+from constructions.family import Construction, Embedded
 from constructions.gradient_descent import GradientDescent
 from constructions.program import Head, Layer, Program
 from constructions.slots import Slots
@@ -17,7 +17,7 @@ from probes.interchange import (
     path_patch,
     sweep,
 )
-from probes.sites import Edited, where
+from probes.sites import Edited, read_sites, where
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -30,6 +30,10 @@ def gd(**settings):
 def pair(c, batch=5, seed=0):
     keys = jax.random.split(jax.random.key(seed))
     return c.sample(keys[0], batch), c.sample(keys[1], batch)
+
+
+def predict(c, model, inputs):
+    return jax.jit(c.apply)(model, *inputs)
 
 
 def descend(x, y, steps, rate, weight):
@@ -63,12 +67,9 @@ def test_everything_and_nothing_patched():
     model, (base, source) = randomise(c.compile().model, jax.random.key(3), 0.4), pair(gd())
     everything = where(model.config, 7, "residual", layer=0)
     nothing = where(model.config, 7, "residual", layer=[])
-    np.testing.assert_array_equal(
-        interchange(c, model, base, source, where=everything), c.apply(model, *source)
-    )
-    np.testing.assert_array_equal(
-        interchange(c, model, base, source, where=nothing), c.apply(model, *base)
-    )
+    for mask, inputs in ((everything, source), (nothing, base)):
+        found = interchange(c, model, base, source, where=mask)
+        np.testing.assert_allclose(found, predict(c, model, inputs), rtol=1e-13, atol=1e-16)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_sweep_is_one_patch_at_a_time(site, over):
     c = gd(steps=2)
     model, (base, source) = randomise(c.compile().model, jax.random.key(3), 0.5), pair(c)
     found = sweep(c, model, base, source, site=site, over=over, chunk=4)
-    start, end = c.apply(model, *base), c.apply(model, *source)
+    start, end = predict(c, model, base), predict(c, model, source)
     way = np.asarray(end - start).ravel()
     assert found.axes[0] == "layer"
     for index in np.ndindex(found.effect.shape):
@@ -198,23 +199,27 @@ def test_paths_by_running_the_layers_one_by_one():
     c = TwoHeads()
     model, (base, source) = randomise(c.compile().model, jax.random.key(5), 0.5), pair(c)
     found = path_patch(c, model, base, source, chunk=5)
-    start, end = c.apply(model, *base), c.apply(model, *source)
+    start, end = predict(c, model, base), predict(c, model, source)
     way = end - start
-    embedded = c.embed(model, *base)
-    _, clean = model.run(embedded.stream, embedded.groups, sites=("residual", "head_output"))
-    other = c.embed(model, *source)
-    _, dirty = model.run(other.stream, other.groups, sites=("head_output",))
+    clean = read_sites(c, model, base, ("residual", "head_output"))
+    dirty = read_sites(c, model, source, ("head_output",))
     heads = clean["head_output"]
     depth = len(heads)
     assert found.shape == (depth, 2, depth + 1)
 
+    arrays = model.segments[0].layers[0].heads[0]
+    w = {
+        name: np.asarray(getattr(arrays, name)[...]) for name in ("query", "key", "value", "output")
+    }
+
     def layer(number, stream):
-        """What the heads of one layer add to a stream."""
-        nowhere = jnp.zeros((1, 1, 1, 1), bool)
-        at = nowhere.repeat(depth + 1, 0).at[number].set(True)
-        edits = {"residual": Edit(at, stream[None])}
-        _, sites = model.run(embedded.stream, embedded.groups, sites=("head_output",), edits=edits)
-        return sites["head_output"][number].sum(2)
+        """What the heads of one layer add to a stream; the formula, in numpy."""
+        q, k, v = (
+            np.einsum("bth,nkh->bntk", stream, w[s][number]) for s in ("query", "key", "value")
+        )
+        a = np.exp(np.einsum("bnqk,bntk->bnqt", q, k))
+        a /= a.sum(-1, keepdims=True)
+        return np.einsum("bnqt,bntv,nhv->bqh", a, v, w["output"][number])
 
     for sender, head, receiver in np.ndindex(found.shape):
         change = (dirty["head_output"] - heads)[sender, :, :, head]
@@ -236,10 +241,11 @@ def test_edited_models_are_models():
     model, (base, _) = c.compile().model, pair(c)
     mask = where(model.config, 7, "head_output", layer=[2, 3])
     edited = Edited(model, {"head_output": Edit(jnp.asarray(mask), jnp.zeros((1,) * 5))})
-    np.testing.assert_allclose(c.apply(edited, *base), c.trace(*base)["estimate"][:, 2], atol=1e-12)
-    np.testing.assert_allclose(
-        c.read(edited, *base)["estimate"][:, 4], c.trace(*base)["estimate"][:, 2], atol=1e-12
-    )
+    expected = c.trace(*base)["estimate"][:, 2]
+    np.testing.assert_allclose(predict(c, edited, base), expected, atol=1e-12)
+    found = jax.jit(c.read)(edited, *base)["estimate"]
+    np.testing.assert_allclose(found[:, 4], expected, atol=1e-12)
+    np.testing.assert_allclose(found[:, :3], c.trace(*base)["estimate"][:, :3], atol=1e-12)
     with pytest.raises(ValueError, match="'head_output' is edited already"):
         Edited(edited, {"head_output": edited.edits["head_output"]})
 
@@ -284,8 +290,6 @@ class TwoHeads(Construction):
         return {}
 
     def embed(self, model, *inputs):
-        from constructions.family import Embedded
-
         return Embedded(inputs[0], jnp.zeros(3, int), slice(2, 3))
 
     def places(self, depth, *inputs):

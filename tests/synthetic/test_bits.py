@@ -25,7 +25,7 @@ from synthetic.bits import normal_from_unit, random_bits, threefry_2x32, unit_un
 )
 def test_threefry_gives_the_known_answers_of_random123(rounds, counter, key, expected):
     def words(pair):
-        return tuple(jnp.array([word], jnp.uint32) for word in pair)
+        return jnp.array([pair[0]], jnp.uint32), jnp.array([pair[1]], jnp.uint32)
 
     result = threefry_2x32(words(key), words(counter), rounds)
     assert tuple(int(word[0]) for word in result) == expected

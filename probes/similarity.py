@@ -1,0 +1,180 @@
+r"""How alike two models are as functions, and how alike two sets of activations are.
+
+Functions are compared through their predictions f(z) and their sensitivities d f_t / d z_t (von
+Oswald et al. 2022, arXiv 2212.07677, section 3), which no symmetry of the weights changes. What
+each measure cannot see is part of its definition: a cosine is blind to a scale (a step size 10 %
+too large), CKA to orthogonal maps and an isotropic scale, Procrustes to orthogonal maps only.
+
+An `Apply` maps input arrays with leading axis `batch` to predictions `[batch, token, dim_out]`, as
+`functools.partial(construction.apply, model)` does.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Apply = Callable[..., Array]
+Sensitivity = Float[Array, "batch token dim_out dim_in"]
+
+
+class PredictionDistance(NamedTuple):
+    """Difference of predictions.
+
+    Attributes:
+        mean_norm: mean over batch and tokens of |f(z) - g(z)|_2, in units of the prediction.
+        relative: rms(f - g) / rms(g), over all entries.
+    """
+
+    mean_norm: Float[Array, ""]
+    relative: Float[Array, ""]
+
+
+def prediction_distance(
+    apply: Apply, reference: Apply, inputs: Sequence[Array]
+) -> PredictionDistance:
+    """How far two models' predictions are from each other on the same inputs.
+
+    ValueError if the predictions differ in shape.
+    """
+    a, b = apply(*inputs), reference(*inputs)
+    _check_equal(a, b, "predictions")
+    difference = a - b
+    relative = jnp.sqrt(jnp.mean(jnp.square(difference)) / jnp.mean(jnp.square(b)))
+    return PredictionDistance(jnp.linalg.norm(difference, axis=-1).mean(), relative)
+
+
+def sensitivity(apply: Apply, inputs: Sequence[Array], argnum: int = -1) -> Sensitivity:
+    """The Jacobian of every prediction with respect to its own token of one input.
+
+    For in-context regression and the last input that is d yhat_t / d x_t, `[batch, query, dim_y,
+    dim_x]`: the weight matrix W_K of gradient descent. Examples are differentiated one by one, in
+    reverse mode.
+
+    Args:
+        apply: inputs -> `[batch, token, dim_out]`.
+        inputs: arrays with leading axis `batch`.
+        argnum: which input, `[batch, token, dim_in]` with the tokens of the prediction.
+
+    Raises:
+        TypeError: that input is not real-valued.
+        ValueError: its tokens are not those of the prediction.
+    """
+    inputs = tuple(inputs)
+    argnum = range(len(inputs))[argnum]
+    chosen = inputs[argnum]
+    if not jnp.issubdtype(chosen.dtype, jnp.floating):
+        raise TypeError(f"input {argnum} has dtype {chosen.dtype}, must be a floating point type")
+    shape = jax.eval_shape(apply, *inputs).shape
+    if len(shape) != 3 or chosen.ndim != 3 or shape[:2] != chosen.shape[:2]:
+        raise ValueError(
+            f"input {argnum} has shape {chosen.shape} and the prediction {shape}, must be "
+            "[batch, token, dim_in] and [batch, token, dim_out]"
+        )
+
+    def one(*example: Array) -> Array:
+        return apply(*(a[None] for a in example))[0]
+
+    jacobian = jax.vmap(jax.jacrev(one, argnums=argnum))(*inputs)  # [batch, t, out, t', in]
+    return jnp.einsum("btoti->btoi", jacobian)
+
+
+def sensitivity_cosine(
+    apply: Apply, reference: Apply, inputs: Sequence[Array], argnum: int = -1
+) -> Float[Array, ""]:
+    """Mean over batch and tokens of cos(vec J_f, vec J_g), J the sensitivities.
+
+    Blind to the size of either model's sensitivity: exactly 1 for a step size that is off by any
+    positive factor (one step from zero). A sensitivity that is 0 has cosine 0.
+    """
+    a, b = (_flat(sensitivity(f, inputs, argnum)) for f in (apply, reference))
+    _check_equal(a, b, "sensitivities")
+    return (_unit(a) * _unit(b)).sum(-1).mean()
+
+
+def sensitivity_distance(
+    apply: Apply, reference: Apply, inputs: Sequence[Array], argnum: int = -1
+) -> Float[Array, ""]:
+    """Mean over batch and tokens of the Frobenius norm |J_f - J_g|, J the sensitivities."""
+    a, b = (_flat(sensitivity(f, inputs, argnum)) for f in (apply, reference))
+    _check_equal(a, b, "sensitivities")
+    return jnp.linalg.norm(a - b, axis=-1).mean()
+
+
+def linear_cka(
+    a: Float[Array, "sample feature_a"], b: Float[Array, "sample feature_b"], debiased: bool = False
+) -> Float[Array, ""]:
+    r"""Linear centred kernel alignment of two sets of activations of the same samples.
+
+    With centred columns, CKA = |A^T B|_F^2 / (|A^T A|_F |B^T B|_F) (Kornblith et al. 2019, arXiv
+    1905.00414, section 3). In [0, 1]; invariant to orthogonal maps, offsets and an isotropic scale
+    of either side, not to other linear maps. For few samples and many features it is far above 0
+    even between independent activations; `debiased` puts the unbiased estimator of HSIC (Song et
+    al. 2012, equation 5) in all three places, which is 0 on average there and can be negative, and
+    costs `[sample, sample]` memory.
+
+    ValueError for different numbers of samples, or fewer than 2 (4 if debiased).
+    """
+    least = 4 if debiased else 2
+    if len(a) != len(b) or len(a) < least:
+        raise ValueError(
+            f"{len(a)} and {len(b)} samples, must be equal numbers of at least {least}"
+        )
+    a, b = (c - c.mean(0) for c in (a, b))
+    alignment = _hsic_unbiased if debiased else _hsic
+    return alignment(a, b) / jnp.sqrt(alignment(a, a) * alignment(b, b))
+
+
+def _hsic(a: Array, b: Array) -> Array:
+    return jnp.square(jnp.einsum("si,sj->ij", a, b, precision="highest")).sum()
+
+
+def _hsic_unbiased(a: Array, b: Array) -> Array:
+    n = len(a)
+    k, m = (jnp.einsum("si,ti->st", c, c, precision="highest") for c in (a, b))
+    off = 1 - jnp.eye(n, dtype=a.dtype)
+    k, m = k * off, m * off
+    shared = (k.sum(0) * m.sum(0)).sum()
+    total = (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 * shared / (n - 2)
+    return total / (n * (n - 3))
+
+
+class Procrustes(NamedTuple):
+    """The best orthogonal map and what it leaves over.
+
+    Attributes:
+        residual: |A R - B|_F / |B|_F.
+        rotation: R, orthogonal (reflections included).
+    """
+
+    residual: Float[Array, ""]
+    rotation: Float[Array, "feature feature"]
+
+
+def procrustes(a: Float[Array, "sample feature"], b: Float[Array, "sample feature"]) -> Procrustes:
+    """min over orthogonal R of |A R - B|_F / |B|_F, at R = U V^T with A^T B = U S V^T.
+
+    Invariant to orthogonal maps of either side; sees scale and offset (centre first if an offset
+    should not count). Meant for activations. ValueError for different shapes.
+    """
+    _check_equal(a, b, "activations")
+    u, _, v = jnp.linalg.svd(jnp.einsum("si,sj->ij", a, b, precision="highest"))
+    rotation = jnp.matmul(u, v, precision="highest")
+    difference = jnp.matmul(a, rotation, precision="highest") - b
+    return Procrustes(jnp.linalg.norm(difference) / jnp.linalg.norm(b), rotation)
+
+
+def _flat(s: Sensitivity) -> Float[Array, "batch token entries"]:
+    return s.reshape(*s.shape[:2], -1)
+
+
+def _unit(v: Array) -> Array:
+    norm = jnp.linalg.norm(v, axis=-1, keepdims=True)
+    return v / jnp.where(norm > 0, norm, 1)
+
+
+def _check_equal(a: Array, b: Array, what: str) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{what} have shapes {a.shape} and {b.shape}, must be equal")
