@@ -1,6 +1,6 @@
 """From a program to the weights of a transformer.
 
-    check(program)                     every slot is written before it is read, no accidental overlap
+    check(program)                     every read finds a value, every write a free place
     shape = config_of(program)         one group of equal heads per (mixer, key rows, value rows)
     weights = fill(program, shape)     each head's affine maps, at the columns of its slots
     Transformer(shape, weights)
@@ -68,7 +68,7 @@ def check(program: Program) -> None:
             where = f"{label}, norm"
             _check_read(program, layer.norm.read, None, written, number, where)
             _check_writes(program, [(layer.norm.write, where, None)], written, set(), number)
-        erased = {head.erases for head in layer.heads if head.erases is not None}
+        erased = _erased(program, layer, label)
         for head in layer.heads:
             where = f"{label}, head '{head.name}'"
             if head.mixer not in MIXERS:
@@ -92,6 +92,22 @@ def check(program: Program) -> None:
             _check_writes(
                 program, [(slot, where, None) for slot in layer.mlp.write], written, set(), number
             )
+
+
+def _erased(program: Program, layer: Layer, label: str) -> set[Slot]:
+    """Slots that the heads of a layer clear at all of their tokens."""
+    seen: set[Slot] = set()
+    whole: set[Slot] = set()
+    for head in layer.heads:
+        slot = head.erases
+        if slot is None:
+            continue
+        if slot in seen:
+            raise ProgramError(f"{label}, head '{head.name}': {slot} is erased twice")
+        seen.add(slot)
+        if {*(slot.tokens or program.token_groups)} <= {*(head.queries or program.token_groups)}:
+            whole.add(slot)
+    return whole
 
 
 def _check_read(
@@ -172,7 +188,7 @@ def _meet(a: Slot, b: Slot) -> bool:
 
 
 def config_of(program: Program) -> Config:
-    """The smallest shape that holds the program; equal layers in a row become one scanned segment."""
+    """The smallest shape that holds the program; equal layers in a row are scanned."""
     layers = [_layer_config(layer) for layer in program.layers]
     if program.loops > 1:
         segments = [SegmentConfig(tuple(layers), program.loops, tied=True)]

@@ -196,8 +196,8 @@ class Config:
         def norm(d: dict[str, Any] | None) -> NormConfig | None:
             if d is None:
                 return None
-            ranges = {k: None if d[k] is None else tuple(d[k]) for k in ("read", "write")}
-            return NormConfig(**(d | ranges))
+            ranges: dict[str, Any] = {k: d[k] and tuple(d[k]) for k in ("read", "write")}
+            return NormConfig(**d | ranges)
 
         def layer(d: dict[str, Any]) -> LayerConfig:
             return LayerConfig(

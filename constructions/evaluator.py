@@ -118,7 +118,7 @@ def evaluate(
         raise ValueError(
             f"values has shape {np.shape(values)}, must be [batch, token, {program.slots.width}]"
         )
-    first = jnp.asarray(stream if stream is not None else next(iter(values.values())))
+    first = jnp.asarray(next(iter(dict(values).values())) if stream is None else stream)
     groups = np.zeros(first.shape[1], int) if groups is None else groups
     machine = _Machine(program, groups)
     cuts = sorted({0, *(c for s in program.slots for c in (s.start, s.start + s.size))})
@@ -266,9 +266,7 @@ def _affine(parts: Sequence[Affine], blocks: Blocks, at: Any = slice(None)) -> A
     zeros = {slot: np.zeros((parts[0].size, slot.size)) for slot in slots}
     constants = _stack([part.constant for part in parts])
     some = next(iter(blocks.values()))[:, at]
-    out = jnp.broadcast_to(
-        jnp.asarray(constants, some.dtype), (*some.shape[:2], *constants.shape)
-    )
+    out = jnp.broadcast_to(jnp.asarray(constants, some.dtype), (*some.shape[:2], *constants.shape))
     for slot in slots:
         m = _stack([part.terms.get(slot, zeros[slot]) for part in parts])
         rows = np.flatnonzero(m.any((0, 2)))  # a long query reads most slots in a few rows each

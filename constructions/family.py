@@ -10,8 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from constructions.compiler import compile_program
 from constructions.program import Program
 from constructions.slots import Slot
 from constructions.transformer import Transformer, randomise
-from synthetic.task import Task
+from synthetic.task import Batch, Task
 from synthetic.train import Recipe
 
 
@@ -69,7 +69,7 @@ class Place:
         return self.scale * jnp.moveaxis(residual, 1, 0)[:, index[0], index[1], index[2]]
 
     def from_output(self, model: Transformer, stream: Array, groups: Array) -> Array:
-        """The value, `[batch, ...]`, of a model's last layer, computing only the tokens it needs."""
+        """The value, `[batch, ...]`, of a model's last layer; computes only the tokens it needs."""
         first, last = int(self.token.min()), int(self.token.max())
         out = model(stream, groups, read=slice(first, last + 1))
         if self.token.shape == (last + 1 - first, 1) and (np.diff(self.column) == 1).all():
@@ -92,23 +92,45 @@ class Gauge:
     query: np.ndarray
 
 
+AnyConstruction = TypeVar("AnyConstruction", bound="Construction")
+
+
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class Evidence(Generic[AnyConstruction]):
     """What a claim's statistic is computed from.
 
     Attributes:
         construction: whose claim it is.
         model: the subject: a trained counterpart, a near-miss, a random model, the construction.
         reference: the compiled construction.
-        key: source of the inputs; the same for every subject, so that comparisons are paired.
-        batch: number of inputs.
+        examples: drawn from the task, the same for every subject: comparisons are paired.
+        key: source of any further inputs.
     """
 
-    construction: Construction
+    construction: AnyConstruction
     model: Transformer
     reference: Transformer
+    examples: Batch
     key: Array
-    batch: int = 4096
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(jax.tree.leaves(self.examples)[0])
+
+    @cached_property
+    def prediction(self) -> Array:
+        """What the model predicts on the examples."""
+        return predict(self.construction, self.model, *self.examples.inputs)
+
+    @cached_property
+    def expected(self) -> Array:
+        """What the compiled construction predicts on the examples."""
+        return predict(self.construction, self.reference, *self.examples.inputs)
+
+    def loss(self, prediction: Array) -> float:
+        """Mean loss of predictions on the examples."""
+        return float(self.construction.task.loss(prediction, self.examples).mean())
 
 
 class NearMiss(NamedTuple):
@@ -136,7 +158,7 @@ class Claim:
 
     name: str
     statement: str
-    statistic: str | Callable[[Evidence], float]
+    statistic: str | Callable[[Evidence[Any]], float]
     threshold: float
     direction: str
     source: str
@@ -229,7 +251,8 @@ class Construction(ABC):
         return place.from_output(model, embedded.stream, embedded.groups)
 
     def check(self, *inputs: Any) -> None:
-        """Raise ValueError for concrete inputs that are out of the construction's domain."""
+        """Raise ValueError for concrete inputs that are out of the domain; here none is."""
+        del inputs
 
     def sample(self, key: Array, batch: int) -> tuple[Array, ...]:
         """Inputs of the construction's task."""
@@ -267,6 +290,12 @@ class Construction(ABC):
     def tolerance(self, dtype: str) -> float:
         """Largest error, relative to the root mean square, that counts as rounding."""
         return {"float64": 1e-13, "float32": 5e-6}[dtype]
+
+
+@partial(jax.jit, static_argnums=0)
+def predict(construction: Construction, model: Transformer, *inputs: Array) -> Array:
+    """`construction.apply`, jitted: one compilation for all models of a shape."""
+    return construction.apply(model, *inputs)
 
 
 @dataclass(frozen=True)
@@ -358,11 +387,11 @@ def verify(
             key = jax.random.key(seed)
             inputs = construction.sample(key, batch)
             # both sides see inputs that the narrower dtype can hold
-            inputs = jax.tree.map(lambda a: _through(a, name), inputs)
+            inputs = tuple(_through(a, name) for a in inputs)
             expected = jax.device_get(jax.jit(construction.trace)(*inputs))
             domain = domain or construction.domain(key)
         with jax.enable_x64(name == "float64"):
-            given = jax.tree.map(lambda a: jnp.asarray(np.asarray(_narrow(a, name))), inputs)
+            given = tuple(jnp.asarray(_narrow(a, name)) for a in inputs)
             subject = construction.compile(name).model if model is None else model(name)
             found = jax.device_get(jax.jit(construction.read)(subject, *given))
             found["prediction"] = jax.device_get(jax.jit(construction.apply)(subject, *given))

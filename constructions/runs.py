@@ -10,7 +10,6 @@ of weights is then checked against that structure, name by name.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from jax.sharding import Mesh
 
 from constructions import CATALOGUE
 from constructions.family import Construction, Counterpart
+from constructions.settings import construct_exactly, family_of, plain_settings
 from constructions.transformer import Transformer
 from synthetic import devices
 from synthetic.checkpoints import Checkpoints
@@ -65,47 +65,6 @@ class Run:
     optimum: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     path: Path | None = None
-
-
-def construct(name: str, settings: Mapping[str, Any] | None = None) -> Construction:
-    """The construction of a family: its example settings, with these in their place.
-
-    Raises:
-        ValueError: unknown family or setting, or a setting out of range.
-    """
-    return _construct(name, {**_family(name).example(), **(settings or {})})
-
-
-def _family(name: str) -> Any:
-    if name not in CATALOGUE:
-        raise ValueError(f"unknown family {name!r}, must be one of {', '.join(sorted(CATALOGUE))}")
-    return CATALOGUE[name]
-
-
-def _construct(name: str, settings: Mapping[str, Any]) -> Construction:
-    family = _family(name)
-    known = inspect.signature(family.construct).parameters
-    free = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for setting in settings:
-        if setting not in known and not free:
-            raise ValueError(
-                f"unknown setting {setting!r} of {name}, must be one of {', '.join(known)}"
-            )
-    try:
-        return family(**settings)
-    except TypeError as error:  # a string where a number is wanted, say
-        raise ValueError(f"settings {dict(settings)} of {name}: {error}") from error
-
-
-def _plain(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON has them: arrays and tuples become lists."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, np.ndarray | np.generic | jax.Array):
-            return np.asarray(value).tolist()
-        raise ValueError(f"settings of {name}: {value!r} cannot be written as JSON")
-
-    return json.loads(json.dumps(dict(settings), default=one, allow_nan=False))
 
 
 def fit_family(
@@ -156,10 +115,10 @@ def fit_family(
             seed, seeds = old.get("seed"), old.get("seeds")
         base = _recipe(RunDirectory(out), old)
     else:
-        settings = {**_family(name).example(), **given}
+        settings = {**family_of(name).example(), **given}
         base = None
-    construction = _construct(name, settings)
-    settings = _plain(name, settings)
+    construction = construct_exactly(name, settings)
+    settings = plain_settings(name, settings)
     counterpart = construction.counterpart()
     if base is None:
         base = counterpart.quick if quick and counterpart.quick else counterpart.recipe
@@ -286,14 +245,17 @@ def _rebuild(run: RunDirectory) -> tuple[dict[str, Any], Construction, Counterpa
         known = ", ".join(sorted(CATALOGUE))
         raise RunError(f"{run.config}: family: {config['family']!r}, must be one of {known}")
     try:
-        construction = _construct(config["family"], config["settings"])
+        construction = construct_exactly(config["family"], config["settings"])
     except ValueError as error:
         raise RunError(f"{run.config}: settings: {error}") from error
     return config, construction, construction.counterpart()
 
 
 def _models(
-    arrays: Mapping[str, np.ndarray], counterpart: Counterpart, config: Mapping[str, Any], path: Path
+    arrays: Mapping[str, np.ndarray],
+    counterpart: Counterpart,
+    config: Mapping[str, Any],
+    path: Path,
 ) -> tuple[Transformer, ...]:
     """One model a seed from arrays that were checked against the counterpart's structure."""
     stacked = len(config["seeds"]) if "seeds" in config else None

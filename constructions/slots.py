@@ -31,10 +31,12 @@ class Affine:
 
     @property
     def terms(self) -> dict[Slot, np.ndarray]:
+        """{slot: matrix `[size, slot.size]`}."""
         raise NotImplementedError
 
     @property
     def constant(self) -> np.ndarray:
+        """The part that no slot contributes, `[size]`."""
         raise NotImplementedError
 
     def matrix(self, width: int) -> np.ndarray:
@@ -116,10 +118,12 @@ class Slot(Affine):
 
     @property
     def terms(self) -> dict[Slot, np.ndarray]:
+        """The slot itself."""
         return {self: np.eye(self.size)}
 
     @property
     def constant(self) -> np.ndarray:
+        """Zero."""
         return np.zeros(self.size)
 
     @property
@@ -150,10 +154,12 @@ class Expr(Affine):
 
     @property
     def terms(self) -> dict[Slot, np.ndarray]:
+        """{slot: matrix `[size, slot.size]`}."""
         return self._terms
 
     @property
     def constant(self) -> np.ndarray:
+        """The part that no slot contributes, `[size]`."""
         return self._constant
 
     def __str__(self) -> str:

@@ -63,7 +63,7 @@ def head_products(model: Transformer) -> HeadProducts:
     For softmax heads these two, up to the order of the heads, are what the weights determine
     (biases left aside). A looped model shows its stored layers once per application.
     """
-    parts, stored = [], _arrays(model)["segments"].values()
+    parts, stored = [], stored_arrays(model)["segments"].values()
     for weights, segment in zip(stored, model.config.segments, strict=True):
         layers = [
             _layer_products(layer["heads"].values(), segment.stacked, model.config)
@@ -439,7 +439,7 @@ def fill_inert(model: Transformer, gauge: Gauge, key: Array) -> Transformer:
     read, query = _fitting(gauge, config.width)
     outside = np.eye(config.width) - np.linalg.pinv(read) @ read
     idle = np.eye(config.width) - query @ np.linalg.pinv(query)
-    arrays = _arrays(model)
+    arrays = stored_arrays(model)
     groups = arrays["segments"][len(config.segments) - 1]["layers"][len(segment.pattern) - 1]
     for w in groups["heads"].values():
         key, one, two = jax.random.split(key, 3)
@@ -458,13 +458,16 @@ def _allow(heads: HeadsConfig, mixers: tuple[str, ...], what: str) -> None:
 
 
 def _bases(key: Array, batch: tuple[int, ...], size: int, dtype: Any) -> tuple[Array, Array]:
-    """Random matrices `[*batch, size, size]` with singular values in [1/2, 2], and inverses."""
-    left, right, middle = jax.random.split(key, 3)
-    u = jax.random.orthogonal(left, size, batch, dtype)
-    v = jax.random.orthogonal(right, size, batch, dtype)
-    d = jax.random.uniform(middle, (*batch, size), dtype, minval=0.5, maxval=2.0)
-    transposed = jnp.swapaxes(u / d[..., None, :], -1, -2)
-    return (u * d[..., None, :]) @ v, jnp.swapaxes(v, -1, -2) @ transposed
+    """Random matrices `[*batch, size, size]` with singular values in [1/2, 2], and inverses.
+
+    R = H diag(d) H' with reflections H = 1 - 2 v v^T / |v|^2, so that R^-1 = H' diag(1/d) H.
+    """
+    directions, middle = jax.random.split(key)
+    v = jax.random.normal(directions, (2, *batch, size), dtype)
+    v = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
+    left, right = jnp.eye(size, dtype=dtype) - 2 * v[..., :, None] * v[..., None, :]
+    d = jax.random.uniform(middle, (*batch, 1, size), dtype, minval=0.5, maxval=2.0)
+    return (left * d) @ right, (right / d) @ left
 
 
 def _apply(matrix: Array, vector: Array) -> Array:
@@ -478,23 +481,24 @@ def _each_head(w: Arrays, change: Callable[..., Array], *more: Array) -> Arrays:
 
 def _map_heads(model: Transformer, edit: Edit, key: Array) -> Transformer:
     """Edit every row of equal heads; arrays are `[repeat, head, ...]`."""
-    arrays, config = _arrays(model), model.config
+    arrays, config = stored_arrays(model), model.config
+    rows = sum(len(layer.heads) for segment in config.segments for layer in segment.pattern)
+    keys = iter(jax.random.split(key, max(rows, 1)))
     segments = []
     for segment, weights in zip(config.segments, arrays["segments"].values(), strict=True):
         pattern = []
         for layer, own in zip(segment.pattern, weights["layers"].values(), strict=True):
             groups = []
             for number, heads in enumerate(layer.heads):
-                key, used = jax.random.split(key)
                 with jax.default_matmul_precision("highest"):
-                    new, own["heads"][number] = edit(heads, own["heads"][number], used)
+                    new, own["heads"][number] = edit(heads, own["heads"][number], next(keys))
                 groups.append(new)
             pattern.append(replace(layer, heads=tuple(groups)))
         segments.append(replace(segment, pattern=tuple(pattern)))
     return Transformer(replace(config, segments=tuple(segments)), arrays)
 
 
-def _arrays(model: Transformer) -> Arrays:
+def stored_arrays(model: Transformer) -> Arrays:
     """The model's arrays, nested as `Config.shapes`, parts without arrays included."""
 
     def complete(shapes: Any, arrays: Any) -> Any:

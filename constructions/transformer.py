@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from constructions.config import WIRING, Config, LayerConfig, MlpConfig, NormConfig, SegmentConfig
 from constructions.mixers import MIXERS
@@ -52,7 +52,7 @@ SITES: dict[str, tuple[str, str]] = {
 class Edit(NamedTuple):
     """Replace a site's value by `value` where `where`; both broadcast to [layer, batch, ...]."""
 
-    where: Bool[Array, "..."]
+    where: Array
     value: Array
 
 
@@ -297,8 +297,10 @@ def _heads(
         joined = tap("head_output", jnp.concatenate(each, 2), axis=2, size=config.max_heads)
         update = joined.sum(2)
     else:
-        update = sum(einsum("bqnv,nhv->bqh", m, p) for m, p in zip(mixed, outputs, strict=True))
-    return update + sum(weights[n].get("output_bias", 0) for n in range(len(mixed)))
+        each = [einsum("bqnv,nhv->bqh", m, p) for m, p in zip(mixed, outputs, strict=True)]
+        update = jnp.stack(each).sum(0) if len(each) > 1 else each[0]
+    biases = [w["output_bias"] for w in weights.values() if "output_bias" in w]
+    return update + sum(biases) if biases else update
 
 
 def _mask(w: Mapping[str, Array], groups: Array, chosen: slice) -> Array:

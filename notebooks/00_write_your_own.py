@@ -122,3 +122,41 @@ result = fit(
     schedule="cosine",
 )
 print(f"loss {result.history[0]['loss']:.3f} -> {result.history[-1]['loss']:.2e}")
+
+# %% [markdown]
+# ## How alike are they?
+#
+# As functions, they are the same. As mechanisms, they need not be: attention can be read and edited
+# by name at every layer, here the weights $a_{ij}$ that each head puts on token $j$ at token $i$.
+
+# %%
+inputs = construction.sample(jax.random.key(1), 64)
+models = {"construction": construction.compile().model, "trained": result.model}
+attention = {
+    name: np.asarray(read_sites(construction, model, inputs, ["attention"])["attention"])
+    for name, model in models.items()
+}
+heads = len(construction.weights)
+figure, axes = plt.subplots(2, heads, figsize=(2.6 * heads, 5.2), layout="constrained")
+for row, (name, weights) in zip(axes, attention.items(), strict=True):
+    mean = weights[0].mean(0)  # layer 0, averaged over the batch
+    for head, axis in enumerate(row):
+        limit = np.abs(mean[head]).max()
+        axis.imshow(mean[head], cmap="PuOr", vmin=-limit, vmax=limit)
+        axis.set(title=f"{name}, head {head}", xlabel="key token", ylabel="query token")
+plt.show()
+
+# %% [markdown]
+# The masks are part of the class, so that trained heads look where constructed ones do; their
+# scores and outputs are their own.
+
+# %%
+x = inputs[0]
+wanted = construction.trace(x)["prediction"]
+errors = {
+    name: float(jnp.sqrt(jnp.mean((construction.apply(m, x) - wanted) ** 2) / jnp.mean(wanted**2)))
+    for name, m in models.items()
+}
+print({name: f"{error:.1e}" for name, error in errors.items()})
+assert errors["construction"] < 1e-6
+assert errors["trained"] < (0.3 if QUICK else 0.01)

@@ -18,14 +18,18 @@ import numpy as np
 
 from constructions.family import Certificate
 from constructions.runs import Run
-from probes import sections
+from probes import losses, sections
 from probes.ledger import Row, ledger
-from probes.sections import Curves, NotApplicable, Patches, ScaleCurve, Weights
+from probes.losses import Curves, RollOut, ScaleCurve
+from probes.sections import NotApplicable, Patches, Weights
 from probes.table import ProbeTable, probe_table
 
 FORMAT, VERSION = "orrery-report", 1
 #: Trained models that the probe table has a column for.
 PROBED = 1
+#: Inputs of the curves beyond the training distribution.
+FEWER = 4096
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -48,6 +52,7 @@ class Comparison:
     probes: ProbeTable | None
     patches: Patches | None
     scale_curve: ScaleCurve | None
+    roll_out: RollOut | None
     reproduce: dict[str, Any]
     omitted: dict[str, str] = field(default_factory=dict)
 
@@ -78,10 +83,11 @@ class Comparison:
                 ("curves", self.curves),
                 ("patches", self.patches),
                 ("scale_curve", self.scale_curve),
+                ("roll_out", self.roll_out),
             )
         }
         weights = None if self.weights is None else [asdict(w) for w in self.weights]
-        return _finite(
+        return plain(
             {
                 "format": FORMAT,
                 "version": VERSION,
@@ -107,7 +113,7 @@ def compare(
     about: str = "",
     source: str = "",
     seed: int = 0,
-    batch: int = 4096,
+    batch: int = 2**16,
     commands: Sequence[str] = (),
     progress: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
@@ -117,7 +123,7 @@ def compare(
         run: a fit of one or several seeds.
         about, source: of the family, for the heading.
         seed: of all inputs and controls.
-        batch: inputs per statistic.
+        batch: inputs per statistic of the ledger.
         commands: what to type to make this comparison again.
         progress: called with the name of each section.
     """
@@ -138,17 +144,19 @@ def compare(
     rows = section("claims", lambda: ledger(construction, models, seed=seed, batch=batch))
     named = {f"trained {s}": m for s, m in zip(run.seeds[:PROBED], models, strict=False)}
     parts = {
-        "curves": section("curves", lambda: sections.curves(run, reference, seed, batch)),
+        "curves": section("curves", lambda: losses.curves(run, reference, seed)),
         "weights": section("weights", lambda: sections.weights(construction, models, reference)),
-        "probes": section(
-            "probes", lambda: probe_table(construction, named, jax.random.key(seed))
-        ),
+        "probes": section("probes", lambda: probe_table(construction, named, jax.random.key(seed))),
         "patches": section(
             "patches", lambda: sections.patches(construction, models, reference, seed)
         ),
         "scale_curve": section(
             "scale_curve",
-            lambda: sections.scale_curve(construction, models, reference, seed, batch),
+            lambda: losses.scale_curve(construction, models, reference, seed, FEWER),
+        ),
+        "roll_out": section(
+            "roll_out",
+            lambda: losses.roll_out(construction, models, reference, seed, FEWER),
         ),
     }
     seconds = {**run.seconds, "compare": time.perf_counter() - began}
@@ -191,11 +199,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _finite(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it: tuples as lists, and None for numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {str(name): _finite(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not np.isfinite(value) else value

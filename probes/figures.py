@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -13,116 +11,53 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from probes.comparison import Comparison
-from probes.sections import Curves, Patches, ScaleCurve, Weights
+from probes.losses import Curves, RollOut, ScaleCurve
+from probes.sections import Patches, Weights
+from probes.style import (
+    CONSTRUCTION,
+    GREEN,
+    GREY,
+    MOST_LABELS,
+    OPTIMUM,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    TRAINED,
+    Picture,
+    band,
+    figure_of,
+    four,
+    number,
+    percent,
+    png,
+    span,
+)
 from probes.table import ProbeTable
-
-# Okabe and Ito's palette, told apart by colour-blind readers
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#6b7280"
-TRAINED, CONSTRUCTION, OPTIMUM = BLUE, VERMILION, BLACK
-
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#4b5563",
-    "axes.linewidth": 0.8,
-    "axes.labelcolor": "#1f2937",
-    "xtick.color": "#374151",
-    "ytick.color": "#374151",
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
-MOST_LABELS = 24
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the report.
-
-    Attributes:
-        name: of the PNG file and the anchor.
-        title, caption: what it answers, and the answer with numbers.
-        alt: what is to be seen, for readers who do not see it.
-        png: the image.
-    """
-
-    name: str
-    title: str
-    caption: str
-    alt: str
-    png: bytes
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A number as the report prints it: `digits` significant digits, "n/a" where undefined."""
-    if value is None or (isinstance(value, float) and not np.isfinite(value)):
-        return "n/a"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int | np.integer):
-        return str(value)
-    text = f"{value:.{digits}g}"
-    return text.replace("e-0", "e-").replace("e+0", "e+")
-
-
-def percent(value: float) -> str:
-    """A fraction in per cent."""
-    return f"{number(100 * value)} %"
-
-
-def span(values: Sequence[float], show: Callable[[float], str] = number) -> str:
-    """The range of several numbers, or the one there is."""
-    low, high = show(min(values)), show(max(values))
-    return low if low == high else f"{low} to {high}"
 
 
 def pictures(comparison: Comparison) -> list[Picture]:
     """All figures that the comparison has data for, in the order of the report."""
-    makers: tuple[tuple[Any, Callable[[Any], Picture]], ...] = (
+    makers: list[tuple[Any, Callable[[Any], Picture]]] = [
         (comparison.curves, _loss),
         (comparison.weights, _weights),
         (comparison.probes, _probes),
         (comparison.patches, _patches),
         (comparison.scale_curve, _scale),
-    )
+        (comparison.roll_out, _roll_out),
+    ]
     with matplotlib.rc_context(STYLE):
         return [make(data) for data, make in makers if data is not None]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # no date and no version inside: the same data give the same bytes
-    figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
-
-
-def _band(axis: Any, x: Any, curves: Any, color: str, label: str) -> None:
-    """The mean over seeds, and the range of all seeds as a band."""
-    curves = np.asarray(curves, float)
-    axis.plot(x, curves.mean(0), color=color, label=label)
-    if len(curves) > 1:
-        axis.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.22, linewidth=0)
 
 
 def _loss(curves: Curves) -> Picture:
     names = {"exact_excess": "exact excess over the optimum"}
     metrics = {n: np.asarray(v, float) for n, v in curves.metrics.items()}
     metrics = {n: v for n, v in metrics.items() if np.isfinite(v).all() and (v > 0).all()}
-    figure, axes = _figure(9.2, 3.3, 2 if metrics else 1)
+    figure, axes = figure_of(9.2, 3.3, 2 if metrics else 1)
     left, seeds = axes[0], len(curves.losses)
     who = f"trained, {seeds} seeds (mean, range)" if seeds > 1 else "trained"
-    _band(left, curves.steps, curves.losses, TRAINED, who)
+    band(left, curves.steps, curves.losses, TRAINED, who)
     left.axhline(curves.construction, color=CONSTRUCTION, ls="--", label="construction")
     if curves.optimum is not None:
         left.axhline(curves.optimum, color=OPTIMUM, ls=":", label="optimum of the class")
@@ -131,7 +66,7 @@ def _loss(curves: Curves) -> Picture:
     left.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
     left.legend()
     for (name, values), color in zip(metrics.items(), (GREEN, PURPLE, ORANGE, SKY), strict=False):
-        _band(axes[1], curves.steps, values, color, names.get(name, name).replace("_", " "))
+        band(axes[1], curves.steps, values, color, names.get(name, name).replace("_", " "))
     if metrics:
         title = "Distance to the optimum"
         axes[1].set(xlabel="optimiser steps", ylabel="fraction", title=title, yscale="log")
@@ -139,19 +74,18 @@ def _loss(curves: Curves) -> Picture:
     level = curves.construction
     excess = [loss / level - 1 for loss in curves.trained]
     caption = (
-        f"After {curves.steps[-1]} steps the trained loss is {span(curves.trained, _four)} on "
-        f"fresh inputs, {span(excess, percent)} above the construction's {_four(level)}"
+        f"After {curves.steps[-1]} steps the trained loss is {span(curves.trained, four)} on "
+        f"fresh inputs, and the construction's {four(level)} (standard error "
+        f"{number(curves.standard_error, 2)}); on the same inputs they differ by "
+        f"{span(excess, percent)}."
     )
-    caption += f"; the optimum of the class is {_four(curves.optimum)}." if curves.optimum else "."
+    if curves.optimum is not None:
+        caption += f" The optimum of the class is {four(curves.optimum)}."
     for name, values in metrics.items():
         shown = names.get(name, name).replace("_", " ")
         caption += f" Last {shown}: {span(values[:, -1].tolist(), percent)}."
     alt = "Training loss of every seed falls onto the lines of construction and optimum."
-    return Picture("loss", "Does training find the construction's loss?", caption, alt, _png(figure))
-
-
-def _four(value: float) -> str:
-    return number(value, 4)
+    return Picture("loss", "Does training find the construction's loss?", caption, alt, png(figure))
 
 
 def _weights(panels: list[Weights]) -> Picture:
@@ -161,7 +95,7 @@ def _weights(panels: list[Weights]) -> Picture:
     for row, panel in zip(grid, panels, strict=True):
         built, trained = np.asarray(panel.construction), np.asarray(panel.trained)
         limit = float(max(np.abs(built).max(), np.abs(trained).max())) or 1.0
-        image = None
+        image: Any = None
         shown = (("construction", built), ("trained", trained), ("difference", trained - built))
         for axis, (title, matrix) in zip(row, shown, strict=True):
             image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="equal")
@@ -180,8 +114,10 @@ def _weights(panels: list[Weights]) -> Picture:
         f"and construction over {seeds} seed{'s' if seeds > 1 else ''}: {text}. The first seed is "
         "shown; all three maps share one scale."
     )
-    alt = "Heat maps of weight products in the construction, the trained model, and their difference."
-    return Picture("weights", "Are the weights the construction's?", caption, alt, _png(figure))
+    alt = (
+        "Heat maps of weight products in the construction, the trained model, and their difference."
+    )
+    return Picture("weights", "Are the weights the construction's?", caption, alt, png(figure))
 
 
 def _height(panel: Weights) -> float:
@@ -195,11 +131,19 @@ def _ticks(axis: Any, labels: list[str], **options: Any) -> None:
 
 def _probes(table: ProbeTable) -> Picture:
     shown = np.clip(np.nan_to_num(table.values), 0, 1)
-    figure, (axis,) = _figure(9.2, 0.9 + 0.34 * len(table.names))
+    figure, (axis,) = figure_of(9.2, 0.9 + 0.34 * len(table.names))
     image = axis.imshow(shown, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(table.values):
         color = "white" if shown[i, j] < 0.55 else "black"
-        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+        axis.text(
+            j,
+            i,
+            f"{value + 0:.2f}".replace("-0.00", "0.00"),
+            ha="center",
+            va="center",
+            color=color,
+            fontsize=8,
+        )
     axis.set_xticks(range(len(table.columns)), table.columns)
     axis.set_yticks(range(len(table.names)), table.names)
     axis.xaxis.tick_top()
@@ -218,15 +162,17 @@ def _probes(table: ProbeTable) -> Picture:
         caption += f" Left out, as they do not vary: {', '.join(table.constant)}."
     alt = "Table of probe scores: algorithm's values by model and control columns."
     title = "Can the algorithm's values be read off?"
-    return Picture("probes", title, caption, alt, _png(figure))
+    return Picture("probes", title, caption, alt, png(figure))
 
 
 def _patches(patches: Patches) -> Picture:
     built, trained = np.asarray(patches.construction), np.asarray(patches.trained)
     limit = float(max(np.abs(built).max(), np.abs(trained).max())) or 1.0
-    figure, axes = _figure(9.2, 1.5 + 0.28 * len(built), 2, sharey=True)
-    image = None
-    for axis, title, effect in zip(axes, ("construction", "trained"), (built, trained), strict=True):
+    figure, axes = figure_of(9.2, 1.5 + 0.28 * len(built), 2, sharey=True)
+    image: Any = None
+    for axis, title, effect in zip(
+        axes, ("construction", "trained"), (built, trained), strict=True
+    ):
         image = axis.imshow(effect, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axis.set(title=title, xlabel="token")
         _ticks(axis.xaxis, [str(n + 1) for n in range(built.shape[1])])
@@ -247,12 +193,12 @@ def _patches(patches: Patches) -> Picture:
     )
     alt = "Two maps of patching effects, layers by tokens, construction and trained."
     title = "Is the same information used in the same places?"
-    return Picture("patches", title, caption, alt, _png(figure))
+    return Picture("patches", title, caption, alt, png(figure))
 
 
 def _scale(curve: ScaleCurve) -> Picture:
-    figure, (axis,) = _figure(6.4, 3.2)
-    _band(axis, curve.scales, curve.trained, TRAINED, "trained (mean, range of seeds)")
+    figure, (axis,) = figure_of(6.4, 3.2)
+    band(axis, curve.scales, curve.trained, TRAINED, "trained (mean, range of seeds)")
     axis.plot(curve.scales, curve.construction, color=CONSTRUCTION, ls="--", label="construction")
     axis.axvline(1, color=GREY, lw=0.8, ls=":")
     axis.set(xlabel="scale of the inputs (1: as in training)", ylabel="loss", yscale="log")
@@ -261,11 +207,48 @@ def _scale(curve: ScaleCurve) -> Picture:
     gap = np.abs(trained / built - 1)
     worst = int(gap.max(0).argmax())
     caption = (
-        f"Off the training distribution the losses differ by at most {percent(float(gap.max()))}, at "
-        f"scale {number(curve.scales[worst])} (construction {_four(float(built[worst]))}, trained "
-        f"{span(trained[:, worst].tolist(), _four)}): a shared failure is evidence of a shared "
+        "Off the training distribution the losses differ by at most "
+        f"{percent(float(gap.max()))}, at scale {number(curve.scales[worst])} "
+        f"(construction {four(float(built[worst]))}, trained "
+        f"{span(trained[:, worst].tolist(), four)}): a shared failure is evidence of a shared "
         "algorithm."
     )
     alt = "Loss against the scale of the inputs, construction and trained."
     title = "Does it fail where the algorithm fails?"
-    return Picture("scale", title, caption, alt, _png(figure))
+    return Picture("scale", title, caption, alt, png(figure))
+
+
+def _roll_out(data: RollOut) -> Picture:
+    built, trained = np.asarray(data.construction), np.asarray(data.trained)
+    steps = np.arange(built.shape[-1])
+    figure, (axis,) = figure_of(6.8, 3.2)
+    for damping, own, theirs, color in zip(
+        data.dampings, built, trained, (TRAINED, GREEN), strict=False
+    ):
+        band(axis, steps, theirs, color, f"trained, damping {number(damping)}")
+        axis.plot(
+            steps, own, color=color, ls="--", label=f"construction, damping {number(damping)}"
+        )
+    axis.set(xlabel="times the layer is applied", ylabel="loss", yscale="log")
+    # what diverges leaves the frame
+    axis.set_ylim(0.5 * np.nanmin(built), 20 * max(built[0, 0], built[0].min()))
+    axis.legend(fontsize=8)
+    caption = "The same layer applied again and again."
+    for damping, own, theirs in zip(data.dampings, built, trained, strict=True):
+        gone = int((~(theirs.max(1) < 100 * own[0])).sum())
+        close = np.abs(theirs / own - 1)[:, : np.argmin(own) + 1]
+        caption += (
+            f" With damping {number(damping)} the construction's loss goes from {four(own[0])} to "
+            f"{four(own.min())} at {int(np.argmin(own))} applications"
+        )
+        if gone:
+            caption += f", and {gone} of {len(theirs)} trained models diverge."
+        else:
+            caption += f", the trained models' follows it within {percent(float(close.max()))}."
+    caption += (
+        " Training asks nothing of what a layer does to tokens that are not read behind it: where "
+        "the trained layer diverges, it is the construction's function on what is read alone."
+    )
+    alt = "Loss against the number of applications, construction and trained, two dampings."
+    title = "Does the layer go on as the algorithm would?"
+    return Picture("roll-out", title, caption, alt, png(figure))

@@ -25,23 +25,20 @@ from jax import Array
 
 from constructions.family import Construction
 from constructions.transformer import Edit, Transformer
-from probes.sites import Edited, Inputs, place_mask, site_axes
-
-
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    """Effects of single patches.
-
-    Attributes:
-        axes: names of the axes of the maps, "layer" first. For the site "residual" layer l is the
-            stream after l layers, so there are depth + 1 of them.
-        effect: see the module's equation.
-        off_axis: norm of the movement orthogonal to p(source) - p(base), in units of its norm.
-    """
-
-    axes: tuple[str, ...]
-    effect: np.ndarray
-    off_axis: np.ndarray
+from probes.patching import (
+    CleanRuns,
+    Sweep,
+    axes_of,
+    count_tokens,
+    map_grid,
+    mask_at,
+    must_differ,
+    pair_of,
+    patched_prediction,
+    positions_of,
+    site_values,
+)
+from probes.sites import Inputs, place_mask, site_axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +83,7 @@ def interchange(
     Raises:
         ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit.
     """
-    base, source = _pair(base, source)
+    base, source = pair_of(base, source)
     return _interchange(
         model, base, source, jnp.asarray(where), construction=construction, site=site
     )
@@ -118,12 +115,12 @@ def sweep(
         ValueError: base and source do not differ in shape only, unknown site or axis, or equal
             predictions on both, which leave no effect to measure.
     """
-    base, source = _pair(base, source)
-    axes = _axes(construction, model, base, site, over)
+    base, source = pair_of(base, source)
+    axes = axes_of(construction, model, base, site, over)
     effect, off_axis, gap = _sweep(
         model, base, source, construction=construction, site=site, axes=axes, chunk=chunk
     )
-    _differ(gap)
+    must_differ(gap)
     return Sweep(axes, np.asarray(effect), np.asarray(off_axis))
 
 
@@ -147,16 +144,16 @@ def interchange_agreement(
 
     ValueError as for `sweep`, and if the two models differ in depth, heads or width.
     """
-    base, source = _pair(base, source)
-    axes = _axes(construction, model, base, site, over)
+    base, source = pair_of(base, source)
+    axes = axes_of(construction, model, base, site, over)
     sizes = [site_axes(m.config, 1, site) for m in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"site '{site}' has sizes {sizes[0]} in model, {sizes[1]} in reference")
     (ours, off, gap), (theirs, their_off, their_gap), apart = _agreement(
         model, reference, base, source, construction=construction, site=site, axes=axes, chunk=chunk
     )
-    _differ(gap)
-    _differ(their_gap)
+    must_differ(gap)
+    must_differ(their_gap)
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
     spread = a.std() * b.std()
     correlation = np.mean((a - a.mean()) * (b - b.mean())) / spread if spread > 0 else np.nan
@@ -180,151 +177,21 @@ def exchange(
 
     ValueError as for `sweep`, and for a name without a place.
     """
-    base, source = _pair(base, source)
-    tokens = _tokens(construction, model, base)
+    base, source = pair_of(base, source)
+    tokens = count_tokens(construction, model, base)
     masks = place_mask(construction, model.config, tokens, base, name)
     stacked = jnp.asarray(np.stack(list(masks.values())))
     effect, _, gap = _exchange(model, base, source, stacked, construction=construction)
-    _differ(gap)
+    must_differ(gap)
     return dict(zip(masks, np.asarray(effect, float).tolist(), strict=True))
-
-
-def attribution(
-    construction: Construction,
-    model: Transformer,
-    base: Inputs,
-    source: Inputs,
-    *,
-    site: str = "residual",
-    over: str | tuple[str, ...] = "token",
-) -> Sweep:
-    """First-order estimate of `sweep`: gradient on the base input times the difference of values.
-
-    Costs one gradient a layer instead of one run a patch. Exact where the prediction is linear in
-    the site (the last residual, in a model without final norm), right to first order for inputs
-    that are close, and wrong where softmax or MLPs saturate in between. `off_axis` is NaN.
-
-    Arguments and errors as in `sweep`.
-    """
-    base, source = _pair(base, source)
-    axes = _axes(construction, model, base, site, over)
-    effect, gap = _attribution(model, base, source, construction=construction, site=site, axes=axes)
-    _differ(gap)
-    return Sweep(axes, np.asarray(effect), np.full(effect.shape, np.nan))
-
-
-def path_patch(
-    construction: Construction, model: Transformer, base: Inputs, source: Inputs, *, chunk: int = 8
-) -> np.ndarray:
-    """Effects of the direct paths from every head to the heads of every later layer.
-
-    The stream that enters layer r is changed by what head n of layer l would have added on the
-    source input; the heads of layer r react, everything else up to there stays as on the base
-    input. Answers "which head talks to which layer?". First-order paths only: two heads that talk
-    through a third one show nothing here.
-
-    Returns:
-        `[sender layer, sender head, receiver]`, receivers 0..depth-1 being layers and the last one
-        the output itself. Zero where the receiver does not come after the sender.
-
-    ValueError as for `sweep`.
-    """
-    base, source = _pair(base, source)
-    effect, gap = _path_patch(model, base, source, construction=construction, chunk=chunk)
-    _differ(gap)
-    return np.asarray(effect)
-
-
-def _pair(base: Inputs, source: Inputs) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    shapes = [[jnp.shape(a) for a in inputs] for inputs in (base, source)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"base has shapes {shapes[0]} and source {shapes[1]}, must be equal")
-    return tuple(map(jnp.asarray, base)), tuple(map(jnp.asarray, source))
-
-
-def _tokens(construction: Construction, model: Transformer, inputs: Inputs) -> int:
-    return jax.eval_shape(lambda *a: construction.embed(model, *a).stream, *inputs).shape[1]
-
-
-def _axes(
-    construction: Construction, model: Transformer, inputs: Inputs, site: str, over: Any
-) -> tuple[str, ...]:
-    known = site_axes(model.config, _tokens(construction, model, inputs), site)
-    axes = ("layer", *((over,) if isinstance(over, str) else over))
-    for axis in axes[1:]:
-        if axis not in known or axis == "layer":
-            raise ValueError(f"over is {over!r}, must name axes of '{site}': {list(known)[1:]}")
-    return axes
-
-
-def _differ(gap: Array) -> None:
-    if not float(gap) > 0:
-        raise ValueError(
-            "base and source have the same predictions (or NaN), so that no effect can be measured"
-        )
-
-
-def _values(construction: Any, model: Transformer, inputs: Any, site: str) -> Array:
-    stream, groups, _ = construction.embed(model, *inputs)
-    return model.run(stream, groups, sites=(site,))[1][site]
-
-
-def _predict(construction: Any, model: Transformer, inputs: Any, site: str, edit: Edit) -> Array:
-    return construction.apply(Edited(model, {site: edit}), *inputs)
-
-
-class _Pair:
-    """The two clean runs of a model, and the effect of a patched prediction between them."""
-
-    def __init__(self, construction: Any, model: Transformer, base: Any, source: Any) -> None:
-        self.start = construction.apply(model, *base)
-        self.way = construction.apply(model, *source) - self.start
-        self.gap = jnp.sum(self.way**2)
-
-    def along(self, movement: Array) -> Array:
-        return jnp.sum(movement * self.way) / self.gap
-
-    def effect(self, patched: Array) -> tuple[Array, Array]:
-        movement = patched - self.start
-        along = self.along(movement)
-        return along, jnp.sqrt(jnp.sum((movement - along * self.way) ** 2) / self.gap)
-
-
-def _map(function: Any, sizes: tuple[int, ...], chunk: int) -> Any:
-    """`function` of every index of a grid, `chunk` at a time, results shaped like the grid."""
-    runs = int(np.prod(sizes))
-    rounds = -(-runs // max(1, chunk))
-    chunk = -(-runs // max(1, rounds))
-    # indices of -1 fill the last round: they match nothing, so they patch nothing
-    grid = np.full((rounds * chunk, len(sizes)), -1)
-    grid[:runs] = np.indices(sizes).reshape(len(sizes), runs).T
-    grid = jnp.asarray(grid.reshape(rounds, chunk, len(sizes)))
-    found = jax.lax.map(jax.vmap(function), grid)
-    return jax.tree.map(
-        lambda a: a.reshape(rounds * chunk, *a.shape[2:])[:runs].reshape(sizes), found
-    )
-
-
-def _mask(shape: tuple[int, ...], positions: tuple[int, ...], index: Array) -> Array:
-    """Where the axes in `positions` have the given index; other axes have size 1."""
-    mask = jnp.ones((1,) * len(shape), bool)
-    for i, axis in enumerate(positions):
-        here = jnp.arange(shape[axis]) == index[i]
-        mask &= here.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    return mask
-
-
-def _positions(model: Transformer, site: str, axes: tuple[str, ...]) -> tuple[int, ...]:
-    names = list(site_axes(model.config, 1, site))
-    return tuple(0 if axis == "layer" else names.index(axis) + 1 for axis in axes)
 
 
 @partial(jax.jit, static_argnames=("construction", "site"))
 def _interchange(
     model: Transformer, base: Any, source: Any, where: Array, *, construction: Any, site: str
 ) -> Array:
-    edit = Edit(where, _values(construction, model, source, site))
-    return _predict(construction, model, base, site, edit)
+    edit = Edit(where, site_values(construction, model, source, site))
+    return patched_prediction(construction, model, base, site, edit)
 
 
 @partial(jax.jit, static_argnames=("construction", "site", "axes", "chunk"))
@@ -338,16 +205,16 @@ def _sweep(
     axes: Any,
     chunk: int,
 ) -> tuple[Array, Array, Array]:
-    values = _values(construction, model, source, site)
-    pair = _Pair(construction, model, base, source)
-    positions = _positions(model, site, axes)
+    values = site_values(construction, model, source, site)
+    pair = CleanRuns(construction, model, base, source)
+    positions = positions_of(model, site, axes)
 
     def patched(index: Array) -> tuple[Array, Array]:
-        edit = Edit(_mask(values.shape, positions, index), values)
-        return pair.effect(_predict(construction, model, base, site, edit))
+        edit = Edit(mask_at(values.shape, positions, index), values)
+        return pair.effect(patched_prediction(construction, model, base, site, edit))
 
     sizes = tuple(values.shape[p] for p in positions)
-    return (*_map(patched, sizes, chunk), pair.gap)
+    return (*map_grid(patched, sizes, chunk), pair.gap)
 
 
 @partial(jax.jit, static_argnames=("construction", "site", "axes", "chunk"))
@@ -363,21 +230,21 @@ def _agreement(
     chunk: int,
 ) -> Any:
     models = (model, reference)
-    values = [_values(construction, m, source, site) for m in models]
-    pairs = [_Pair(construction, m, base, source) for m in models]
-    positions = _positions(model, site, axes)
+    values = [site_values(construction, m, source, site) for m in models]
+    pairs = [CleanRuns(construction, m, base, source) for m in models]
+    positions = positions_of(model, site, axes)
 
     def patched(index: Array) -> Any:
-        mask = _mask(values[0].shape, positions, index)
+        mask = mask_at(values[0].shape, positions, index)
         found = [
-            _predict(construction, m, base, site, Edit(mask, v))
+            patched_prediction(construction, m, base, site, Edit(mask, v))
             for m, v in zip(models, values, strict=True)
         ]
         apart = jnp.sqrt(jnp.sum((found[0] - found[1]) ** 2) / pairs[1].gap)
         return [pair.effect(p) for pair, p in zip(pairs, found, strict=True)], apart
 
     sizes = tuple(values[0].shape[p] for p in positions)
-    effects, apart = _map(patched, sizes, chunk)
+    effects, apart = map_grid(patched, sizes, chunk)
     return (*[(*e, pair.gap) for e, pair in zip(effects, pairs, strict=True)], apart)
 
 
@@ -385,59 +252,12 @@ def _agreement(
 def _exchange(
     model: Transformer, base: Any, source: Any, masks: Array, *, construction: Any
 ) -> tuple[Array, Array, Array]:
-    values = _values(construction, model, source, "residual")
-    pair = _Pair(construction, model, base, source)
+    values = site_values(construction, model, source, "residual")
+    pair = CleanRuns(construction, model, base, source)
 
     def patched(mask: Array) -> tuple[Array, Array]:
-        return pair.effect(_predict(construction, model, base, "residual", Edit(mask, values)))
+        return pair.effect(
+            patched_prediction(construction, model, base, "residual", Edit(mask, values))
+        )
 
     return (*jax.lax.map(patched, masks), pair.gap)
-
-
-@partial(jax.jit, static_argnames=("construction", "site", "axes"))
-def _attribution(
-    model: Transformer, base: Any, source: Any, *, construction: Any, site: str, axes: Any
-) -> tuple[Array, Array]:
-    here, there = (_values(construction, model, inputs, site) for inputs in (base, source))
-    pair = _Pair(construction, model, base, source)
-    keep = _positions(model, site, axes)[1:]
-
-    def at_layer(layer: Array) -> Array:
-        mask = _mask(here.shape, (0,), layer[None])
-
-        def along(value: Array) -> Array:
-            # one layer is set to its own value, so that its gradient sees all layers behind it
-            patched = _predict(construction, model, base, site, Edit(mask, value[None]))
-            return pair.along(patched - pair.start)
-
-        gradient = jax.grad(along)(here[layer]) * (there[layer] - here[layer])
-        rest = tuple(axis for axis in range(gradient.ndim) if axis + 1 not in keep)
-        kept = sorted(keep)
-        return jnp.transpose(gradient.sum(rest), [kept.index(axis) for axis in keep])
-
-    return jax.lax.map(at_layer, jnp.arange(len(here))), pair.gap
-
-
-@partial(jax.jit, static_argnames=("construction", "chunk"))
-def _path_patch(
-    model: Transformer, base: Any, source: Any, *, construction: Any, chunk: int
-) -> tuple[Array, Array]:
-    stream, groups, _ = construction.embed(model, *base)
-    sites = model.run(stream, groups, sites=("residual", "head_output"))[1]
-    change = _values(construction, model, source, "head_output") - sites["head_output"]
-    pair = _Pair(construction, model, base, source)
-    depth, _, _, heads, _ = change.shape
-
-    def patched(index: Array) -> Array:
-        sender, head, receiver = index
-        arrived = sites["residual"] + change[sender, :, :, head]
-        at = (jnp.arange(depth + 1) == receiver) & (sender < receiver)
-        into = Edit(at.reshape(-1, 1, 1, 1), arrived)
-        reaction = model.run(stream, groups, sites=("head_output",), edits={"residual": into})[1]
-        heard = Edit(at[:depth].reshape(-1, 1, 1, 1, 1), reaction["head_output"])
-        # at the output there is nobody left to react: the changed stream itself is read
-        final = Edit(at.at[:depth].set(False).reshape(-1, 1, 1, 1), arrived)
-        subject = Edited(model, {"head_output": heard, "residual": final})
-        return pair.along(construction.apply(subject, *base) - pair.start)
-
-    return _map(patched, (depth, heads, depth + 1), chunk), pair.gap

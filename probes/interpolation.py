@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from constructions.config import SegmentConfig
 from constructions.family import Construction
+from constructions.symmetries import stored_arrays
 from constructions.transformer import Transformer
 from synthetic.task import Batch
 
@@ -52,13 +53,13 @@ def blend(model: Transformer, reference: Transformer, fraction: ArrayLike) -> Tr
             f"segments (layers, repeats, tied) of the model are {plans[0]}, "
             f"of the reference {plans[1]}"
         )
-    stored = [nnx.to_pure_dict(nnx.state(m))["segments"] for m in (model, reference)]
+    stored = [stored_arrays(m)["segments"] for m in (model, reference)]
     segments, arrays = [], {}
     for s, pair in enumerate(zip(one.segments, other.segments, strict=True)):
         pattern, layers = [], {}
         for p, (mine, theirs) in enumerate(zip(*(x.pattern for x in pair), strict=True)):
             pattern.append(replace(mine, heads=mine.heads + theirs.heads))
-            own, its = (weights[s]["layers"][p].get("heads", {}) for weights in stored)
+            own, its = (weights[s]["layers"][p]["heads"] for weights in stored)
             groups = [_scaled(w, 1 - fraction) for w in own.values()]
             groups += [_scaled(w, fraction) for w in its.values()]
             layers[p] = {"heads": dict(enumerate(groups))}
@@ -135,11 +136,12 @@ def roll_out(
     if "prediction" not in places:
         raise ValueError(f"{construction} names no place of the prediction in the stream")
     # the place is one of layer 1; the same tokens and columns are read at every depth
-    place = replace(places["prediction"], layer=0 * places["prediction"].layer)
+    place = replace(places["prediction"], layer=np.zeros_like(places["prediction"].layer))
     stream, groups, _ = construction.embed(single, *inputs)
+    factor = jnp.asarray(damping, stream.dtype)
 
     def step(h: Array, _: None) -> tuple[Array, Array]:
-        return h + damping * (single(h, groups) - h), place.gather(h[None])
+        return h + factor * (single(h, groups) - h), place.gather(h[None])
 
     last, predictions = jax.lax.scan(step, stream, length=depth)
     return jnp.concatenate([predictions, place.gather(last[None])[None]])
@@ -150,17 +152,14 @@ def _one_layer(model: Transformer, layer: int) -> Transformer:
     config = model.config
     if not -config.depth <= layer < config.depth:
         raise ValueError(f"layer is {layer}, the model applies {config.depth}")
-    layer %= config.depth
-    for number, segment in enumerate(config.segments):
-        size = segment.repeats * len(segment.pattern)
-        if layer < size:
-            break
-        layer -= size
-    repeat, place = divmod(layer, len(segment.pattern))
-    repeat = 0 if segment.tied else repeat
-    stored = nnx.to_pure_dict(nnx.state(model.segments[number].layers[place]))
-    alone = replace(config, segments=(SegmentConfig((segment.pattern[place],)),), final_norm=None)
-    arrays = jax.tree.map(lambda a: a[repeat : repeat + 1], stored)
-    for name, shape in alone.shapes()["segments"][0]["layers"][0].items():
-        arrays.setdefault(name, {} if isinstance(shape, dict) else shape)
-    return Transformer(alone, {"segments": {0: {"layers": {0: arrays}}}})
+    applied = [
+        (s, p, 0 if segment.tied else r)
+        for s, segment in enumerate(config.segments)
+        for r in range(segment.repeats)
+        for p in range(len(segment.pattern))
+    ]
+    s, p, r = applied[layer]
+    alone = SegmentConfig((config.segments[s].pattern[p],))
+    own = stored_arrays(model)["segments"][s]["layers"][p]
+    arrays = {"segments": {0: {"layers": {0: jax.tree.map(lambda a: a[r : r + 1], own)}}}}
+    return Transformer(replace(config, segments=(alone,), final_norm=None), arrays)

@@ -19,64 +19,70 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from scipy import stats
 
 from constructions.family import Claim, Construction, Evidence, NearMiss
 from constructions.symmetries import canonical_distance
-from constructions.transformer import Transformer, randomise
+from constructions.transformer import Transformer
 from probes import interpolation, similarity
+from synthetic.task import Batch
 
 CONSTRUCTION, TRAINED, RANDOM = "construction", "trained", "random init"
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _loss(construction: Construction, model: Transformer, key: Array, batch: int) -> Array:
-    drawn = construction.task.sample(key, batch)
-    return construction.task.loss(construction.apply(model, *drawn.inputs), drawn).mean()
+@partial(jax.jit, static_argnums=0)
+def _weights(construction: Construction, model: Transformer, reference: Transformer) -> Array:
+    return canonical_distance(model, reference, construction.gauge())
 
 
-def mean_loss(evidence: Evidence) -> float:
-    """Mean loss of the model on the task."""
-    return float(_loss(evidence.construction, evidence.model, evidence.key, evidence.batch))
+@partial(jax.jit, static_argnums=0)
+def _sensitivities(
+    construction: Construction, model: Transformer, reference: Transformer, inputs: Any
+) -> Array:
+    models = (partial(construction.apply, m) for m in (model, reference))
+    return similarity.sensitivity_cosine(*models, inputs)
 
 
-def excess_loss(evidence: Evidence) -> float:
+@partial(jax.jit, static_argnums=0)
+def _between(
+    construction: Construction, model: Transformer, reference: Transformer, examples: Batch
+) -> Array:
+    fractions = jnp.linspace(0, 1, 11)
+    return interpolation.interpolate(construction, model, reference, examples, fractions)
+
+
+def excess_loss(e: Evidence) -> float:
     """|loss of the model / loss of the construction - 1|, on the same examples."""
-    e = evidence
-    ours, theirs = (_loss(e.construction, m, e.key, e.batch) for m in (e.model, e.reference))
-    return abs(float(ours / theirs) - 1)
+    return abs(e.loss(e.prediction) / e.loss(e.expected) - 1)
 
 
-def prediction_distance(evidence: Evidence) -> float:
+def prediction_distance(e: Evidence) -> float:
     """Root mean square difference of the predictions, over that of the construction's."""
-    e = evidence
-    inputs = e.construction.sample(e.key, e.batch)
-    return float(similarity.relative_prediction_distance(e.construction, e.model, e.reference, inputs))
+    models = (lambda *_: e.prediction), (lambda *_: e.expected)
+    return float(similarity.prediction_distance(*models, e.examples.inputs).relative)
 
 
-def sensitivity_cosine(evidence: Evidence) -> float:
+def sensitivity_cosine(e: Evidence) -> float:
     """Mean cosine between d prediction / d query of model and construction; blind to scale."""
-    e = evidence
-    inputs = e.construction.sample(e.key, min(e.batch, 1024))
-    return float(similarity.sensitivity_cosine(e.construction, e.model, e.reference, inputs))
+    inputs = jax.tree.map(lambda a: a[:1024], e.examples.inputs)
+    return float(_sensitivities(e.construction, e.model, e.reference, inputs))
 
 
-def weight_distance(evidence: Evidence) -> float:
+def weight_distance(e: Evidence) -> float:
     """|T - T*| / |T*| of the canonical tensors: weights compared modulo their symmetries."""
-    e = evidence
-    return float(canonical_distance(e.model, e.reference, e.construction.gauge()))
+    return float(_weights(e.construction, e.model, e.reference))
 
 
-def interpolation_gap(evidence: Evidence) -> float:
-    """Largest loss between the canonical forms of model and construction, over the smaller end."""
-    e = evidence
-    return float(interpolation.interpolation_gap(e.construction, e.model, e.reference, e.key, e.batch))
+def interpolation_gap(e: Evidence) -> float:
+    """Largest loss on the line between model and construction, over the smaller end, less 1."""
+    losses = _between(e.construction, e.model, e.reference, e.examples)
+    return float(losses.max() / jnp.minimum(losses[0], losses[-1])) - 1
 
 
 STATISTICS: dict[str, Callable[[Evidence], float]] = {
-    "mean_loss": mean_loss,
     "excess_loss": excess_loss,
     "prediction_distance": prediction_distance,
     "sensitivity_cosine": sensitivity_cosine,
@@ -86,15 +92,17 @@ STATISTICS: dict[str, Callable[[Evidence], float]] = {
 
 
 def measure(claim: Claim, evidence: Evidence) -> float:
-    """The claim's statistic; NaN where it is not defined for the model (weights of a softmax, say)."""
+    """The claim's statistic, NaN where it is not defined for the model.
+
+    Weights of a softmax or of another depth, for example, have no distance to the construction's.
+    A statistic that is not defined for the construction itself makes its claim void.
+    """
     statistic = claim.statistic
     function = STATISTICS[statistic] if isinstance(statistic, str) else statistic
     try:
         return float(function(evidence))
-    except TypeError as error:
-        if "canonical" in str(error):
-            return float("nan")
-        raise
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class Row:
 
     Attributes:
         claim: the claim.
-        values: subject -> value of the statistic; the trained subjects are "trained 0", ...
+        values: value of the statistic on the construction and on every control.
         trained: values of the trained models, one a seed.
         interval: 95 % confidence interval of their mean (Student's t), None below two seeds.
         verdict: "holds", "refuted" or "void".
@@ -159,7 +167,7 @@ def ledger(
     trained: Sequence[Transformer] = (),
     *,
     seed: int = 0,
-    batch: int = 4096,
+    batch: int = 2**16,
     claims: Sequence[Claim] | None = None,
 ) -> list[Row]:
     """Measure the construction's claims on trained models and on every control.
@@ -173,22 +181,23 @@ def ledger(
     """
     key, random_key = jax.random.split(jax.random.key(seed))
     reference = construction.compile().model
-    own = {
+    random = construction.counterpart().init(random_key)
+    subjects = {
         CONSTRUCTION: NearMiss(reference, construction),
-        RANDOM: NearMiss(construction.counterpart().init(random_key), construction),
+        RANDOM: NearMiss(random, construction),
+        **construction.near_misses(),
+        **{f"{TRAINED} {n}": NearMiss(model, construction) for n, model in enumerate(trained)},
     }
-    subjects = own | construction.near_misses()
+    bases = {s.construction for s in subjects.values()}
+    examples = {base: base.task.sample(key, batch) for base in bases}
+    references = {base: base.compile().model for base in bases}
+    evidence = {
+        name: Evidence(base, model, references[base], examples[base], key)
+        for name, (model, base) in subjects.items()
+    }
     rows = []
     for claim in construction.claims if claims is None else claims:
-        values = {}
-        for name, subject in subjects.items():
-            base = reference if subject.construction == construction else None
-            base = subject.construction.compile().model if base is None else base
-            evidence = Evidence(subject.construction, subject.model, base, key, batch)
-            values[name] = measure(claim, evidence)
-        results = [
-            measure(claim, Evidence(construction, model, reference, key, batch))
-            for model in trained
-        ]
+        values = {name: measure(claim, e) for name, e in evidence.items()}
+        results = [values.pop(f"{TRAINED} {n}") for n in range(len(trained))]
         rows.append(decide(claim, values, results))
     return rows

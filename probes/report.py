@@ -18,8 +18,9 @@ import jinja2
 from markupsafe import Markup
 
 from probes.comparison import FORMAT, Comparison
-from probes.figures import Picture, number, pictures
+from probes.figures import pictures
 from probes.ledger import CONSTRUCTION, RANDOM, Row
+from probes.style import Picture, number
 from synthetic.saved import RunError, atomic
 
 PAGE, DATA, FIGURES = "report.html", "report.json", "figures"
@@ -64,7 +65,7 @@ def controls(rows: Sequence[Row]) -> list[str]:
 
 
 def tone(comparison: Comparison) -> str:
-    """"good" where everything holds, else "mixed"."""
+    """ "good" where everything holds, else "mixed"."""
     good = comparison.certificate.passed and comparison.counts["holds"] == len(comparison.rows)
     return "good" if good else "mixed"
 
@@ -102,13 +103,17 @@ def render(comparison: Comparison, figures: Sequence[Picture]) -> str:
     # a "<" inside JSON could end the element that holds it
     data = Markup(json.dumps(comparison.to_json(), allow_nan=False).replace("<", "\\u003c"))
     shown = _View(comparison, [ClaimRow(row) for row in comparison.rows])
-    return _templates().get_template("report.html.j2").render(
-        c=shown,
-        title=f"{comparison.family}: {comparison.verdict}",
-        tone=tone(comparison),
-        pictures=figures,
-        controls=controls(comparison.rows),
-        data=data,
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            c=shown,
+            title=f"{comparison.family}: {comparison.verdict}",
+            tone=tone(comparison),
+            pictures=figures,
+            controls=controls(comparison.rows),
+            data=data,
+        )
     )
 
 
@@ -176,8 +181,10 @@ def write_index(comparisons: Sequence[Comparison], out: str | PathLike[str]) -> 
     out = Path(out)
     families = {c.family: {"verdict": c.verdict, "counts": c.counts} for c in comparisons}
     _write_json(out / DATA, {"format": FORMAT, "families": families})
-    page = _templates().get_template("index.html.j2").render(
-        title="orrery: all families", comparisons=comparisons
+    page = (
+        _templates()
+        .get_template("index.html.j2")
+        .render(title="orrery: all families", comparisons=comparisons)
     )
     return _write(out / PAGE, page)
 

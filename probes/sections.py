@@ -1,4 +1,4 @@
-"""The parts of a comparison, as plain data: loss curves, weights, patching map, input scale.
+"""Weights side by side and patching maps, as plain data.
 
 Every function takes what any family offers, and raises `NotApplicable` where a family lacks it.
 """
@@ -7,48 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from constructions.family import Construction
-from constructions.runs import Run
 from constructions.symmetries import canonical, head_products
 from constructions.transformer import Transformer
 from probes import interchange
 
 #: Beyond this width the canonical tensor, of width^4 entries, is not drawn.
 WIDEST = 48
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 
 class NotApplicable(Exception):
     """A section that this family does not have; the message says why."""
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What the fit recorded, and the levels that it is compared with.
-
-    Attributes:
-        steps: optimiser steps done, `[record]`.
-        losses: mean training loss of each chunk, `[seed, record]`.
-        metrics: further quantities along the fit, `[seed, record]` each.
-        optimum: the lowest loss that the class can reach, None where it is not known.
-        construction: loss of the compiled construction.
-        trained: loss of every trained model, on the same inputs.
-    """
-
-    steps: list[int]
-    losses: list[list[float]]
-    metrics: dict[str, list[list[float]]]
-    optimum: float | None
-    construction: float
-    trained: list[float]
 
 
 @dataclass(frozen=True)
@@ -86,58 +59,6 @@ class Patches:
     relative_error: list[float]
 
 
-@dataclass(frozen=True)
-class ScaleCurve:
-    """Loss on inputs scaled by a factor, of the construction and of every trained model."""
-
-    scales: list[float]
-    construction: list[float]
-    trained: list[list[float]]
-
-
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _losses(
-    construction: Any, models: tuple[Transformer, ...], key: Array, batch: int, task: Any
-) -> Array:
-    drawn = task.sample(key, batch)
-    return jnp.stack([task.loss(construction.apply(m, *drawn.inputs), drawn).mean() for m in models])
-
-
-def mean_losses(
-    construction: Construction,
-    models: Sequence[Transformer],
-    seed: int,
-    batch: int,
-    task: Any = None,
-) -> list[float]:
-    """Mean loss of every model on the same inputs of the construction's task, or of another."""
-    task = construction.task if task is None else task
-    return _losses(construction, tuple(models), jax.random.key(seed), batch, task).tolist()
-
-
-def curves(run: Run, reference: Transformer, seed: int, batch: int) -> Curves:
-    """Loss along the fit, and the levels of the construction and the optimum."""
-    if not run.history:
-        raise NotApplicable("the run has no records")
-    names = set(run.history[0]) - {"step", "loss", "gradient_norm", "excess"}
-
-    def column(name: str) -> list[list[float]]:
-        values = [np.atleast_1d(np.asarray(record[name], float)) for record in run.history]
-        return np.stack(values, axis=1).tolist()
-
-    level, *trained = mean_losses(
-        run.construction, (reference, *run.models), seed, 4 * batch
-    )
-    return Curves(
-        steps=[int(record["step"]) for record in run.history],
-        losses=column("loss"),
-        metrics={name: column(name) for name in sorted(names)},
-        optimum=run.optimum,
-        construction=level,
-        trained=trained,
-    )
-
-
 def weights(
     construction: Construction, models: Sequence[Transformer], reference: Transformer
 ) -> list[Weights]:
@@ -153,7 +74,9 @@ def weights(
         built, *trained = (np.asarray(canonical(m, gauge)[0]) for m in (reference, *models))
     except TypeError:
         return _products(models, reference, names)
-    o, a, b, c = np.unravel_index(np.abs(built).argmax(), built.shape)
+    # the slices with the most weight in them
+    norms = np.linalg.norm(built, axis=(2, 3)), np.linalg.norm(built, axis=(0, 1))
+    (o, a), (b, c) = (np.unravel_index(n.argmax(), n.shape) for n in norms)
     out = _labels(names, gauge.read if reference.config.depth == 1 else np.eye(width))
     into = _labels(names, gauge.query.T if reference.config.depth == 1 else np.eye(width))
     return [
@@ -232,23 +155,3 @@ def patches(
         correlation=[f.correlation for f in found],
         relative_error=[f.relative_error for f in found],
     )
-
-
-def scale_curve(
-    construction: Construction,
-    models: Sequence[Transformer],
-    reference: Transformer,
-    seed: int,
-    batch: int,
-) -> ScaleCurve:
-    """Loss on inputs that are larger or smaller than those of the task."""
-    scaled = getattr(construction.task, "scaled_inputs", None)
-    if scaled is None:
-        raise NotApplicable("the task's inputs have no scale to change")
-    losses = np.array([
-        mean_losses(
-            construction, (reference, *models), seed, batch, task=scaled(factor)
-        )
-        for factor in SCALES
-    ])  # fmt: skip
-    return ScaleCurve(list(SCALES), losses[:, 0].tolist(), losses[:, 1:].T.tolist())

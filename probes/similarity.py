@@ -104,7 +104,9 @@ def sensitivity_distance(
 
 
 def linear_cka(
-    a: Float[Array, "sample feature_a"], b: Float[Array, "sample feature_b"], debiased: bool = False
+    a: Float[Array, "sample feature_a"],
+    b: Float[Array, "sample_b feature_b"],
+    debiased: bool = False,
 ) -> Float[Array, ""]:
     r"""Linear centred kernel alignment of two sets of activations of the same samples.
 
@@ -153,7 +155,9 @@ class Procrustes(NamedTuple):
     rotation: Float[Array, "feature feature"]
 
 
-def procrustes(a: Float[Array, "sample feature"], b: Float[Array, "sample feature"]) -> Procrustes:
+def procrustes(
+    a: Float[Array, "sample feature"], b: Float[Array, "sample_b feature_b"]
+) -> Procrustes:
     """min over orthogonal R of |A R - B|_F / |B|_F, at R = U V^T with A^T B = U S V^T.
 
     Invariant to orthogonal maps of either side; sees scale and offset (centre first if an offset

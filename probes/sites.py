@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from constructions.config import Config
-from constructions.family import Construction, Place
+from constructions.family import Construction
 from constructions.transformer import SITES, Edit, Transformer
 
 __all__ = [
@@ -198,11 +198,11 @@ def ablation(kind: str, values: Array, key: Array | None = None) -> Array:
 
 def variables(
     construction: Construction, depth: int, inputs: Inputs
-) -> dict[str, tuple[Place, np.ndarray, np.ndarray, np.ndarray]]:
-    """Name -> (place, layer, token, column), the three broadcast to the value's own shape."""
+) -> dict[str, tuple[np.ndarray, ...]]:
+    """Name -> (layer, token, column) of every entry, each of the value's own shape."""
     places = construction.places(depth, *inputs)
     return {
-        name: (place, *np.broadcast_arrays(place.layer, place.token, place.column))
+        name: tuple(np.broadcast_arrays(place.layer, place.token, place.column))
         for name, place in places.items()
     }
 
@@ -221,7 +221,7 @@ def place_mask(
     placed = variables(construction, config.depth, inputs)
     if name not in placed:
         raise ValueError(f"'{name}' has no place in the stream, must be one of {sorted(placed)}")
-    _, layer, token, column = placed[name]
+    layer, token, column = placed[name]
     masks = {}
     for number in np.unique(layer):
         chosen = layer == number

@@ -178,7 +178,7 @@ def _features(found: Mapping[str, Array], site: str, embedded: Any, name: str) -
 def _targets(
     construction: Construction, inputs: Any, embedded: Any, names: Any, depth: int
 ) -> Iterator[Target]:
-    trace = {name: np.asarray(a) for name, a in jax.jit(construction.trace)(*inputs).items()}
+    trace = {name: np.asarray(a) for name, a in construction.trace(*inputs).items()}
     for name in names or ():
         if name not in trace:
             raise ValueError(f"unknown value '{name}', must be one of {sorted(trace)}")
@@ -195,7 +195,7 @@ def _targets(
                 number = step if steps > 1 else None
                 yield Target(name, number, None, "pooled", values[:, None])
             continue
-        _, layer, token, column = (np.ravel(a) for a in placed[name])
+        layer, token, column = (np.ravel(a) for a in placed[name])
         for number in np.unique(layer):
             for tokens, entries in _blocks(np.flatnonzero(layer == number), token, column):
                 role = "+".join(dict.fromkeys(labels[list(tokens)]))

@@ -159,7 +159,9 @@ def interpret(program, values, groups):
     for _, layer in program.unrolled():
         if layer.norm is not None:
             norm = layer.norm
-            new = np.stack([[normalise(norm.kind, norm.eps, v) for v in h] for h in state[norm.read]])
+            new = np.stack(
+                [[normalise(norm.kind, norm.eps, v) for v in h] for h in state[norm.read]]
+            )
             state[norm.write] = state[norm.write] + new
         after = {slot: value.copy() for slot, value in state.items()}
         for head in layer.heads:

@@ -1,15 +1,18 @@
 """The slot-wise back end against the compiled model and against loops over named slots."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import plain_numpy
 import pytest
+from flax import nnx
+
 from constructions.compiler import ProgramError, compile_program
 from constructions.evaluator import counts, evaluate
 from constructions.program import CAUSAL, SELF, Head, Layer, Mlp, Norm, Program, erase
 from constructions.slots import Slots, concatenate, constant
-from flax import nnx
 
 
 def embed(program, batch=2, tokens=5, seed=0):
@@ -45,7 +48,10 @@ def assert_all_agree(program, seed=0):
         if slot.dies is not None:
             continue
         owned = np.array([slot.tokens is None or name in slot.tokens for name in names])
-        for found in (out[..., slot.columns], *(e[slot.name] for e in (static, traced, from_stream))):
+        for found in (
+            out[..., slot.columns],
+            *(e[slot.name] for e in (static, traced, from_stream)),
+        ):
             np.testing.assert_allclose(
                 np.asarray(found)[:, owned], expected[slot.name][:, owned], rtol=1e-9, atol=1e-10
             )
@@ -64,9 +70,13 @@ def rich_program():
     one = constant(1.0)
     m = rng.normal(size=(4, 3))
     heads = [
-        Head(m @ a, rng.normal(size=(4, 3)) @ a + 0.3, a, {total: rng.normal(size=(3, 3))}, "softmax"),
+        Head(
+            m @ a, rng.normal(size=(4, 3)) @ a + 0.3, a, {total: rng.normal(size=(3, 3))}, "softmax"
+        ),
         Head(m @ a, rng.normal(size=(4, 3)) @ a - 1.0, a, {total: 0.5}, "softmax", scale=0.7),
-        Head(d, w, concatenate(w, a), {total: rng.normal(size=(3, 5))}, queries="data", keys="prefix"),
+        Head(
+            d, w, concatenate(w, a), {total: rng.normal(size=(3, 5))}, queries="data", keys="prefix"
+        ),
         Head(one, one, a[1:3], {total: rng.normal(size=(3, 2))}, "centred", window=CAUSAL),
         Head(one, one, a, {total: 1.0}, window=(1, 1)),
         Head(one, one, a, {total: 1.0}, "softmax", window=(-2, -2), keys="data"),
@@ -114,7 +124,7 @@ def test_no_quadratic_array_where_a_head_has_one_offset(x64):
 
 def test_depth_does_not_grow_the_computation(x64):
     texts = [
-        str(jax.make_jaxpr(lambda v, p=looped_program(1, n): evaluate(p, v))(
+        str(jax.make_jaxpr(partial(evaluate, looped_program(1, n)))(
             {"x": jnp.ones((1, 3, 2)), "y": jnp.ones((1, 3, 2))}
         )).count("\n")
         for n in (10, 100)

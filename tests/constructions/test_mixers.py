@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_numpy
 import pytest
+
 from constructions.mixers import MIXERS
 
 

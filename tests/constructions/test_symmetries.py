@@ -45,6 +45,9 @@ MASKS = {"every": (-FAR, FAR), "causal": (-FAR, 0), "next": (1, 2)}
 ANY = (change_key_basis, change_value_basis, permute_heads, split_heads)
 ACTIONS = (*ANY, rescale_heads, add_gram_pair, transform)
 
+# threefry takes longer to compile than everything that is tested here
+random_key = partial(jax.random.key, impl="unsafe_rbg")
+
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -107,7 +110,7 @@ def orbit(act, model, *, distance):
         apart = canonical_distance(moved, model, ALL) if distance else jnp.zeros(())
         return moved(inputs, KINDS), apart, moved.segments[0].layers[0].heads[0].output[...]
 
-    after, apart, output = run(model, stream(), jax.random.key(1))
+    after, apart, output = run(model, stream(), random_key(1))
     old = model.segments[0].layers[0].heads[0].output[...]
     key = act in (change_key_basis,)
     assert key or output.shape != old.shape or not np.allclose(output, old), "nothing moved"
@@ -122,7 +125,7 @@ def test_group_leaves_the_function_alone(act, mixer):
     model = draw(config(mixer, mixer, depth=2, bias=not linear), mask=None)
     if (act is rescale_heads and mixer == "softmax") or (act is add_gram_pair and not linear):
         with pytest.raises(TypeError, match=mixer):
-            act(model, jax.random.key(0))
+            act(model, random_key(0))
         return
     after, apart = orbit(act, model, distance=linear)
     assert equal(after, nnx.jit(Transformer.__call__)(model, stream(), KINDS))
@@ -141,7 +144,7 @@ def test_whole_group_on_looped_and_biased_models():
 def test_inert_weights(depth):
     """Without effect on what is read of the query tokens, for queries in the gauge's domain."""
     model, g = draw(config("linear", "linear", depth=depth)), gauge()
-    moved = nnx.jit(partial(fill_inert, gauge=g))(model, key=jax.random.key(0))
+    moved = nnx.jit(partial(fill_inert, gauge=g))(model, key=random_key(0))
     free = np.random.default_rng(2).normal(size=(3, 2, g.query.shape[1]))
     inputs = stream().at[:, 4:].set(free @ g.query.T)
 
@@ -155,16 +158,16 @@ def test_inert_weights(depth):
         assert not equal(read(moved, stream()), read(model, stream()), 1e-3)
     assert canonical_distance(moved, model, g) < 1e-10
     assert canonical_distance(moved, model, ALL) > 0.1
-    everything = nnx.jit(partial(transform, gauge=g))(model, jax.random.key(3))
+    everything = nnx.jit(partial(transform, gauge=g))(model, random_key(3))
     assert equal(read(everything, inputs), read(model, inputs))
     assert canonical_distance(everything, model, g) < 1e-10
 
 
 def test_inert_weights_refused():
     with pytest.raises(ValueError, match="applied 2 times"):
-        fill_inert(draw(config("linear", depth=2, tied=True)), gauge(), jax.random.key(0))
+        fill_inert(draw(config("linear", depth=2, tied=True)), gauge(), random_key(0))
     with pytest.raises(TypeError, match="mlp or a norm"):
-        fill_inert(draw(config("linear", mlp=MlpConfig(4))), gauge(), jax.random.key(0))
+        fill_inert(draw(config("linear", mlp=MlpConfig(4))), gauge(), random_key(0))
 
 
 def test_canonical_is_brute_force():
@@ -318,7 +321,7 @@ def test_head_products_are_invariants(mixer):
     found = head_products(model)
     assert found.output_value.shape == found.key_query.shape == (3, 5, WIDTH, WIDTH)
     twice = nnx.jit(lambda m, one, two: change_value_basis(change_key_basis(m, one), two))
-    moved = twice(model, *jax.random.split(jax.random.key(0)))
+    moved = twice(model, *jax.random.split(random_key(0)))
     for a, b in zip(head_products(moved), found, strict=True):
         assert equal(a, b)
     part = model.segments[0].layers[0].heads[1]

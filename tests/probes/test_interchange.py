@@ -9,14 +9,8 @@ from constructions.program import Head, Layer, Program
 from constructions.slots import Slots
 from constructions.transformer import Edit, randomise
 from probes import interchange as module
-from probes.interchange import (
-    attribution,
-    exchange,
-    interchange,
-    interchange_agreement,
-    path_patch,
-    sweep,
-)
+from probes.attribution import attribution, path_patch
+from probes.interchange import exchange, interchange, interchange_agreement, sweep
 from probes.sites import Edited, read_sites, where
 
 pytestmark = pytest.mark.usefixtures("x64")

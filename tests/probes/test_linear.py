@@ -137,6 +137,13 @@ def test_logistic_probe_is_stationary(x64):
     assert np.abs((p - t).mean(0)).max() < 1e-6
 
 
+def test_logistic_scores_are_held_out():
+    rng = np.random.default_rng(5)
+    x, labels = rng.normal(size=(80, 1, 100)), rng.integers(0, 2, (80, 1))
+    found = logistic_probe(x.astype(np.float32), labels, key=KEY)
+    assert found.accuracy_train > 0.95 and found.accuracy < 0.85
+
+
 def test_logistic_control_task_by_type_can_be_memorised():
     """Features that name the type: the control task is as easy as the task, selectivity is 0."""
     rng = np.random.default_rng(4)

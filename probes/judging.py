@@ -1,0 +1,165 @@
+"""The subcommands that fit and judge: compare, claims, demo."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from probes.options import (
+    OK,
+    Names,
+    Settings,
+    check_free,
+    family_names,
+    parse_settings,
+    seed_list,
+    write_json,
+)
+
+#: Inputs per statistic of the ledger where time is short.
+FEWER = 2**14
+
+
+@dataclass
+class Compare:
+    """Compare a construction with its trained counterpart: report.html, report.json, figures."""
+
+    name: Positional[str]
+    out: Path
+    """the directory of the report"""
+    run_directory: Annotated[Path | None, arg(name="run")] = None
+    """a finished fit; without it, one is made on the spot"""
+    seeds: int = 5
+    """seeds of that fit"""
+    settings: Settings = field(default_factory=list)
+    steps: int | None = None
+    quick: bool = False
+    """demonstration settings: a short fit, fewer inputs a statistic"""
+    seed: int = 0
+    json: Path | None = None
+    """write the numbers to this file too"""
+    overwrite: bool = False
+
+    def run(self) -> int:
+        """Run the command; the exit status."""
+        (name,), settings = family_names((self.name,)), parse_settings(self.settings)
+        from probes.report import claim_directory, write_report
+
+        claim_directory(self.out, overwrite=self.overwrite)
+        check_free(self.json, self.overwrite)
+        comparison = self.comparison(name, settings)
+        # the directory was empty or ours before the work began
+        page = write_report(comparison, self.out, overwrite=True)
+        write_json(self.json, comparison.to_json(), True)
+        print(f"{comparison.verdict}.\n{page}")
+        return OK
+
+    def comparison(self, name: str, settings: Mapping[str, Any]) -> Any:
+        """The comparison of a saved or a fresh run."""
+        from constructions import CATALOGUE
+        from constructions.runs import fit_family, load_run
+        from probes.comparison import compare
+        from synthetic.train import print_progress
+
+        options = " ".join(f"--set {s}" for s in self.settings)
+        if self.run_directory is not None:
+            run = load_run(self.run_directory)
+            if run.family != name:
+                raise ValueError(f"{self.run_directory}: family: {run.family!r}, not {name!r}")
+            if settings:
+                raise ValueError(
+                    f"settings: {options} cannot be given with --run, which has its own"
+                )
+            again = [f"orrery compare {name} --run {self.run_directory} --out {self.out}"]
+        else:
+            steps: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
+            run = fit_family(
+                name,
+                settings,
+                quick=self.quick,
+                seeds=seed_list(self.seed, self.seeds),
+                progress=print_progress,
+                **steps,
+            )
+            quick = " --quick" if self.quick else ""
+            count = f" --steps {self.steps}" if steps else ""
+            again = [
+                f"orrery compare {name} --seeds {self.seeds} --seed {self.seed}{quick}{count}"
+                f"{' ' + options if options else ''} --out {self.out}"
+            ]
+        family = CATALOGUE[name]
+        return compare(
+            run,
+            about=family.about,
+            source=family.source,
+            seed=self.seed,
+            batch=FEWER if self.quick else 2**16,
+            commands=again,
+        )
+
+
+@dataclass
+class Claims:
+    """Decide the claims of the papers on freshly trained models, with every control."""
+
+    names: Names = ()
+    """families; all of them if none is named"""
+    fast: bool = False
+    """demonstration settings: a short fit, fewer inputs"""
+    seeds: int = 5
+    seed: int = 0
+    settings: Settings = field(default_factory=list)
+    json: Path | None = None
+    """write the ledger as JSON"""
+    overwrite: bool = False
+
+    def run(self) -> int:
+        """Run the command; the exit status."""
+        names, settings = family_names(self.names), parse_settings(self.settings)
+        from constructions.runs import fit_family
+        from probes import tables
+        from probes.ledger import ledger
+        from synthetic.train import print_progress
+
+        check_free(self.json, self.overwrite)
+        seeds, found = seed_list(self.seed, self.seeds), {}
+        for name in names:
+            run = fit_family(name, settings, quick=self.fast, seeds=seeds, progress=print_progress)
+            found[name] = ledger(
+                run.construction, run.models, seed=self.seed, batch=FEWER if self.fast else 2**16
+            )
+            tables.show_ledger(name, found[name])
+        rows = {name: [row.to_json() for row in rows] for name, rows in found.items()}
+        write_json(self.json, rows, self.overwrite)
+        return OK
+
+
+@dataclass
+class Demo:
+    """Compare every family at quick settings and say where the report is."""
+
+    out: Path = Path("reports")
+    seed: int = 0
+    seeds: int = 5
+
+    def run(self) -> int:
+        """Run the command; the exit status."""
+        from probes.report import claim_directory, write_index, write_report
+
+        # an earlier demonstration is replaced, anything else is left alone
+        claim_directory(self.out, overwrite=True)
+        found = []
+        for name in family_names(()):
+            command = Compare(name, self.out / name, seeds=self.seeds, seed=self.seed, quick=True)
+            print(f"{name}: fitting {self.seeds} counterparts", file=sys.stderr)
+            comparison = command.comparison(name, {})
+            write_report(comparison, command.out, overwrite=True)
+            print(f"{name}: {comparison.verdict}.")
+            found.append(comparison)
+        print(f"The report is {write_index(found, self.out)}")
+        return OK

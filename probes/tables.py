@@ -1,0 +1,101 @@
+"""What the command prints: tables of families, certificates, claims and probe results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from constructions import CATALOGUE
+from constructions.family import Certificate
+from probes.ledger import CONSTRUCTION, RANDOM, Row
+from probes.report import controls, trained
+from probes.style import number
+from probes.tools import Result
+
+MARKS = {"holds": "green", "refuted": "red", "void": "yellow"}
+
+
+def _show(table: Table) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no width: nothing is cut off there
+        console = Console(highlight=False, width=240)
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, title_justify="left", header_style="bold")
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A family as plain data: what it claims, its example settings, its task, its claims."""
+    family = CATALOGUE[name]
+    construction = family(**family.example())
+    return {
+        "about": family.about,
+        "source": family.source,
+        "settings": family.example(),
+        "task": repr(construction.task),
+        "claims": {claim.name: claim.statement for claim in construction.claims},
+    }
+
+
+def show_families(families: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print `describe` of every family."""
+    table = _table("", "family", "what it claims", "settings", "task", "claims")
+    for name, family in families.items():
+        settings = " ".join(f"{key}={number(value)}" for key, value in family["settings"].items())
+        about = f"{family['about']} ({family['source']})"
+        table.add_row(name, about, settings, family["task"], ", ".join(family["claims"]))
+    _show(table)
+
+
+def show_certificates(certificates: Mapping[str, Certificate]) -> None:
+    """Print the errors of every certificate, per dtype."""
+    columns = ("family", "dtype", "max rel error", "max abs error", "tolerance", "worst", "")
+    table = _table("", *columns)
+    for name, certificate in certificates.items():
+        for e in certificate.errors:
+            verdict = "[green]passed[/]" if e.passed else "[red]FAILED[/]"
+            numbers = map(number, (e.max_rel_error, e.max_abs_error, e.tolerance))
+            table.add_row(name, e.dtype, *numbers, e.worst, verdict)
+    _show(table)
+
+
+def show_ledger(name: str, rows: Sequence[Row]) -> None:
+    """Print the claims of a family, their controls, and below them reasons and notes."""
+    others = controls(rows)
+    table = _table(
+        f"{name} (ok: rejected as it must be; MISSED: accepted; in brackets: not asked for)",
+        *("claim", "holds if", "published", "construction", "trained mean [95 %]", *others, ""),
+    )
+    for row in rows:
+        claim = row.claim
+        cells = [f"{claim.direction} {number(claim.threshold)}"]
+        cells += [number(claim.published) if claim.published is not None else "-"]
+        cells += [number(row.values[CONSTRUCTION]), trained(row).replace("[", "\\[")]
+        for other in others:
+            value = number(row.values[other])
+            if other not in (RANDOM, *claim.catches):
+                cells.append(f"({value})")
+            else:
+                missed = claim.holds(row.values[other])
+                cells.append(f"[red]MISSED[/] {value}" if missed else f"ok {value}")
+        table.add_row(claim.name, *cells, f"[{MARKS[row.verdict]}]{row.verdict}[/]")
+    _show(table)
+    for row in rows:
+        if row.reason:
+            print(f"{row.verdict}: {row.claim.name}: {row.reason}")
+    for row in rows:
+        if row.claim.note:
+            print(f"note: {row.claim.name}: {row.claim.note}")
+
+
+def show_result(result: Result) -> None:
+    """Print the result of a probe."""
+    table = _table(result.title, "", *result.columns)
+    for name, values in zip(result.rows, result.values, strict=True):
+        table.add_row(name, *map(number, values))
+    _show(table)

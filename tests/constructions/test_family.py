@@ -1,0 +1,173 @@
+"""The protocol: a certificate that can fail, and a second family that shows nothing is special."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from constructions.compiler import compile_program
+from constructions.family import Construction, Embedded, Place, verify
+from constructions.gradient_descent import GradientDescent
+from constructions.program import Head, Layer, Program
+from constructions.slots import Slots, constant
+from synthetic.task import Batch
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Predict the mean of the last tokens, from a stream of numbers."""
+
+    length: int
+
+    def sample(self, key, batch):
+        x = jax.random.normal(key, (batch, self.length, 2))
+        return Batch((x,), x)
+
+    def loss(self, prediction, batch):
+        return jnp.square(prediction - batch.target).mean((1, 2))
+
+
+@dataclass(frozen=True)
+class WeightedAverage(Construction):
+    """A moving average: out_i = sum_d weights[d] x_{i-d}, one head an offset, twice."""
+
+    weights: tuple[float, ...] = (0.5, 0.3, 0.2)
+    length: int = 7
+
+    @property
+    def program(self):
+        slots = Slots()
+        x, once, twice = (
+            slots.add("x", 2),
+            slots.add("once", 2, born=1),
+            slots.add("twice", 2, born=2),
+        )
+        one = constant(1.0)
+
+        def average(source, target):
+            return Layer([
+                Head(one, one, source, {target: w}, window=(-d, -d))
+                for d, w in enumerate(self.weights)
+            ])  # fmt: skip
+
+        return Program(slots, [average(x, once), average(once, twice)])
+
+    @property
+    def task(self):
+        return Averages(self.length)
+
+    def trace(self, x):
+        def average(x):
+            padded = jnp.pad(x, ((0, 0), (len(self.weights) - 1, 0), (0, 0)))
+            n = len(self.weights) - 1
+            return sum(
+                w * padded[:, n - d : n - d + x.shape[1]] for d, w in enumerate(self.weights)
+            )
+
+        once = average(x)
+        return {"once": once, "prediction": average(once)}
+
+    def embed(self, model, x):
+        stream = jnp.pad(x, ((0, 0), (0, 0), (0, model.config.width - 2)))
+        return Embedded(stream, jnp.zeros(x.shape[1], int), slice(None))
+
+    def places(self, depth, x):
+        token, column = np.arange(x.shape[1])[:, None], np.arange(2)
+        return {
+            "once": Place(np.asarray(1), token, 2 + column),
+            "prediction": Place(np.asarray(depth), token, 4 + column),
+        }
+
+    def apply(self, model, x):
+        stream, groups, read = self.embed(model, x)
+        return model(stream, groups, read=read)[..., 4:6]
+
+
+FAMILIES = [
+    GradientDescent(dim_x=3, dim_y=2, num_examples=6, steps=3, step_size=0.5),
+    WeightedAverage(),
+]
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda c: type(c).__name__)
+def construction(request):
+    return request.param
+
+
+def changed(construction, edit):
+    """dtype -> the compiled model with one of its arrays edited."""
+
+    def make(dtype):
+        model = construction.compile(dtype).model
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        for path, leaf in nnx.to_flat_state(params):
+            leaf[...] = edit(str(path[-1]), leaf[...])
+        return nnx.merge(graph, params, rest)
+
+    return make
+
+
+def test_verify_passes(construction):
+    certificate = verify(construction, batch=8)
+    assert certificate.passed
+    assert [e.dtype for e in certificate.errors] == ["float64", "float32"]
+    for error in certificate.errors:
+        assert 0 <= error.max_rel_error <= error.tolerance
+    data = certificate.to_json()
+    assert data["passed"] and data["dtypes"]["float64"]["passed"]
+    assert construction.compile().certificate.passed
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda name, a: a * (1 + 1e-4) if name == "output" else a,
+        lambda name, a: a.at[0, 0].set(0) if name == "output" else a,
+        lambda name, a: a.at[0, 0].set(jnp.nan) if name == "output" else a,
+        lambda name, a: a.at[0, 0].set(jnp.inf) if name == "value" else a,
+    ],
+    ids=["step size", "deleted head", "NaN", "inf"],
+)
+def test_verify_fails_on_wrong_models(construction, edit, dtype):
+    certificate = verify(construction, batch=8, dtypes=(dtype,), model=changed(construction, edit))
+    assert not certificate.passed
+    assert not certificate.to_json()["passed"]
+    assert certificate.errors[0].worst in construction.trace(
+        *construction.sample(jax.random.key(0), 2)
+    )
+
+
+def test_verify_fails_where_the_trace_belongs_to_another_algorithm():
+    one = GradientDescent(dim_x=3, num_examples=6, steps=2, step_size=0.5)
+    other = replace(one, step_size=0.50005)
+    model = lambda dtype: other.compile(dtype).model  # noqa: E731
+    assert not verify(one, batch=8, model=model).passed
+    assert verify(other, batch=8, model=model).passed
+
+
+def test_read_finds_the_named_values(construction, x64):
+    inputs = construction.sample(jax.random.key(1), 4)
+    model = compile_program(construction.program)
+    wanted = construction.trace(*inputs)
+    found = construction.read(model, *inputs)
+    assert set(found) == set(construction.places(model.config.depth, *inputs)) <= set(wanted)
+    for name, value in found.items():
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(
+        construction.apply(model, *inputs), wanted["prediction"], rtol=1e-12, atol=1e-13
+    )
+
+
+def test_place_gathers_entry_by_entry():
+    rng = np.random.default_rng(0)
+    residual = rng.normal(size=(3, 2, 4, 5))
+    layer, token, column = (rng.integers(0, n, (2, 3)) for n in (3, 4, 5))
+    found = Place(layer, token, column, scale=-2.0).gather(jnp.asarray(residual))
+    assert found.shape == (2, 2, 3)
+    for b, i, j in np.ndindex(2, 2, 3):
+        wanted = -2 * residual[layer[i, j], b, token[i, j], column[i, j]]
+        np.testing.assert_allclose(found[b, i, j], wanted, rtol=1e-6)
