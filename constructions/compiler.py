@@ -53,7 +53,7 @@ def compile_program(
     """
     check(program)
     shape = config_of(program) if config is None else config
-    dtype = jnp.zeros(0).dtype if dtype is None else jnp.dtype(dtype)
+    dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is {dtype}, must be a floating point type")
     return Transformer(shape, _cast(fill(program, shape), dtype))
@@ -358,6 +358,6 @@ def _zeros(shapes: Any) -> Any:
 
 def _cast(arrays: Any, dtype: Any) -> Any:
     def cast(name: str, a: np.ndarray) -> Any:
-        return jnp.asarray(a, dtype if a.dtype == np.float64 else a.dtype)
+        return jnp.asarray(a.astype(dtype) if a.dtype == np.float64 else a)
 
     return _map(cast, arrays)

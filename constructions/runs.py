@@ -110,6 +110,12 @@ def fit_family(
             raise RunError(
                 f"{RunDirectory(out).config}: family: {old['family']!r}, asked for {name!r}"
             )
+        for key, value in plain_settings(name, given).items():
+            if key in old["settings"] and old["settings"][key] != value:
+                raise RunError(
+                    f"{RunDirectory(out).config}: settings.{key}: {old['settings'][key]!r} in the "
+                    f"run, {value!r} asked; a resumed fit keeps its settings"
+                )
         settings = {**old["settings"], **given}
         if seed is None and seeds is None:
             seed, seeds = old.get("seed"), old.get("seeds")
@@ -248,7 +254,13 @@ def _rebuild(run: RunDirectory) -> tuple[dict[str, Any], Construction, Counterpa
         construction = construct_exactly(config["family"], config["settings"])
     except ValueError as error:
         raise RunError(f"{run.config}: settings: {error}") from error
-    return config, construction, construction.counterpart()
+    with _precision(config):
+        return config, construction, construction.counterpart()
+
+
+def _precision(config: Mapping[str, Any]) -> Any:
+    """The run's own precision, whatever this process' default is."""
+    return jax.enable_x64(config["dtype"] == "float64")
 
 
 def _models(
@@ -259,8 +271,7 @@ def _models(
 ) -> tuple[Transformer, ...]:
     """One model a seed from arrays that were checked against the counterpart's structure."""
     stacked = len(config["seeds"]) if "seeds" in config else None
-    # the run's own precision, whatever this process' default is
-    with jax.enable_x64(config["dtype"] == "float64"):
+    with _precision(config):
         structure: list[Any] = []
 
         def abstract(key: jax.Array) -> Any:

@@ -28,7 +28,7 @@ FORMAT, VERSION = "orrery-report", 1
 #: Trained models that the probe table has a column for.
 PROBED = 1
 #: Inputs of the curves beyond the training distribution.
-FEWER = 4096
+FEWER = 1024
 
 
 @dataclass(frozen=True)

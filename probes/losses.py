@@ -18,7 +18,7 @@ from constructions.transformer import Transformer
 from probes import interpolation
 from probes.sections import NotApplicable
 
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 DAMPINGS = (1.0, 0.75)
 #: The levels in the loss curves are means over this many draws of this many inputs.
 DRAWS, INPUTS = 12, 2**14
@@ -161,7 +161,7 @@ def roll_out(
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def _rolled(
-    construction: Any, model: Transformer, key: Array, batch: int, depth: int, damping: float
+    construction: Any, model: Transformer, key: Array, batch: int, depth: int, damping: Any
 ) -> Array:
     drawn = construction.task.sample(key, batch)
     steps = interpolation.roll_out(construction, model, *drawn.inputs, depth=depth, damping=damping)

@@ -1,0 +1,187 @@
+"""The command: what it prints and writes, and one line with status 2 for every mistake."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from constructions import CATALOGUE
+from constructions.family import verify
+from constructions.runs import load_run
+from probes.cli import main
+from probes.ledger import ledger
+from probes.tools import TOOLS
+
+NAME = "gradient-descent"
+SMALL = ["--set", "dim_x=3", "--set", "num_examples=5", "--set", "step_size=2.0"]
+SHORT = ["--steps", "20", "--batch", "16"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["fit", NAME, "--out", str(path), "--seeds", "2", *SMALL, *SHORT]) == 0
+    return path
+
+
+def complaint(capsys: Any, argv: list[str], status: int = 2) -> str:
+    capsys.readouterr()
+    assert main(argv) == status
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("orrery: ")]
+    assert len(lines) == 1 and err.endswith(lines[0] + "\n"), err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_help_needs_no_jax() -> None:
+    code = (
+        "import sys; from probes.cli import main; status = main(['--help']); "
+        "sys.exit(status or int('jax' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("list", "verify", "fit", "compare", "claims", "probe", "demo"):
+        assert command in done.stdout
+
+
+def test_list(capsys: Any, tmp_path: Path) -> None:
+    assert main(["list", "--json", str(tmp_path / "l.json")]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "l.json").read_text())
+    assert set(found) == set(CATALOGUE)
+    assert all(name in out for name in CATALOGUE)
+
+
+def test_verify(capsys: Any, tmp_path: Path) -> None:
+    file = tmp_path / "v.json"
+    assert main(["verify", NAME, *SMALL, "--json", str(file)]) == 0
+    assert "passed" in capsys.readouterr().out
+    dtypes = json.loads(file.read_text())[NAME]["dtypes"]
+    assert set(dtypes) == {"float64", "float32"}
+    for entry in dtypes.values():
+        assert entry["passed"] and entry["max_rel_error"] <= entry["tolerance"]
+        assert "max_abs_error" in entry
+    assert "exists" in complaint(capsys, ["verify", "--json", str(file)])
+    again = ["verify", *SMALL, "--dtype", "float32", "--json", str(file), "--overwrite"]
+    assert main(again) == 0
+    assert set(json.loads(file.read_text())[NAME]["dtypes"]) == {"float32"}
+
+
+def test_failed_certificate_is_status_1(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("constructions.gradient_descent.GradientDescent.tolerance", lambda *_: 0.0)
+    assert main(["verify", NAME, *SMALL, "--dtype", "float32"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_fit_keeps_a_run_that_loads(run: Path) -> None:
+    loaded = load_run(run)
+    assert loaded.settings["dim_x"] == 3 and loaded.seeds == (0, 1)
+    assert (loaded.recipe.steps, loaded.recipe.batch) == (20, 16)
+    assert (run / "metrics.jsonl").exists() and (run / "checkpoints").is_dir()
+
+
+def test_resume_may_repeat_the_options(run: Path, capsys: Any) -> None:
+    assert main(["fit", NAME, "--out", str(run), "--resume"]) == 0
+    assert main(["fit", NAME, "--out", str(run), "--seeds", "2", *SMALL, *SHORT, "--resume"]) == 0
+    other = ["fit", NAME, "--out", str(run), "--resume", "--set", "dim_x=4"]
+    assert "settings.dim_x" in complaint(capsys, other)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_probe(tool: str, run: Path, tmp_path: Path, capsys: Any) -> None:
+    file, figure = tmp_path / "p.json", tmp_path / "p.png"
+    options = ["--json", str(file), "--figure", str(figure)]
+    assert main(["probe", tool, "--run", str(run), *options]) == 0
+    result = json.loads(file.read_text())
+    assert len(result["values"]) == len(result["rows"]) > 0
+    assert all(len(row) == len(result["columns"]) for row in result["values"])
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert result["rows"][0] in capsys.readouterr().out
+
+
+def test_claims_are_the_ledgers(monkeypatch: Any, tmp_path: Path, run: Path, capsys: Any) -> None:
+    loaded = load_run(run)
+    monkeypatch.setattr("constructions.runs.fit_family", lambda *_, **__: loaded)
+    file = tmp_path / "c.json"
+    assert main(["claims", NAME, "--fast", "--seeds", "2", "--json", str(file)]) == 0
+    expected = ledger(loaded.construction, loaded.models, batch=2**14)
+    found = json.loads(file.read_text())[NAME]
+    assert [r["verdict"] for r in found] == [row.verdict for row in expected]
+    assert [r["claim"]["name"] for r in found] == [row.claim.name for row in expected]
+    out = capsys.readouterr().out
+    assert all(row.claim.name in out for row in expected)
+    # 20 steps teach nothing: a ledger that cannot refute would be no ledger
+    assert "refuted" in {r["verdict"] for r in found}
+
+
+MISTAKES = [
+    (["verify", "nope"], "unknown family 'nope'; known: .*gradient-descent"),
+    (["fit", "nope", "--out", "x"], "unknown family"),
+    (["probe", "nope", "--run", "x"], "unknown tool 'nope', must be one of linear"),
+    (["probe", "linear", "--run", "absent"], "absent/config.json: missing"),
+    (["compare", NAME, "--run", "absent", "--out", "new"], "absent/config.json: missing"),
+    (["verify", NAME, "--set", "dim_x=-1"], "dim_x is -1"),
+    (["verify", NAME, "--set", "dim_x"], "must be KEY=VALUE"),
+    (["verify", NAME, "--set", "width=1"], "unknown setting 'width'"),
+    (["verify", NAME, "--set", "dim_x=ten"], "dim_x is 'ten'"),
+    (["verify", NAME, "--json", "no/such/folder.json"], "directory does not exist"),
+    (["fit", NAME, "--out", "new", "--steps", "0"], "steps=0"),
+    (["fit", NAME, "--out", "new", "--seeds", "0"], "--seeds 0"),
+    (["fit", NAME, "--out", "new", "--learning-rate", "-1"], "learning_rate=-1"),
+    (["fit", NAME, "--out", "new", "--resume"], "new/config.json: missing"),
+    (["fit", NAME, "--out", "full"], "full: exists and is not empty"),
+    (["fit", NAME, "--out", "file"], "file: exists and is no directory"),
+    (["fit", NAME, "--out", "new", "--num-processes", "2"], "process_id=None"),
+    (["compare", NAME, "--out", "full"], "full: exists and is not empty"),
+    (["compare", NAME, "--out", "full", "--overwrite"], "full: holds no report"),
+    (["demo", "--out", "full"], "full: holds no report"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_mistakes(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    line = complaint(capsys, argv)
+    assert re.search(message, line), line
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_truncated_run_and_wrong_family(run: Path, tmp_path: Path, capsys: Any) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    model = copy / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-5])
+    line = complaint(capsys, ["probe", "linear", "--run", str(copy)])
+    assert "model.safetensors: truncated" in line
+
+
+def test_divergence_is_status_1(tmp_path: Path, capsys: Any) -> None:
+    argv = ["fit", NAME, "--out", str(tmp_path / "r"), *SMALL, *SHORT, "--learning-rate", "1e30"]
+    assert " at step " in complaint(capsys, argv, status=1)
+
+
+def test_unknown_options_are_status_2(capsys: Any) -> None:
+    assert main(["fit"]) == 2
+    assert main(["nonsense"]) == 2
+    capsys.readouterr()
+
+
+def test_seed_changes_inputs_not_the_verdict() -> None:
+    # the command's certificate is that of `verify`
+    construction = CATALOGUE[NAME](dim_x=3, num_examples=5)
+    first, other = (verify(construction, dtypes=("float32",), seed=s) for s in (0, 1))
+    assert first.passed and other.passed
+    assert first.errors[0].max_abs_error != other.errors[0].max_abs_error
+    assert jax.config.jax_enable_x64 is False
