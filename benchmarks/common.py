@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
 
 
 def paired(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of every run, in turns, so that all of them see the same machine; first one warm-up."""
+    """Seconds of every run, in turns so that all see the same machine; the first is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -42,7 +42,8 @@ def paired(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     """Median and range of the ratios of paired timings."""
     ratios = np.asarray(slow) / np.asarray(fast)
-    return {"median": float(np.median(ratios)), "min": float(ratios.min()), "max": float(ratios.max())}
+    low, middle, high = np.quantile(ratios, [0, 0.5, 1])
+    return {"median": float(middle), "min": float(low), "max": float(high)}
 
 
 def report(name: str, figures: dict[str, Any]) -> None:

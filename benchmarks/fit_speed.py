@@ -68,7 +68,8 @@ def main() -> None:
 
     names = ("query", "key", "value", "output")
     keys = jax.random.split(jax.random.key(0), 4)
-    weights = {n: 0.05 * jax.random.normal(k, (DIM + 1, DIM + 1)) for n, k in zip(names, keys)}
+    shape = (DIM + 1, DIM + 1)
+    weights = {n: 0.05 * jax.random.normal(k, shape) for n, k in zip(names, keys, strict=True)}
     peer = peer_run(optimizer)
 
     seconds: dict[str, list[float]] = {"fit": []}

@@ -1,13 +1,16 @@
 """Hand-built transformers, and the one class that they share with trained ones.
 
-slots, program      a construction as a tableau over named slots of the residual stream
-compiler            program -> dense weights of the one transformer
-config, transformer the one transformer: its shape, its weights, its named sites
-mixers              how scores become attention weights
-symmetries          what leaves a model's function unchanged, and invariants of the weights
-evaluator           the same programs, run slot by slot without dense weights
-family              what every family offers; `verify`
-gradient_descent    linear attention as gradient descent
+slots, program       a construction as a tableau over named slots of the residual stream
+checks, compiler     program -> dense weights of the one transformer
+config, transformer  the one transformer: its shape, its weights, its named sites
+layer, mixers        one layer, and how scores become attention weights
+symmetries           what leaves a model's function unchanged
+canonical            what is left: the invariants by which weights are compared
+evaluator            the same programs, run slot by slot without dense weights
+family               what every family offers; `verify`
+claims               statements about trained models that a number decides
+runs                 fits of a family on disk
+gradient_descent     linear attention as gradient descent
 
 `CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it.
 """

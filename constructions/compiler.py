@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from constructions.checks import ProgramError, check
 from constructions.config import (
     Config,
     HeadsConfig,
@@ -25,16 +26,11 @@ from constructions.config import (
     NormConfig,
     SegmentConfig,
 )
-from constructions.mixers import MIXERS
 from constructions.program import Head, Layer, Mlp, Norm, Program
-from constructions.slots import Affine, Slot
-from constructions.transformer import ACTIVATIONS, Transformer
+from constructions.slots import Affine
+from constructions.transformer import Transformer
 
 FAR = 2**30  # a window bound that no sequence reaches
-
-
-class ProgramError(ValueError):
-    """A program that cannot be compiled; the message names the layer, the head and the slot."""
 
 
 def compile_program(
@@ -57,134 +53,6 @@ def compile_program(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is {dtype}, must be a floating point type")
     return Transformer(shape, _cast(fill(program, shape), dtype))
-
-
-def check(program: Program) -> None:
-    """Raise `ProgramError` unless every read finds a value and every write finds a free place."""
-    written = {slot: 0 for slot in program.slots if slot.born == 0}
-    for number, layer in program.unrolled():
-        label = f"layer {number}" + (f" ({layer.name})" if layer.name else "")
-        if layer.norm is not None:  # acts before the heads, which see what it wrote
-            where = f"{label}, norm"
-            _check_read(program, layer.norm.read, None, written, number, where)
-            _check_writes(program, [(layer.norm.write, where, None)], written, set(), number)
-        erased = _erased(program, layer, label)
-        for head in layer.heads:
-            where = f"{label}, head '{head.name}'"
-            if head.mixer not in MIXERS:
-                raise ProgramError(
-                    f"{where}: unknown mixer '{head.mixer}', must be one of {sorted(MIXERS)}"
-                )
-            for part, slot, groups in head.reads():
-                _check_read(program, slot, groups, written, number, f"{where}, {part}")
-        writes = [(slot, f"{label}, head '{h.name}'", h) for h in layer.heads for slot in h.write]
-        _check_writes(program, writes, written, erased, number)
-        if layer.mlp is not None:
-            where = f"{label}, mlp '{layer.mlp.name}'"
-            if layer.mlp.activation not in ACTIVATIONS:
-                raise ProgramError(
-                    f"{where}: unknown activation '{layer.mlp.activation}', "
-                    f"must be one of {sorted(ACTIVATIONS)}"
-                )
-            parts = [layer.mlp.hidden] + ([layer.mlp.gate] if layer.mlp.gate is not None else [])
-            for slot in {slot: None for part in parts for slot in part.terms}:
-                _check_read(program, slot, None, written, number, where)
-            _check_writes(
-                program, [(slot, where, None) for slot in layer.mlp.write], written, set(), number
-            )
-
-
-def _erased(program: Program, layer: Layer, label: str) -> set[Slot]:
-    """Slots that the heads of a layer clear at all of their tokens."""
-    seen: set[Slot] = set()
-    whole: set[Slot] = set()
-    for head in layer.heads:
-        slot = head.erases
-        if slot is None:
-            continue
-        if slot in seen:
-            raise ProgramError(f"{label}, head '{head.name}': {slot} is erased twice")
-        seen.add(slot)
-        if {*(slot.tokens or program.token_groups)} <= {*(head.queries or program.token_groups)}:
-            whole.add(slot)
-    return whole
-
-
-def _check_read(
-    program: Program,
-    slot: Slot,
-    groups: Sequence[str] | None,
-    written: dict[Slot, int],
-    layer: int,
-    where: str,
-) -> None:
-    _check_declared(program, slot, groups, where)
-    if slot not in written:
-        raise ProgramError(f"{where}: {slot} is read before it is written")
-    if slot.dies is not None and layer > slot.dies:
-        raise ProgramError(f"{where}: {slot} died at layer {slot.dies}")
-    if slot.tokens is not None and not {*(groups or program.token_groups)} <= {*slot.tokens}:
-        raise ProgramError(
-            f"{where}: {slot} is read at tokens {groups or program.token_groups}, "
-            f"it lives on {slot.tokens}"
-        )
-
-
-def _check_writes(
-    program: Program,
-    writes: Sequence[tuple[Slot, str, Head | None]],
-    written: dict[Slot, int],
-    erased: set[Slot],
-    layer: int,
-) -> None:
-    """Writes of heads that act at the same time; then marks them as written."""
-    for slot in erased:
-        written.pop(slot, None)
-    fresh: dict[Slot, str] = {}
-    for slot, where, head in writes:
-        groups = None if head is None else head.queries
-        _check_declared(program, slot, groups, where)
-        if head is not None and head.erases == slot:
-            continue
-        if slot.tokens is not None and not {*(groups or program.token_groups)} <= {*slot.tokens}:
-            raise ProgramError(
-                f"{where}: writes outside {slot}, which lives on tokens {slot.tokens} only"
-            )
-        if layer < slot.born or (slot.dies is not None and layer > slot.dies):
-            raise ProgramError(
-                f"{where}: writes {slot} at layer {layer}; it is alive from {slot.born} "
-                f"to {'the end' if slot.dies is None else slot.dies}"
-            )
-        if slot in written and not slot.accumulates:
-            raise ProgramError(
-                f"{where}: overwrites {slot}, written at layer {written[slot]}; erase it first or "
-                "declare it with accumulates=True"
-            )
-        for other in (*written, *fresh):
-            columns = max(slot.start, other.start) < min(
-                slot.start + slot.size, other.start + other.size
-            )
-            if other != slot and columns and _meet(slot, other):
-                raise ProgramError(
-                    f"{where}: {slot} takes the columns of {other}, which was not erased"
-                    + (" (both are written here)" if other in fresh else "")
-                )
-        fresh[slot] = where
-    written.update(dict.fromkeys(fresh, layer))
-
-
-def _check_declared(program: Program, slot: Slot, groups: Sequence[str] | None, where: str) -> None:
-    if slot not in program.slots:
-        raise ProgramError(f"{where}: {slot} is not a slot of this program")
-    for group in (*(groups or ()), *(slot.tokens or ())):
-        if group not in program.token_groups:
-            raise ProgramError(
-                f"{where}: unknown token group '{group}', must be one of {program.token_groups}"
-            )
-
-
-def _meet(a: Slot, b: Slot) -> bool:
-    return a.tokens is None or b.tokens is None or bool({*a.tokens} & {*b.tokens})
 
 
 def config_of(program: Program) -> Config:

@@ -7,7 +7,7 @@ parameters can be counted, saved and loaded without building anything.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 Shapes = dict[str, Any]
@@ -160,6 +160,16 @@ class Config:
     def max_hidden(self) -> int:
         """The most hidden units that an MLP has."""
         return max((layer.mlp.hidden for layer in self.layers() if layer.mlp), default=0)
+
+    def with_heads(self, key_dim: int, value_dim: int) -> Config:
+        """The same shape with all heads of these sizes, as papers train them."""
+
+        def widen(layer: LayerConfig) -> LayerConfig:
+            heads = (replace(h, key_dim=key_dim, value_dim=value_dim) for h in layer.heads)
+            return replace(layer, heads=tuple(heads))
+
+        segments = (replace(s, pattern=tuple(map(widen, s.pattern))) for s in self.segments)
+        return replace(self, segments=tuple(segments))
 
     def shapes(self) -> Shapes:
         """Shape of every array of the model, nested like its parameter tree.

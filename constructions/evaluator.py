@@ -25,10 +25,10 @@ from jaxtyping import Array
 
 from constructions.compiler import check, config_of
 from constructions.config import WIRING
+from constructions.layer import ACTIVATIONS
 from constructions.mixers import MIXERS
 from constructions.program import Head, Layer, Program
 from constructions.slots import Affine, Slot
-from constructions.transformer import ACTIVATIONS
 
 Blocks = dict[tuple[int, int], Array]  # columns (start, stop) -> [batch, token, stop - start]
 

@@ -10,19 +10,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from constructions.claims import Claim, NearMiss
 from constructions.compiler import compile_program
 from constructions.program import Program
 from constructions.slots import Slot
 from constructions.transformer import Transformer, randomise
-from synthetic.task import Batch, Task
+from synthetic.task import Task
 from synthetic.train import Recipe
 
 
@@ -92,90 +93,6 @@ class Gauge:
     query: np.ndarray
 
 
-AnyConstruction = TypeVar("AnyConstruction", bound="Construction")
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence(Generic[AnyConstruction]):
-    """What a claim's statistic is computed from.
-
-    Attributes:
-        construction: whose claim it is.
-        model: the subject: a trained counterpart, a near-miss, a random model, the construction.
-        reference: the compiled construction.
-        examples: drawn from the task, the same for every subject: comparisons are paired.
-        key: source of any further inputs.
-    """
-
-    construction: AnyConstruction
-    model: Transformer
-    reference: Transformer
-    examples: Batch
-    key: Array
-
-    @property
-    def size(self) -> int:
-        """Number of examples."""
-        return len(jax.tree.leaves(self.examples)[0])
-
-    @cached_property
-    def prediction(self) -> Array:
-        """What the model predicts on the examples."""
-        return predict(self.construction, self.model, *self.examples.inputs)
-
-    @cached_property
-    def expected(self) -> Array:
-        """What the compiled construction predicts on the examples."""
-        return predict(self.construction, self.reference, *self.examples.inputs)
-
-    def loss(self, prediction: Array) -> float:
-        """Mean loss of predictions on the examples."""
-        return float(self.construction.task.loss(prediction, self.examples).mean())
-
-
-class NearMiss(NamedTuple):
-    """A model that is almost a construction, and the construction that it is almost."""
-
-    model: Transformer
-    construction: Construction
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement about a model that a number decides.
-
-    Attributes:
-        name: short and unique within a family.
-        statement: one sentence.
-        statistic: a name in `probes.ledger.STATISTICS`, or a function of the `Evidence`.
-        threshold, direction: the claim holds if the statistic is "<=" or ">=" the threshold.
-        source: paper, figure or equation.
-        catches: near-misses (names in `Construction.near_misses`) on which the claim must fail.
-        published: the paper's value, None where it gives none.
-        gauge: what the statistic does under the symmetries of the weights.
-        note: what a reader of the published value should know.
-    """
-
-    name: str
-    statement: str
-    statistic: str | Callable[[Evidence[Any]], float]
-    threshold: float
-    direction: str
-    source: str
-    catches: tuple[str, ...] = ()
-    published: float | str | None = None
-    gauge: str = "invariant: a function of the model's outputs"
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if self.direction not in ("<=", ">="):
-            raise ValueError(f"direction is {self.direction!r}, must be '<=' or '>='")
-
-    def holds(self, value: float) -> bool:
-        """Whether a value of the statistic satisfies the claim; NaN does not."""
-        return bool(value <= self.threshold if self.direction == "<=" else value >= self.threshold)
-
-
 @dataclass(frozen=True)
 class Counterpart:
     """How the trained model of a construction's class is made.
@@ -213,7 +130,8 @@ class Compiled:
 class Construction(ABC):
     """One algorithm, its hand-built transformer and its trained counterpart.
 
-    Subclasses are frozen dataclasses of settings. Every trace has an entry "prediction", which is
+    Subclasses are frozen dataclasses of hashable settings: jitted functions take them as static
+    arguments. Every trace has an entry "prediction", which is
     what `task.loss` compares with the target; its other entries are named by the algorithm.
     """
 
@@ -242,7 +160,10 @@ class Construction(ABC):
 
     @abstractmethod
     def places(self, depth: int, *inputs: Array) -> dict[str, Place]:
-        """Where a model of this class with `depth` layers keeps the named values."""
+        """Where a model of this class with `depth` layers keeps the named values.
+
+        "prediction" is among them, unless `apply` is overridden.
+        """
 
     def apply(self, model: Transformer, *inputs: Array) -> Array:
         """The model's prediction, computed at the tokens that hold it; pure and unchecked."""
@@ -290,12 +211,6 @@ class Construction(ABC):
     def tolerance(self, dtype: str) -> float:
         """Largest error, relative to the root mean square, that counts as rounding."""
         return {"float64": 1e-13, "float32": 5e-6}[dtype]
-
-
-@partial(jax.jit, static_argnums=0)
-def predict(construction: Construction, model: Transformer, *inputs: Array) -> Array:
-    """`construction.apply`, jitted: one compilation for all models of a shape."""
-    return construction.apply(model, *inputs)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ def _matrices(write: Mapping[Slot, Any], size: int, who: str) -> dict[Slot, np.n
 
 
 def _names(groups: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if groups is not None and not len(groups):
+        raise ValueError("token groups of a head must not be empty; None means all tokens")
     return (groups,) if isinstance(groups, str) else None if groups is None else tuple(groups)
 
 
@@ -108,7 +110,11 @@ class Head:
 
 
 def erase(slot: Slot, *, queries: str | Sequence[str] | None = None) -> Head:
-    """A head that subtracts a slot from itself: attention of every token to itself, value -slot."""
+    """A head that subtracts a slot from itself: attention of every token to itself, value -slot.
+
+    What another head writes into the slot in the same layer is rounded at the size of the value
+    that is erased, since the stream adds both at once.
+    """
     one = constant(1.0)
     return Head(
         query=one,
@@ -198,6 +204,7 @@ class Program:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "token_groups", tuple(self.token_groups))
         if not self.layers:
             raise ValueError("layers of a program must not be empty")
         if self.loops < 1:

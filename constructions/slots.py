@@ -102,7 +102,7 @@ class Slot(Affine):
         tokens: names of the token groups that own the value; None means every token. Slots of
             disjoint token groups may share columns (weights in prefix tokens, say).
         born: 0 if the embedding writes it, else the first layer (counted from 1) that does.
-        dies: the last layer that reads it; None means that it lives to the end.
+        dies: the last layer that reads it, where erasing is reading; None: it lives to the end.
         accumulates: whether several layers may add to it.
         meaning: what it holds, in the words of the paper.
     """

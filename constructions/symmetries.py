@@ -1,4 +1,4 @@
-r"""What can be done to the weights without changing the function, and what is left.
+r"""The group that acts on the weights and leaves the function unchanged.
 
 Write A = P W_V and B = scale W_K^T W_Q for the products of one head, both `[width, width]`. An
 attention layer depends on its heads through these products alone, whatever the mixer, so that
@@ -6,301 +6,27 @@ attention layer depends on its heads through these products alone, whatever the 
     W_K -> R W_K,  W_Q -> R^-T W_Q;     W_V -> R W_V,  P -> P R^-1;     permuting, splitting heads
 
 change nothing. Linear and centred attention also allow A -> s A, B -> B / s for s != 0, negative s
-included. A layer of linear heads is
-
-    h_i  <-  h_i + sum_n A^n G_i^n B^n h_i,      G_i^n = sum_j h_j h_j^T over the keys j of token i,
-
-and since G is symmetric and heads with the same mask share it, the layer depends on
-
-    T_{o,a,b,c} = Sym_ab sum_n A^n_{oa} B^n_{bc}
-
-only, whatever the window: two layers with equal T are the same function. Finally the last layer
-acts through what is read of it, and the only layer through what the queries may be (`Gauge`).
-Raw weights are therefore never compared; `canonical_distance` compares T.
-
-In a causal or context-only mask T is also all that can be known of a layer. Where each token sees
-only itself, G_i h_i is cubic in h_i and further parts of T drop out; T is then still invariant, but
-two equal functions may differ in it.
+included; linear attention, antisymmetric parts of A x B in the Gram indices; and the ends of a
+model, whatever they do not read. `constructions.canonical` has what is left: the invariants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from constructions.config import Config, HeadsConfig, LayerConfig, SegmentConfig
+from constructions.canonical import fitting
+from constructions.config import HeadsConfig
 from constructions.family import Gauge
 from constructions.transformer import Transformer
 
 Arrays = dict[str, Any]
-
-
-class HeadProducts(NamedTuple):
-    """What every head does, for all layers applied; layers with fewer heads are padded with zeros.
-
-    Attributes:
-        output_value: A = P W_V.
-        key_query: B = scale W_K^T W_Q.
-        wiring: window (2 entries), then query groups, then key groups.
-    """
-
-    output_value: Float[Array, "layer head out width"]
-    key_query: Float[Array, "layer head width values"]
-    wiring: Int[Array, "layer head entries"]
-
-
-def head_products(model: Transformer) -> HeadProducts:
-    """The products P W_V and scale W_K^T W_Q of every head of every layer applied; any mixer.
-
-    For softmax heads these two, up to the order of the heads, are what the weights determine
-    (biases left aside). A looped model shows its stored layers once per application.
-    """
-    parts, stored = [], stored_arrays(model)["segments"].values()
-    for weights, segment in zip(stored, model.config.segments, strict=True):
-        layers = [
-            _layer_products(layer["heads"].values(), segment.stacked, model.config)
-            for layer in weights["layers"].values()
-        ]
-        # [repeat, pattern, ...] -> [layer, ...], the order in which they are applied
-        joined = jax.tree.map(lambda *a: jnp.stack(a, axis=1), *layers)
-        if segment.tied:
-            joined = jax.tree.map(lambda a, n=segment.repeats: jnp.repeat(a, n, axis=0), joined)
-        parts.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), joined))
-    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-
-
-def _layer_products(groups: Any, stacked: int, config: Config) -> HeadProducts:
-    found = []
-    for w in groups:
-        a = jnp.einsum("rnov,rnva->rnoa", w["output"], w["value"], precision="highest")
-        b = jnp.einsum("rnkb,rnkc->rnbc", w["key"], w["query"], precision="highest")
-        wiring = [w["window"], w["query_groups"], w["key_groups"]]
-        wiring = jnp.concatenate([part.astype(jnp.int32) for part in wiring], axis=-1)
-        found.append(HeadProducts(a, b * w["scale"][..., None, None], wiring))
-    square, entries = (config.width, config.width), 2 + 2 * len(config.token_groups)
-    spare = config.max_heads - sum(len(p.output_value[0]) for p in found)
-    if spare or not found:
-        nothing = jnp.zeros((stacked, spare, *square))
-        dtype = found[0].output_value.dtype if found else nothing.dtype
-        nothing = nothing.astype(dtype)
-        found.append(HeadProducts(nothing, nothing, jnp.zeros((stacked, spare, entries), int)))
-    return HeadProducts(*(jnp.concatenate(part, axis=1) for part in zip(*found, strict=True)))
-
-
-# --- the canonical form ---------------------------------------------------------------------------
-
-
-def layer_tensors(model: Transformer, gauge: Gauge) -> tuple[Float[Array, "out a b values"], ...]:
-    """`canonical` without the check that the heads of a layer are wired alike, for use in `jit`."""
-    _check_linear(model.config)
-    products, last = _contract(head_products(model), gauge)
-    tensors = tuple(_tensor(p.output_value, p.key_query).sum(0) for p in _layers(products))
-    return (*tensors, _tensor(last.output_value, last.key_query).sum(0))
-
-
-def canonical(model: Transformer, gauge: Gauge) -> tuple[Float[Array, "out a b values"], ...]:
-    """T of every layer applied (see the module's equations), `[width, width, width, width]`.
-
-    In the last layer the first axis is contracted with `gauge.read`, so that it is `[rows, ...]`;
-    in the only layer of a model the last axis is contracted with `gauge.query` as well.
-
-    Raises:
-        TypeError: the model is more than linear attention, or a layer has heads with different
-            masks (`canonical_distance` takes these), or its masks are traced.
-        ValueError: the gauge does not have the model's width.
-    """
-    _check_linear(model.config)
-    _check_one_wiring(model)
-    return layer_tensors(model, gauge)
-
-
-def canonical_distance(
-    model: Transformer, reference: Transformer, gauge: Gauge
-) -> Float[Array, ""]:
-    """||T - T*|| / ||T*||, the norm taken over all layers together; pure, differentiable.
-
-    Sums run over heads with equal masks only; tensors of different masks count as orthogonal, so
-    that a model that attends to other tokens than its reference is far from it.
-
-    Raises:
-        TypeError: either model is more than linear attention.
-        ValueError: depths, widths or token groups differ.
-    """
-    difference, scale = _squared_norms(model, reference, gauge)
-    return _root(difference.sum()) / _root(scale.sum())
-
-
-def canonical_distances(
-    model: Transformer, reference: Transformer, gauge: Gauge
-) -> Float[Array, " layer"]:
-    """||T_l - T*_l|| / ||T*_l|| of every layer; see `canonical_distance`."""
-    difference, scale = _squared_norms(model, reference, gauge)
-    return _root(difference) / _root(scale)
-
-
-def from_canonical(tensors: Sequence[Array], like: Transformer, gauge: Gauge) -> Transformer:
-    """A model with these canonical forms, and the masks of `like`.
-
-    Head (o, a) of a layer has A = e_o e_a^T and B = T[o, a]: no factorisation, hence no rounding.
-    Axes that the gauge has contracted come back through its pseudo-inverse.
-
-    Args:
-        tensors: one a layer, as `canonical` returns them; they need not be symmetric.
-        like: where the masks come from, and the precision.
-        gauge: the one that `canonical` was given.
-    """
-    config, width = like.config, like.config.width
-    _check_linear(config)
-    _check_one_wiring(like)
-    read, query = (np.linalg.pinv(m) for m in _fitting(gauge, width))
-    if len(tensors) != config.depth:
-        raise ValueError(f"{len(tensors)} tensors for a model of {config.depth} layers")
-    dtype = tensors[0].dtype
-    eye = jnp.eye(width, dtype=dtype)
-    wiring = head_products(like).wiring[:, 0]
-    segments, arrays = [], {}
-    bounds = [(0, config.depth - 1)] if config.depth > 1 else []
-    for start, stop in [*bounds, (config.depth - 1, config.depth)]:
-        out = jnp.asarray(read, dtype) if stop == config.depth else eye
-        into = jnp.asarray(query, dtype) if config.depth == 1 else eye
-        rows, shape = out.shape[1], (out.shape[1], width, width, into.shape[0])
-        for number, tensor in enumerate(tensors[start:stop], start=start):
-            if tensor.shape != shape:
-                raise ValueError(f"tensor {number} has shape {tensor.shape}, must be {shape}")
-        heads, repeats = rows * width, stop - start
-        stacked = jnp.stack([jnp.asarray(t) for t in tensors[start:stop]])
-        b = jnp.einsum("roabv,vc->roabc", stacked, into, precision="highest")
-        own = {
-            "query": b.reshape(repeats, heads, width, width),
-            "key": jnp.broadcast_to(eye, (repeats, heads, width, width)),
-            "value": jnp.tile(eye, (rows, 1))[None, :, None, :].repeat(repeats, 0),
-            "output": jnp.repeat(out.T, width, axis=0)[None, :, :, None].repeat(repeats, 0),
-            "scale": jnp.ones((repeats, heads), dtype),
-        }
-        every = jnp.broadcast_to(wiring[start:stop, None], (repeats, heads, wiring.shape[-1]))
-        kinds = len(config.token_groups)
-        own |= {"window": every[..., :2], "query_groups": every[..., 2 : 2 + kinds].astype(bool)}
-        own |= {"key_groups": every[..., 2 + kinds :].astype(bool)}
-        layer = LayerConfig((HeadsConfig("linear", heads, width, 1),))
-        arrays[len(segments)] = {"layers": {0: {"heads": {0: own}}}}
-        segments.append(SegmentConfig((layer,), repeats))
-    return Transformer(replace(config, segments=tuple(segments)), {"segments": arrays})
-
-
-def _tensor(a: Array, b: Array) -> Array:
-    """Sym_ab A_oa B_bc for every head, `[head, o, a, b, c]`."""
-    t = a[:, :, :, None, None] * b[:, None, None, :, :]
-    return (t + jnp.swapaxes(t, 2, 3)) / 2
-
-
-def _layers(products: HeadProducts) -> Iterator[HeadProducts]:
-    for layer in range(len(products.wiring)):
-        yield HeadProducts(*(part[layer] for part in products))
-
-
-def _contract(products: HeadProducts, gauge: Gauge) -> tuple[HeadProducts, HeadProducts]:
-    """All layers but the last, and the last one as the gauge sees it."""
-    read, query = _fitting(gauge, products.key_query.shape[-1])
-    a, b, wiring = (part[-1] for part in products)
-    a = jnp.einsum("ro,noa->nra", jnp.asarray(read, a.dtype), a, precision="highest")
-    if len(products.wiring) == 1:
-        b = jnp.einsum("nbc,cv->nbv", b, jnp.asarray(query, b.dtype), precision="highest")
-    return HeadProducts(*(part[:-1] for part in products)), HeadProducts(a, b, wiring)
-
-
-def _fitting(gauge: Gauge, width: int) -> tuple[np.ndarray, np.ndarray]:
-    if gauge.read.shape[1] != width or gauge.query.shape[0] != width:
-        raise ValueError(
-            f"gauge has read {gauge.read.shape} and query {gauge.query.shape}, must be "
-            f"[rows, {width}] and [{width}, values]"
-        )
-    return gauge.read, gauge.query
-
-
-def _squared_norms(
-    model: Transformer, reference: Transformer, gauge: Gauge
-) -> tuple[Float[Array, " layer"], Float[Array, " layer"]]:
-    """||T - T*||^2 and ||T*||^2 of every layer."""
-    for config in (model.config, reference.config):
-        _check_linear(config)
-    for name in ("depth", "width", "token_groups"):
-        one, other = getattr(model.config, name), getattr(reference.config, name)
-        if one != other:
-            raise ValueError(f"{name} of the model is {one}, of the reference {other}")
-    trained, built = head_products(model), head_products(reference)
-    minus = built._replace(output_value=-built.output_value)
-    both = HeadProducts(*(jnp.concatenate(p, axis=1) for p in zip(trained, minus, strict=True)))
-    return _norms(both, gauge), _norms(built, gauge)
-
-
-def _norms(products: HeadProducts, gauge: Gauge) -> Float[Array, " layer"]:
-    inner, last = _contract(products, gauge)
-    end = _norm(last)[None]
-    if not len(inner.wiring):
-        return end
-    # one layer at a time: T has width^4 entries
-    return jnp.concatenate([jax.lax.map(_norm, inner), end])
-
-
-def _norm(layer: HeadProducts) -> Float[Array, ""]:
-    """Sum over masks of ||sum of the tensors of heads with that mask||^2.
-
-    Masks may be traced, so heads are not sorted into classes: every head stands for its class, and
-    a class of m heads is counted m times with weight 1 / m.
-    """
-    alike = (layer.wiring[:, None] == layer.wiring[None]).all(-1).astype(layer.key_query.dtype)
-    each = _tensor(layer.output_value, layer.key_query)
-    classes = jnp.einsum("mn,noabc->moabc", alike, each, precision="highest")
-    return (jnp.square(classes).sum((1, 2, 3, 4)) / alike.sum(1)).sum()
-
-
-def _root(square: Array) -> Array:
-    """Square root with derivative 0, not NaN, at 0."""
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
-
-
-def _check_linear(config: Config) -> None:
-    for number, layer in enumerate(config.layers(), start=1):
-        found = [f"{h.mixer} heads" for h in layer.heads if h.mixer != "linear"]
-        found += ["biases" for h in layer.heads if h.bias]
-        found += ["an mlp"] * (layer.mlp is not None)
-        found += ["a norm"] * (layer.norm is not None or layer.mlp_norm is not None)
-        if found:
-            raise TypeError(
-                f"the canonical form is that of linear attention alone; layer {number} has "
-                f"{found[0]}"
-            )
-    if config.final_norm is not None:
-        raise TypeError(
-            "the canonical form is that of linear attention alone; the model has a final norm"
-        )
-
-
-def _check_one_wiring(model: Transformer) -> None:
-    wiring = head_products(model).wiring
-    if isinstance(wiring, Tracer):
-        raise TypeError(
-            "the model's masks are traced; use layer_tensors where they are known "
-            "to be the same for all heads of a layer"
-        )
-    for number, (layer, found) in enumerate(
-        zip(model.config.layers(), np.asarray(wiring), strict=True), start=1
-    ):
-        heads = sum(group.heads for group in layer.heads)
-        if heads and (found[:heads] != found[0]).any():
-            raise TypeError(f"layer {number} has heads with different masks, so it has no single T")
-
-
-# --- the group ------------------------------------------------------------------------------------
 
 Edit = Callable[[HeadsConfig, Arrays, Array], tuple[HeadsConfig, Arrays]]
 
@@ -436,10 +162,10 @@ def fill_inert(model: Transformer, gauge: Gauge, key: Array) -> Transformer:
         raise TypeError("the last layer has an mlp or a norm, so none of its weights are inert")
     if segment.tied and segment.repeats > 1:
         raise ValueError(f"the last layer is applied {segment.repeats} times, must be once")
-    read, query = _fitting(gauge, config.width)
+    read, query = fitting(gauge, config.width)
     outside = np.eye(config.width) - np.linalg.pinv(read) @ read
     idle = np.eye(config.width) - query @ np.linalg.pinv(query)
-    arrays = stored_arrays(model)
+    arrays = model.arrays()
     groups = arrays["segments"][len(config.segments) - 1]["layers"][len(segment.pattern) - 1]
     for w in groups["heads"].values():
         key, one, two = jax.random.split(key, 3)
@@ -481,7 +207,7 @@ def _each_head(w: Arrays, change: Callable[..., Array], *more: Array) -> Arrays:
 
 def _map_heads(model: Transformer, edit: Edit, key: Array) -> Transformer:
     """Edit every row of equal heads; arrays are `[repeat, head, ...]`."""
-    arrays, config = stored_arrays(model), model.config
+    arrays, config = model.arrays(), model.config
     rows = sum(len(layer.heads) for segment in config.segments for layer in segment.pattern)
     keys = iter(jax.random.split(key, max(rows, 1)))
     segments = []
@@ -496,14 +222,3 @@ def _map_heads(model: Transformer, edit: Edit, key: Array) -> Transformer:
             pattern.append(replace(layer, heads=tuple(groups)))
         segments.append(replace(segment, pattern=tuple(pattern)))
     return Transformer(replace(config, segments=tuple(segments)), arrays)
-
-
-def stored_arrays(model: Transformer) -> Arrays:
-    """The model's arrays, nested as `Config.shapes`, parts without arrays included."""
-
-    def complete(shapes: Any, arrays: Any) -> Any:
-        if not isinstance(shapes, dict):
-            return arrays
-        return {name: complete(shape, arrays.get(name, {})) for name, shape in shapes.items()}
-
-    return complete(model.config.shapes(), nnx.to_pure_dict(nnx.state(model)))

@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Does a trained layer of linear attention run gradient descent?
 #
-# **Question.** von Oswald et al. 2022 (arXiv 2212.07677) write down a layer of linear attention that
-# performs one step of gradient descent on the regression problem in its context, and report that a
-# trained layer behaves like it. Behaves like it, or *is* it?
+# **Question.** von Oswald et al. 2022 (arXiv 2212.07677) write down a layer of linear attention
+# that performs one step of gradient descent on the regression problem in its context, and report
+# that a trained layer behaves like it. Behaves like it, or *is* it?
 #
 # **Answer.** It is it. The best that one layer can do is known in closed form, training reaches it
 # to within 0.1 %, and once the symmetries of the weights are factored out, its weights are those of
@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from constructions import CATALOGUE
-from constructions.symmetries import canonical, canonical_distance
+from constructions.canonical import canonical
 from probes.interpolation import roll_out
 from probes.ledger import ledger
 from synthetic.theory import optimal_one_layer, saddle_levels
@@ -50,8 +50,8 @@ ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
 #
 #     Head(query=x, key=x, value=W0 @ x - y, write={y: eta / N}, keys="context")
 #
-# turns every $y_j$ into $y_j - (W_1 - W_0)\, x_j$, so that $-y$ of the query is $W_1 x$. The same head
-# in the next layer makes the next step. Compiled, this is an ordinary transformer:
+# turns every $y_j$ into $y_j - (W_1 - W_0)\, x_j$, so that $-y$ of the query is $W_1 x$. The same
+# head in the next layer makes the next step. Compiled, this is an ordinary transformer:
 
 # %%
 steps = 50
@@ -70,10 +70,10 @@ assert compiled.certificate.passed
 # %% [markdown]
 # ## The optimum of one layer
 #
-# For inputs with independent coordinates of variance $v$ and kurtosis $\kappa$, the best layer is one
-# step with $\eta^* = N / (v D)$, $D = N + d - 2 + \kappa$, and its loss is
-# $L^* = \frac{1}{2} v d\, (1 - N / D)$. On $U(-\frac12, \frac12)$ and $N = d = 10$ that is 0.2062: the
-# 0.2 of the paper's figures. (Its text says $U(-1, 1)$, where the optimum is 0.8249.)
+# For inputs with independent coordinates of variance $v$ and kurtosis $\kappa$, the best layer is
+# one step with $\eta^* = N / (v D)$, $D = N + d - 2 + \kappa$, and its loss is
+# $L^* = \frac{1}{2} v d\, (1 - N / D)$. On $U(-\frac12, \frac12)$ and $N = d = 10$ that is 0.2062:
+# the 0.2 of the paper's figures. (Its text says $U(-1, 1)$, where the optimum is 0.8249.)
 #
 # Five models, trained at once:
 
@@ -161,9 +161,9 @@ for row in rows:
 # %% [markdown]
 # ## The trained layer as an optimiser
 #
-# Applied again and again, the trained layer keeps descending, as gradient descent with its step size
-# does. At full strength that step size is too large for the worst contexts and both diverge; damped
-# by 0.75, as in the paper's figure 1, both converge, together.
+# Applied again and again, the trained layer keeps descending, as gradient descent with its step
+# size does. At full strength that step size is too large for the worst contexts and both diverge;
+# damped by 0.75, as in the paper's figure 1, both converge, together.
 
 # %%
 batch = counterpart.task.sample(jax.random.key(2), 2048)

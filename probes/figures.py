@@ -152,7 +152,7 @@ def _probes(table: ProbeTable) -> Picture:
         side.set_visible(False)
     figure.colorbar(image, ax=axis, label="held-out R²", shrink=0.9, pad=0.02)
     columns = {name: table.values[:, n] for n, name in enumerate(table.columns)}
-    means = ", ".join(f"{name} {np.nanmean(v):.2f}" for name, v in columns.items())
+    means = ", ".join(f"{name}: {np.nanmean(v):.2f}" for name, v in columns.items())
     caption = (
         f"Held-out R² of ridge probes for every value that the algorithm names, at the best layer "
         f"(mean over {len(table.names)} values: {means}). A value counts as found only where the "
@@ -245,10 +245,11 @@ def _roll_out(data: RollOut) -> Picture:
             caption += f", and {gone} of {len(theirs)} trained models diverge."
         else:
             caption += f", the trained models' follows it within {percent(float(close.max()))}."
-    caption += (
-        " Training asks nothing of what a layer does to tokens that are not read behind it: where "
-        "the trained layer diverges, it is the construction's function on what is read alone."
-    )
+    if not np.isfinite(trained).all() or (trained > 100 * built[:, None, :1]).any():
+        caption += (
+            " Training asks nothing of what a layer does to tokens that nobody reads afterwards, "
+            "so that a layer can be right once and diverge when it is repeated."
+        )
     alt = "Loss against the number of applications, construction and trained, two dampings."
     title = "Does the layer go on as the algorithm would?"
     return Picture("roll-out", title, caption, alt, png(figure))

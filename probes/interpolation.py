@@ -21,7 +21,6 @@ from jaxtyping import Array, ArrayLike, Float
 
 from constructions.config import SegmentConfig
 from constructions.family import Construction
-from constructions.symmetries import stored_arrays
 from constructions.transformer import Transformer
 from synthetic.task import Batch
 
@@ -53,7 +52,7 @@ def blend(model: Transformer, reference: Transformer, fraction: ArrayLike) -> Tr
             f"segments (layers, repeats, tied) of the model are {plans[0]}, "
             f"of the reference {plans[1]}"
         )
-    stored = [stored_arrays(m)["segments"] for m in (model, reference)]
+    stored = [m.arrays()["segments"] for m in (model, reference)]
     segments, arrays = [], {}
     for s, pair in enumerate(zip(one.segments, other.segments, strict=True)):
         pattern, layers = [], {}
@@ -160,6 +159,6 @@ def _one_layer(model: Transformer, layer: int) -> Transformer:
     ]
     s, p, r = applied[layer]
     alone = SegmentConfig((config.segments[s].pattern[p],))
-    own = stored_arrays(model)["segments"][s]["layers"][p]
+    own = model.arrays()["segments"][s]["layers"][p]
     arrays = {"segments": {0: {"layers": {0: jax.tree.map(lambda a: a[r : r + 1], own)}}}}
     return Transformer(replace(config, segments=(alone,), final_norm=None), arrays)

@@ -24,8 +24,9 @@ import numpy as np
 from jaxtyping import Array
 from scipy import stats
 
-from constructions.family import Claim, Construction, Evidence, NearMiss
-from constructions.symmetries import canonical_distance
+from constructions.canonical import canonical_distance
+from constructions.claims import Claim, Evidence, NearMiss
+from constructions.family import Construction
 from constructions.transformer import Transformer
 from probes import interpolation, similarity
 from synthetic.task import Batch
@@ -42,8 +43,8 @@ def _weights(construction: Construction, model: Transformer, reference: Transfor
 def _sensitivities(
     construction: Construction, model: Transformer, reference: Transformer, inputs: Any
 ) -> Array:
-    models = (partial(construction.apply, m) for m in (model, reference))
-    return similarity.sensitivity_cosine(*models, inputs)
+    ours, theirs = (partial(construction.apply, m) for m in (model, reference))
+    return similarity.sensitivity_cosine(ours, theirs, inputs)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -49,14 +49,16 @@ class ClaimRow:
         return getattr(self.row, name)
 
 
-def trained(row: Row | ClaimRow) -> str:
-    """Mean and 95 % interval of the trained models' values."""
-    if not row.trained:
-        return "not measured"
-    mean = number(sum(row.trained) / len(row.trained))
+def mean(row: Row | ClaimRow) -> str:
+    """Mean of the trained models' values."""
+    return number(sum(row.trained) / len(row.trained)) if row.trained else "not measured"
+
+
+def interval(row: Row | ClaimRow) -> str:
+    """The 95 % interval of that mean, empty where there is none."""
     if row.interval is None:
-        return mean
-    return f"{mean} [{number(row.interval[0])}, {number(row.interval[1])}]"
+        return ""
+    return f"[{number(row.interval[0])}, {number(row.interval[1])}]"
 
 
 def controls(rows: Sequence[Row]) -> list[str]:
@@ -90,7 +92,8 @@ def _templates() -> jinja2.Environment:
     )
     environment.filters |= {
         "number": number,
-        "trained": trained,
+        "mean": mean,
+        "interval": interval,
         "tone": tone,
         "listing": _listing,
         "base64": lambda data: base64.b64encode(data).decode(),

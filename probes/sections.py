@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from constructions.canonical import canonical, head_products
 from constructions.family import Construction
-from constructions.symmetries import canonical, head_products
 from constructions.transformer import Transformer
 from probes import interchange
 

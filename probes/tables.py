@@ -11,7 +11,7 @@ from rich.table import Table
 from constructions import CATALOGUE
 from constructions.family import Certificate
 from probes.ledger import CONSTRUCTION, RANDOM, Row
-from probes.report import controls, trained
+from probes.report import controls, interval, mean
 from probes.style import number
 from probes.tools import Result
 
@@ -75,7 +75,10 @@ def show_ledger(name: str, rows: Sequence[Row]) -> None:
         claim = row.claim
         cells = [f"{claim.direction} {number(claim.threshold)}"]
         cells += [number(claim.published) if claim.published is not None else "-"]
-        cells += [number(row.values[CONSTRUCTION]), trained(row).replace("[", "\\[")]
+        cells += [
+            number(row.values[CONSTRUCTION]),
+            f"{mean(row)} {interval(row)}".replace("[", "\\["),
+        ]
         for other in others:
             value = number(row.values[other])
             if other not in (RANDOM, *claim.catches):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from constructions.canonical import canonical_distance
 from constructions.runs import Run, load_checkpoints
-from constructions.symmetries import canonical_distance
 from probes import losses, sections, similarity
 from probes.interpolation import interpolate
 from probes.table import probe_table
@@ -43,8 +43,8 @@ class Result:
         from matplotlib.figure import Figure
 
         shown = np.array(self.values, float)
-        width, height = 3 + 0.7 * len(self.columns), 1.2 + 0.3 * len(self.rows)
-        figure = Figure(figsize=(min(width, 14), min(height, 10)), layout="constrained")
+        width, height = 4 + 0.7 * len(self.columns), 4 + 0.3 * len(self.rows)
+        figure = Figure(figsize=(min(width, 16), min(height, 14)), layout="constrained")
         axis = figure.subplots()
         image = axis.imshow(shown, aspect="auto", cmap="cividis")
         axis.set_xticks(range(len(self.columns)), self.columns, rotation=90)

@@ -9,6 +9,14 @@ import pytest
 from flax import nnx
 
 from constructions import symmetries
+from constructions.canonical import (
+    canonical,
+    canonical_distance,
+    canonical_distances,
+    from_canonical,
+    head_products,
+    layer_tensors,
+)
 from constructions.compiler import FAR
 from constructions.config import (
     Config,
@@ -22,15 +30,9 @@ from constructions.family import Gauge
 from constructions.gradient_descent import GradientDescent
 from constructions.symmetries import (
     add_gram_pair,
-    canonical,
-    canonical_distance,
-    canonical_distances,
     change_key_basis,
     change_value_basis,
     fill_inert,
-    from_canonical,
-    head_products,
-    layer_tensors,
     permute_heads,
     rescale_heads,
     split_heads,

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from constructions.canonical import canonical, canonical_distance, from_canonical
 from constructions.config import Config, HeadsConfig, LayerConfig, MlpConfig, SegmentConfig
 from constructions.gradient_descent import GradientDescent
-from constructions.symmetries import (
-    canonical,
-    canonical_distance,
-    from_canonical,
-    stored_arrays,
-    transform,
-)
+from constructions.symmetries import transform
 from constructions.transformer import Transformer, randomise
 from probes.interpolation import blend, interpolate, interpolation_gap, roll_out
 from synthetic.task import Batch
@@ -62,7 +57,7 @@ def test_symmetries_do_not_bend_the_line():
     losses = interpolate(construction, moved, reference, data, FRACTIONS)
     assert np.allclose(losses, losses[0], rtol=1e-10)
     assert float(interpolation_gap(losses)) == pytest.approx(0, abs=1e-10)
-    arrays = stored_arrays(reference)
+    arrays = reference.arrays()
     heads = arrays["segments"][0]["layers"][0]["heads"][0]
     heads |= {"output": -heads["output"], "key": -heads["key"]}
     flipped = Transformer(reference.config, arrays)
@@ -141,7 +136,7 @@ def test_roll_out_takes_any_layer():
     inputs = batch(4).inputs
     stream, groups, _ = construction.embed(model, *inputs)
     for layer in (0, 1, -1):
-        part = jax.tree.map(lambda a, k=layer % 3: a[k : k + 1], stored_arrays(model)["segments"])
+        part = jax.tree.map(lambda a, k=layer % 3: a[k : k + 1], model.arrays()["segments"])
         alone = replace(model.config, segments=(replace(model.config.segments[0], repeats=1),))
         single, h = Transformer(alone, {"segments": part}), stream
         found = roll_out(construction, model, *inputs, depth=2, damping=0.5, layer=layer)

@@ -1,0 +1,107 @@
+"""Claims as plain data, and the evidence that decides them; `probes.ledger` does the deciding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import jax
+from jaxtyping import Array
+
+from constructions.transformer import Transformer
+from synthetic.task import Batch
+
+if TYPE_CHECKING:
+    from constructions.family import Construction
+
+
+@partial(jax.jit, static_argnums=0)
+def predict(construction: Any, model: Transformer, *inputs: Array) -> Array:
+    """`construction.apply`, jitted: one compilation for all models of a shape."""
+    return construction.apply(model, *inputs)
+
+
+class NearMiss(NamedTuple):
+    """A model that is almost a construction, and the construction that it is almost."""
+
+    model: Transformer
+    construction: Any
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about a model that a number decides.
+
+    Attributes:
+        name: short and unique within a family.
+        statement: one sentence.
+        statistic: a name in `probes.ledger.STATISTICS`, or a function of the `Evidence`.
+        threshold, direction: the claim holds if the statistic is "<=" or ">=" the threshold.
+        source: paper, figure or equation.
+        catches: near-misses (names in `Construction.near_misses`) on which the claim must fail.
+        published: the paper's value, None where it gives none.
+        gauge: what the statistic does under the symmetries of the weights.
+        note: what a reader of the published value should know.
+    """
+
+    name: str
+    statement: str
+    statistic: str | Callable[[Evidence[Any]], float]
+    threshold: float
+    direction: str
+    source: str
+    catches: tuple[str, ...] = ()
+    published: float | str | None = None
+    gauge: str = "invariant: a function of the model's outputs"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("<=", ">="):
+            raise ValueError(f"direction is {self.direction!r}, must be '<=' or '>='")
+
+    def holds(self, value: float) -> bool:
+        """Whether a value of the statistic satisfies the claim; NaN does not."""
+        return bool(value <= self.threshold if self.direction == "<=" else value >= self.threshold)
+
+
+AnyConstruction = TypeVar("AnyConstruction", bound="Construction")
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence(Generic[AnyConstruction]):
+    """What a claim's statistic is computed from.
+
+    Attributes:
+        construction: whose claim it is.
+        model: the subject: a trained counterpart, a near-miss, a random model, the construction.
+        reference: the compiled construction.
+        examples: drawn from the task, the same for every subject: comparisons are paired.
+        key: source of any further inputs.
+    """
+
+    construction: AnyConstruction
+    model: Transformer
+    reference: Transformer
+    examples: Batch
+    key: Array
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(jax.tree.leaves(self.examples)[0])
+
+    @cached_property
+    def prediction(self) -> Array:
+        """What the model predicts on the examples."""
+        return predict(self.construction, self.model, *self.examples.inputs)
+
+    @cached_property
+    def expected(self) -> Array:
+        """What the compiled construction predicts on the examples."""
+        return predict(self.construction, self.reference, *self.examples.inputs)
+
+    def loss(self, prediction: Array) -> float:
+        """Mean loss of predictions on the examples."""
+        return float(self.construction.task.loss(prediction, self.examples).mean())

@@ -1,0 +1,19 @@
+"""Linear attention as gradient descent (von Oswald et al. 2022, arXiv 2212.07677).
+
+construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
+claims          the paper's statements about one trained layer
+"""
+
+from constructions.family import Family
+from constructions.gradient_descent.construction import GradientDescent
+
+GRADIENT_DESCENT = Family(
+    name="gradient-descent",
+    construct=GradientDescent,
+    # 200 / 33 = N / (v D) is the best step size on U(-1/2, 1/2), see synthetic.theory
+    settings={"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1, "step_size": 200 / 33},
+    about="linear self-attention runs gradient descent on in-context linear regression",
+    source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 1",
+)
+
+__all__ = ["GRADIENT_DESCENT", "GradientDescent"]

@@ -1,0 +1,172 @@
+"""One layer of the transformer, as functions of its weights; see `constructions.transformer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from constructions.config import Config, LayerConfig, MlpConfig, NormConfig
+from constructions.mixers import MIXERS
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "identity": lambda u: u,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=True),
+    "tanh": jnp.tanh,
+    "square": jnp.square,
+}
+
+
+class Edit(NamedTuple):
+    """Replace a site's value by `value` where `where`; both broadcast to [layer, batch, ...]."""
+
+    where: Array
+    value: Array
+
+
+class Tap:
+    """Edits, then records, the values of one layer that somebody asked for."""
+
+    def __init__(self, sites: tuple[str, ...], edits: Mapping[str, Edit]) -> None:
+        self.sites, self.edits, self.found = sites, edits, {}
+
+    def wants(self, site: str) -> bool:
+        """Whether somebody reads or edits the site."""
+        return site in self.sites or site in self.edits
+
+    def __call__(self, site: str, value: Array, axis: int | None = None, size: int = 0) -> Array:
+        """`value` after edits; `axis` is padded to `size` in what is recorded."""
+        if not self.wants(site):
+            return value
+        kept = value.shape[axis] if axis is not None else 0
+        if axis is not None:
+            pad = [(0, 0)] * value.ndim
+            pad[axis] = (0, size - kept)
+            value = jnp.pad(value, pad)
+        if site in self.edits:
+            value = jnp.where(self.edits[site].where, self.edits[site].value, value)
+        if site in self.sites:
+            self.found[site] = value
+        return value if axis is None else jax.lax.slice_in_dim(value, 0, kept, axis=axis)
+
+
+def run_layer(
+    layer: LayerConfig,
+    config: Config,
+    weights: Any,
+    stream: Array,
+    groups: Array,
+    read: slice | None,
+    tap: Tap,
+) -> Array:
+    """The stream after a layer, `[batch, read or token, width]`."""
+    stream = tap("residual", stream)
+    stream, x = _apply_norm(layer.norm, weights, "norm", stream)
+    chosen = slice(None) if read is None else read
+    stream, queries = stream[:, chosen], x[:, chosen]
+    if layer.heads:
+        stream = stream + _heads(layer, config, weights["heads"], queries, x, groups, chosen, tap)
+    elif "attention" in tap.sites or "head_output" in tap.sites:
+        b, q, t, h, w = len(x), queries.shape[1], x.shape[1], config.max_heads, config.width
+        tap("attention", jnp.zeros((b, h, q, t), x.dtype))
+        tap("head_output", jnp.zeros((b, q, h, w), x.dtype))
+    stream = tap("middle", stream)
+    if layer.mlp is None:
+        tap("mlp_hidden", jnp.zeros((*stream.shape[:2], config.max_hidden), x.dtype))
+        return stream
+    stream, x = _apply_norm(layer.mlp_norm, weights, "mlp_norm", stream)
+    return stream + _mlp(layer.mlp, config, weights["mlp"], x, tap)
+
+
+def _heads(
+    layer: LayerConfig,
+    config: Config,
+    weights: Any,
+    queries: Array,
+    x: Array,
+    groups: Array,
+    chosen: slice,
+    tap: Tap,
+) -> Array:
+    """sum_n P^n a^n W_V^n x for the tokens in `queries`."""
+    einsum = partial(jnp.einsum, precision=config.precision)
+    attention, values = [], []
+    for number, heads in enumerate(layer.heads):
+        w = weights[number]
+        q = _affine(einsum, "bth,nkh->btnk", queries, w["query"], w.get("query_bias"))
+        k = _affine(einsum, "bth,nkh->btnk", x, w["key"], w.get("key_bias"))
+        scores = einsum("bqnk,btnk->bnqt", q, k) * w["scale"][:, None, None]
+        attention.append(MIXERS[heads.mixer](scores, _mask(w, groups, chosen)))
+        values.append(_affine(einsum, "bth,nvh->btnv", x, w["value"], w.get("value_bias")))
+    sizes = [heads.heads for heads in layer.heads]
+    if tap.wants("attention"):
+        joined = tap("attention", jnp.concatenate(attention, 1), axis=1, size=config.max_heads)
+        attention = _split(joined, sizes, axis=1)
+    mixed = [einsum("bnqt,btnv->bqnv", a, v) for a, v in zip(attention, values, strict=True)]
+    outputs = [weights[number]["output"] for number in range(len(mixed))]
+    if tap.wants("head_output"):
+        each = [einsum("bqnv,nhv->bqnh", m, p) for m, p in zip(mixed, outputs, strict=True)]
+        joined = tap("head_output", jnp.concatenate(each, 2), axis=2, size=config.max_heads)
+        update = joined.sum(2)
+    else:
+        each = [einsum("bqnv,nhv->bqh", m, p) for m, p in zip(mixed, outputs, strict=True)]
+        update = jnp.stack(each).sum(0) if len(each) > 1 else each[0]
+    biases = [w["output_bias"] for w in weights.values() if "output_bias" in w]
+    return update + sum(biases) if biases else update
+
+
+def _mask(w: Mapping[str, Array], groups: Array, chosen: slice) -> Array:
+    """Which keys a query sees, `[(batch,) head, query, key]`."""
+    tokens = jnp.arange(groups.shape[-1])
+    offset = tokens[None, :] - tokens[chosen, None]
+    low, high = w["window"][:, 0, None, None], w["window"][:, 1, None, None]
+    near = (low <= offset) & (offset <= high)
+    acts = jnp.moveaxis(w["query_groups"][:, groups[..., chosen]], 0, -2)
+    seen = jnp.moveaxis(w["key_groups"][:, groups], 0, -2)
+    return near & acts[..., :, None] & seen[..., None, :]
+
+
+def _mlp(mlp: MlpConfig, config: Config, w: Mapping[str, Array], x: Array, tap: Tap) -> Array:
+    einsum = partial(jnp.einsum, precision=config.precision)
+    u = _affine(einsum, "bth,uh->btu", x, w["hidden"], w.get("hidden_bias"))
+    u = ACTIVATIONS[mlp.activation](u)
+    if mlp.gated:
+        u = u * _affine(einsum, "bth,uh->btu", x, w["gate"], w.get("gate_bias"))
+    u = tap("mlp_hidden", u, axis=2, size=config.max_hidden)
+    return _affine(einsum, "btu,hu->bth", u, w["output"], w.get("output_bias"))
+
+
+def _affine(einsum: Any, equation: str, x: Array, w: Array, bias: Array | None) -> Array:
+    out = einsum(equation, x, w)
+    return out if bias is None else out + bias
+
+
+def _split(joined: Array, sizes: Sequence[int], axis: int) -> list[Array]:
+    ends = [sum(sizes[: n + 1]) for n in range(len(sizes) - 1)]
+    return jnp.split(joined, ends, axis=axis)
+
+
+def _apply_norm(
+    norm: NormConfig | None, weights: Any, name: str, stream: Array
+) -> tuple[Array, Array]:
+    """(the stream, what the next part of the layer reads)."""
+    if norm is None:
+        return stream, stream
+    if norm.read is None or norm.write is None:
+        return stream, normalise(norm, weights.get(name, {}), stream)
+    normed = normalise(norm, weights.get(name, {}), stream[..., slice(*norm.read)])
+    stream = stream.at[..., slice(*norm.write)].add(normed)
+    return stream, stream
+
+
+def normalise(norm: NormConfig, w: Mapping[str, Array], v: Array) -> Array:
+    """`v` with mean 0 ("layer") and root mean square 1, times a gain, plus an offset."""
+    if norm.kind == "layer":
+        v = v - v.mean(-1, keepdims=True)
+    v = v * jax.lax.rsqrt(jnp.square(v).mean(-1, keepdims=True) + norm.eps)
+    return v * w.get("gain", 1) + w.get("offset", 0)
