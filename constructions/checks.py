@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from constructions.layer import ACTIVATIONS
 from constructions.mixers import MIXERS
-from constructions.program import Head, Layer, Program
+from constructions.program import SELF, Layer, Program
 from constructions.slots import Slot
 
 
@@ -21,8 +21,9 @@ def check(program: Program) -> None:
         label = f"layer {number}" + (f" ({layer.name})" if layer.name else "")
         if layer.norm is not None:  # acts before the heads, which see what it wrote
             where = f"{label}, norm"
-            _check_read(program, layer.norm.read, None, written, number, where)
-            _check_writes(program, [(layer.norm.write, where, None)], written, set(), number)
+            groups = layer.norm.tokens
+            _check_read(program, layer.norm.read, groups, written, number, where)
+            _check_writes(program, [(layer.norm.write, where, groups)], written, set(), number)
         erased = _erased(program, layer, label)
         for head in layer.heads:
             where = f"{label}, head '{head.name}'"
@@ -32,7 +33,12 @@ def check(program: Program) -> None:
                 )
             for part, slot, groups in head.reads():
                 _check_read(program, slot, groups, written, number, f"{where}, {part}")
-        writes = [(slot, f"{label}, head '{h.name}'", h) for h in layer.heads for slot in h.write]
+        writes = [
+            (slot, f"{label}, head '{head.name}'", head.queries)
+            for head in layer.heads
+            for slot in head.write
+            if slot != head.erases
+        ]
         _check_writes(program, writes, written, erased, number)
         if layer.mlp is not None:
             where = f"{label}, mlp '{layer.mlp.name}'"
@@ -43,10 +49,9 @@ def check(program: Program) -> None:
                 )
             parts = [layer.mlp.hidden] + ([layer.mlp.gate] if layer.mlp.gate is not None else [])
             for slot in {slot: None for part in parts for slot in part.terms}:
-                _check_read(program, slot, None, written, number, where)
-            _check_writes(
-                program, [(slot, where, None) for slot in layer.mlp.write], written, set(), number
-            )
+                _check_read(program, slot, layer.mlp.tokens, written, number, where)
+            writes = [(slot, where, layer.mlp.tokens) for slot in layer.mlp.write]
+            _check_writes(program, writes, written, set(), number)
 
 
 def _erased(program: Program, layer: Layer, label: str) -> set[Slot]:
@@ -57,8 +62,11 @@ def _erased(program: Program, layer: Layer, label: str) -> set[Slot]:
         slot = head.erases
         if slot is None:
             continue
+        _check_declared(program, slot, head.queries, f"{label}, head '{head.name}'")
         if slot in seen:
             raise ProgramError(f"{label}, head '{head.name}': {slot} is erased twice")
+        if head.window != SELF or (head.value + slot).matrix(program.slots.width).any():
+            raise ProgramError(f"{label}, head '{head.name}' erases nothing; see `program.erase`")
         seen.add(slot)
         if {*(slot.tokens or program.token_groups)} <= {*(head.queries or program.token_groups)}:
             whole.add(slot)
@@ -87,20 +95,17 @@ def _check_read(
 
 def _check_writes(
     program: Program,
-    writes: Sequence[tuple[Slot, str, Head | None]],
+    writes: Sequence[tuple[Slot, str, Sequence[str] | None]],
     written: dict[Slot, int],
     erased: set[Slot],
     layer: int,
 ) -> None:
-    """Writes of heads that act at the same time; then marks them as written."""
+    """Writes (slot, by whom, at which tokens) that happen at once; then marks them as written."""
     for slot in erased:
         written.pop(slot, None)
     fresh: dict[Slot, str] = {}
-    for slot, where, head in writes:
-        groups = None if head is None else head.queries
+    for slot, where, groups in writes:
         _check_declared(program, slot, groups, where)
-        if head is not None and head.erases == slot:
-            continue
         if slot.tokens is not None and not {*(groups or program.token_groups)} <= {*slot.tokens}:
             raise ProgramError(
                 f"{where}: writes outside {slot}, which lives on tokens {slot.tokens} only"

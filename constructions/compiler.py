@@ -86,12 +86,12 @@ def _has_bias(head: Head) -> bool:
 def _mlp_config(mlp: Mlp) -> MlpConfig:
     parts = [mlp.hidden] + ([mlp.gate] if mlp.gate is not None else [])
     bias = any(part.constant.any() for part in parts)
-    return MlpConfig(mlp.hidden.size, mlp.activation, mlp.gate is not None, bias)
+    return MlpConfig(mlp.hidden.size, mlp.activation, mlp.gate is not None, bias, mlp.tokens)
 
 
 def _norm_config(norm: Norm) -> NormConfig:
     read, write = ((s.start, s.start + s.size) for s in (norm.read, norm.write))
-    return NormConfig(norm.kind, norm.eps, affine=False, read=read, write=write)
+    return NormConfig(norm.kind, norm.eps, False, read, write, norm.tokens)
 
 
 def fill(program: Program, config: Config) -> dict[str, Any]:
@@ -180,7 +180,8 @@ def _place_head(head: Head, groups: Sequence[HeadsConfig], used: list[int]) -> i
 def _fits(small: MlpConfig, large: MlpConfig) -> bool:
     return (
         small.hidden <= large.hidden
-        and (small.activation, small.gated) == (large.activation, large.gated)
+        and (small.activation, small.gated, small.tokens)
+        == (large.activation, large.gated, large.tokens)
         and small.bias <= large.bias
     )
 

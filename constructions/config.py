@@ -47,12 +47,13 @@ class HeadsConfig:
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """A two-layer network at every token: hidden units, activation, optional gate and biases."""
+    """A two-layer network at every token, or at tokens of some kinds only."""
 
     hidden: int
     activation: str = "relu"
     gated: bool = False
     bias: bool = False
+    tokens: tuple[str, ...] | None = None
 
     def shapes(self, width: int) -> Shapes:
         """Shapes of one layer's arrays."""
@@ -72,7 +73,7 @@ class NormConfig:
 
     Without `read` and `write` it normalises the whole stream for the heads (or the MLP) behind it
     and leaves the stream itself alone (pre-norm). With them it adds the normalised columns `read`
-    to the columns `write`, each (start, stop).
+    to the columns `write`, each (start, stop), at tokens of the kinds `tokens`.
     """
 
     kind: str = "layer"
@@ -80,6 +81,7 @@ class NormConfig:
     affine: bool = False
     read: tuple[int, int] | None = None
     write: tuple[int, int] | None = None
+    tokens: tuple[str, ...] | None = None
 
     def shapes(self, width: int) -> Shapes:
         """Shapes of one layer's arrays."""
@@ -203,16 +205,19 @@ class Config:
     def from_json(cls, data: dict[str, Any]) -> Config:
         """Rebuild a config; raises TypeError or KeyError where `data` is not one."""
 
+        def tuples(d: dict[str, Any], *names: str) -> dict[str, Any]:
+            return d | {name: d[name] and tuple(d[name]) for name in names}
+
         def norm(d: dict[str, Any] | None) -> NormConfig | None:
-            if d is None:
-                return None
-            ranges: dict[str, Any] = {k: d[k] and tuple(d[k]) for k in ("read", "write")}
-            return NormConfig(**d | ranges)
+            return None if d is None else NormConfig(**tuples(d, "read", "write", "tokens"))
+
+        def mlp(d: dict[str, Any] | None) -> MlpConfig | None:
+            return None if d is None else MlpConfig(**tuples(d, "tokens"))
 
         def layer(d: dict[str, Any]) -> LayerConfig:
             return LayerConfig(
                 heads=tuple(HeadsConfig(**h) for h in d["heads"]),
-                mlp=None if d["mlp"] is None else MlpConfig(**d["mlp"]),
+                mlp=mlp(d["mlp"]),
                 norm=norm(d["norm"]),
                 mlp_norm=norm(d["mlp_norm"]),
             )

@@ -183,7 +183,7 @@ class _Machine:
             v = _read(blocks, layer.norm.read)
             v = v - v.mean(-1, keepdims=True) if layer.norm.kind == "layer" else v
             v = v * jax.lax.rsqrt(jnp.square(v).mean(-1, keepdims=True) + layer.norm.eps)
-            blocks = _add(blocks, layer.norm.write, v)
+            blocks = _add(blocks, layer.norm.write, self.only(layer.norm.tokens, v))
         alike: dict[Any, list[Head]] = {}
         # erased first, so that what is written into the same columns loses no digits
         for head in sorted(layer.heads, key=lambda h: h.erases is None):
@@ -197,8 +197,14 @@ class _Machine:
         u = ACTIVATIONS[mlp.activation](_affine([mlp.hidden], blocks)[:, :, 0])
         u = u if mlp.gate is None else u * _affine([mlp.gate], blocks)[:, :, 0]
         for slot, m in mlp.write.items():
-            after = _add(after, slot, _times("btu,su->bts", u, m))
+            after = _add(after, slot, self.only(mlp.tokens, _times("btu,su->bts", u, m)))
         return after
+
+    def only(self, tokens: Any, update: Array) -> Array:
+        """`update` at tokens of these kinds, 0 elsewhere."""
+        if tokens is None:
+            return update
+        return jnp.where(self.member(tokens, slice(None))[..., None], update, 0)
 
     def attend(self, heads: list[Head], blocks: Blocks, after: Blocks) -> Blocks:
         """`after` plus the outputs of heads with equal wiring, which read `blocks`."""

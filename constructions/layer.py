@@ -66,7 +66,7 @@ def run_layer(
 ) -> Array:
     """The stream after a layer, `[batch, read or token, width]`."""
     stream = tap("residual", stream)
-    stream, x = _apply_norm(layer.norm, weights, "norm", stream)
+    stream, x = _apply_norm(layer.norm, config, weights.get("norm", {}), stream, groups)
     chosen = slice(None) if read is None else read
     stream, queries = stream[:, chosen], x[:, chosen]
     if layer.heads:
@@ -79,8 +79,10 @@ def run_layer(
     if layer.mlp is None:
         tap("mlp_hidden", jnp.zeros((*stream.shape[:2], config.max_hidden), x.dtype))
         return stream
-    stream, x = _apply_norm(layer.mlp_norm, weights, "mlp_norm", stream)
-    return stream + _mlp(layer.mlp, config, weights["mlp"], x, tap)
+    groups = groups[..., chosen]
+    stream, x = _apply_norm(layer.mlp_norm, config, weights.get("mlp_norm", {}), stream, groups)
+    update = _mlp(layer.mlp, config, weights["mlp"], x, tap)
+    return stream + _only(layer.mlp.tokens, config, groups, update)
 
 
 def _heads(
@@ -152,16 +154,25 @@ def _split(joined: Array, sizes: Sequence[int], axis: int) -> list[Array]:
 
 
 def _apply_norm(
-    norm: NormConfig | None, weights: Any, name: str, stream: Array
+    norm: NormConfig | None, config: Config, w: Mapping[str, Array], stream: Array, groups: Array
 ) -> tuple[Array, Array]:
     """(the stream, what the next part of the layer reads)."""
     if norm is None:
         return stream, stream
     if norm.read is None or norm.write is None:
-        return stream, normalise(norm, weights.get(name, {}), stream)
-    normed = normalise(norm, weights.get(name, {}), stream[..., slice(*norm.read)])
+        return stream, normalise(norm, w, stream)
+    normed = normalise(norm, w, stream[..., slice(*norm.read)])
+    normed = _only(norm.tokens, config, groups, normed)
     stream = stream.at[..., slice(*norm.write)].add(normed)
     return stream, stream
+
+
+def _only(tokens: tuple[str, ...] | None, config: Config, groups: Array, update: Array) -> Array:
+    """`update` at tokens of these kinds, 0 elsewhere."""
+    if tokens is None:
+        return update
+    acts = jnp.asarray([group in tokens for group in config.token_groups])
+    return jnp.where(acts[groups][..., None], update, 0)
 
 
 def normalise(norm: NormConfig, w: Mapping[str, Array], v: Array) -> Array:

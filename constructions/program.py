@@ -51,7 +51,7 @@ def _matrices(write: Mapping[Slot, Any], size: int, who: str) -> dict[Slot, np.n
 
 def _names(groups: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if groups is not None and not len(groups):
-        raise ValueError("token groups of a head must not be empty; None means all tokens")
+        raise ValueError("token groups must not be empty; None means all tokens")
     return (groups,) if isinstance(groups, str) else None if groups is None else tuple(groups)
 
 
@@ -133,14 +133,20 @@ def erase(slot: Slot, *, queries: str | Sequence[str] | None = None) -> Head:
 class Mlp:
     """slot_w += M_w act(hidden(e_i)) * gate(e_i); without a gate that factor is 1.
 
-    `activation` is a name in `constructions.transformer.ACTIVATIONS`; "identity" with a gate is a
-    bilinear layer.
+    Attributes:
+        hidden, gate: affine maps of the slots, with equally many rows.
+        write: {slot: matrix [slot.size, rows] or a scalar times the identity}.
+        activation: a name in `constructions.layer.ACTIVATIONS`; "identity" with a gate is a
+            bilinear layer.
+        tokens: token groups at which it acts; None: all.
+        name: for messages.
     """
 
     hidden: Affine
     write: Mapping[Slot, Any]
     gate: Affine | None = None
     activation: str = "relu"
+    tokens: str | Sequence[str] | None = None
     name: str = "mlp"
 
     def __post_init__(self) -> None:
@@ -149,21 +155,25 @@ class Mlp:
                 f"{self.name}: hidden has {self.hidden.size} rows, gate {self.gate.size}"
             )
         object.__setattr__(self, "write", _matrices(self.write, self.hidden.size, self.name))
+        object.__setattr__(self, "tokens", _names(self.tokens))
 
 
 @dataclass(frozen=True)
 class Norm:
     """slot `write` += normalised slot `read`, before the heads of the layer read the stream.
 
-    kind "layer": (v - mean v) / sqrt(var v + eps); kind "rms": v / sqrt(mean v^2 + eps).
+    kind "layer": (v - mean v) / sqrt(var v + eps); kind "rms": v / sqrt(mean v^2 + eps). `tokens`
+    are the token groups at which it acts, None all of them.
     """
 
     read: Slot
     write: Slot
     kind: str = "layer"
     eps: float = 1e-5
+    tokens: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _names(self.tokens))
         if self.read.size != self.write.size:
             raise ValueError(
                 f"norm reads {self.read} ({self.read.size}) and writes {self.write} "

@@ -61,7 +61,7 @@ def transformer(config, arrays, stream, groups):
             for p, layer in enumerate(segment.pattern):
                 stored = arrays["segments"][s]["layers"][p]
                 weights = _pick(stored, 0 if segment.tied else repeat)
-                stream, found = _layer(layer, weights, stream, groups)
+                stream, found = _layer(layer, weights, stream, groups, config.token_groups)
                 sites.append(found)
     before = stream
     if config.final_norm is not None:
@@ -80,23 +80,28 @@ def _norm(config, weights, v):
     return normalise(config.kind, config.eps, v, weights.get("gain", 1), weights.get("offset", 0))
 
 
-def _normed(config, weights, h):
+def _acts(tokens, names, kind):
+    return tokens is None or names[kind] in tokens
+
+
+def _normed(config, weights, h, names, kinds):
     """(stream, what is read) of one example after an optional norm."""
     if config is None:
         return h, h
     if config.read is None:
         return h, np.stack([_norm(config, weights, v) for v in h])
     h = h.copy()
-    for v in h:
-        v[slice(*config.write)] += _norm(config, weights, v[slice(*config.read)])
+    for v, kind in zip(h, kinds, strict=True):
+        if _acts(config.tokens, names, kind):
+            v[slice(*config.write)] += _norm(config, weights, v[slice(*config.read)])
     return h, h
 
 
-def _layer(layer, weights, stream, groups):
+def _layer(layer, weights, stream, groups, token_groups):
     found = {"residual": stream, "attention": [], "head_output": [], "middle": [], "hidden": []}
     result = []
     for h, kinds in zip(stream, groups, strict=True):
-        h, x = _normed(layer.norm, weights.get("norm", {}), h)
+        h, x = _normed(layer.norm, weights.get("norm", {}), h, token_groups, kinds)
         attention, outputs = [], []
         update = np.zeros_like(h)
         for number, group in enumerate(layer.heads):
@@ -123,7 +128,7 @@ def _layer(layer, weights, stream, groups):
         found["head_output"].append(outputs)
         found["middle"].append(h)
         if layer.mlp is not None:
-            h, x = _normed(layer.mlp_norm, weights.get("mlp_norm", {}), h)
+            h, x = _normed(layer.mlp_norm, weights.get("mlp_norm", {}), h, token_groups, kinds)
             w = weights["mlp"]
             hidden = []
             for v in x:
@@ -132,7 +137,9 @@ def _layer(layer, weights, stream, groups):
                     u = u * (w["gate"] @ v + w.get("gate_bias", 0.0))
                 hidden.append(u)
             found["hidden"].append(hidden)
-            h = h + np.stack([w["output"] @ u + w.get("output_bias", 0.0) for u in hidden])
+            acts = [_acts(layer.mlp.tokens, token_groups, kind) for kind in kinds]
+            update = np.stack([w["output"] @ u + w.get("output_bias", 0.0) for u in hidden])
+            h = h + np.where(np.array(acts)[:, None], update, 0)
         result.append(h)
     return np.stack(result), found
 
@@ -159,8 +166,15 @@ def interpret(program, values, groups):
     for _, layer in program.unrolled():
         if layer.norm is not None:
             norm = layer.norm
-            new = np.stack(
-                [[normalise(norm.kind, norm.eps, v) for v in h] for h in state[norm.read]]
+            new = np.array(
+                [
+                    [
+                        normalise(norm.kind, norm.eps, v)
+                        * (norm.tokens is None or k in norm.tokens)
+                        for v, k in zip(h, kinds, strict=True)
+                    ]
+                    for h, kinds in zip(state[norm.read], names, strict=True)
+                ]
             )
             state[norm.write] = state[norm.write] + new
         after = {slot: value.copy() for slot, value in state.items()}
@@ -188,6 +202,8 @@ def interpret(program, values, groups):
             after = {slot: value.copy() for slot, value in state.items()}
             for b in range(batch):
                 for i in range(tokens):
+                    if layer.mlp.tokens is not None and names[b][i] not in layer.mlp.tokens:
+                        continue
                     u = evaluate(layer.mlp.hidden, state, b, i)
                     u = ACTIVATIONS[layer.mlp.activation](u)
                     if layer.mlp.gate is not None:

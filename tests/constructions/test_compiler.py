@@ -424,12 +424,21 @@ def random_program(rng):
                 scale=float(rng.normal()),
             ))  # fmt: skip
         mlp = (
-            Mlp(expr(2, number), write(2, number), expr(2, number)) if rng.random() < 0.2 else None
+            Mlp(
+                expr(2, number),
+                write(2, number),
+                expr(2, number),
+                tokens=[None, *groups][rng.integers(3)],
+            )
+            if rng.random() < 0.2
+            else None
         )
         norm = None
         if rng.random() < 0.2:
             source, target = (everything[n] for n in rng.integers(len(everything), size=2))
-            norm = Norm(source, target) if source.size == target.size else None
+            tokens = [None, *groups][rng.integers(3)]
+            if source.size == target.size:
+                norm = Norm(source, target, tokens=tokens)
         layers.append(Layer(heads, mlp, norm))
     return Program(slots, layers, int(rng.random() < 0.15) + 1, groups)
 

@@ -81,9 +81,13 @@ def rich_program():
         Head(one, one, a, {total: 1.0}, window=(1, 1)),
         Head(one, one, a, {total: 1.0}, "softmax", window=(-2, -2), keys="data"),
     ]
-    mlp = Mlp(2.0 * a + 0.1, {total: 1.0}, gate=a + total, activation="tanh")
+    mlp = Mlp(2.0 * a + 0.1, {total: 1.0}, gate=a + total, activation="tanh", tokens="data")
     last = Head(one, one, a[:2] * 2.0, {late: 1.0}, window=SELF)
-    layers = [Layer(heads), Layer(mlp=mlp, norm=Norm(a, total)), Layer([last, erase(a)])]
+    layers = [
+        Layer(heads),
+        Layer(mlp=mlp, norm=Norm(a, total, tokens="prefix")),
+        Layer([last, erase(a)]),
+    ]
     return Program(slots, layers, token_groups=("data", "prefix"))
 
 

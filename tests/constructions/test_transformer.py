@@ -34,14 +34,14 @@ RICH = LayerConfig(
         HeadsConfig("linear", 1, 1, 4),
         HeadsConfig("centred", 3, 2, 1, bias=True),
     ),
-    mlp=MlpConfig(5, "gelu", bias=True),
+    mlp=MlpConfig(5, "gelu", bias=True, tokens=("prefix", "stop")),
     norm=NormConfig("layer", affine=True),
     mlp_norm=NormConfig("rms", eps=1e-3, affine=True),
 )
 SLOTTED = LayerConfig(
     heads=(HeadsConfig("softmax", 1, 2, 2),),
     mlp=MlpConfig(3, "identity", gated=True),
-    norm=NormConfig("rms", read=(0, 2), write=(3, 5)),
+    norm=NormConfig("rms", read=(0, 2), write=(3, 5), tokens=("word",)),
 )
 GATED = LayerConfig(mlp=MlpConfig(4, "tanh", gated=True, bias=True))
 RELU = LayerConfig(
