@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array
 
 from constructions.transformer import Transformer
 from synthetic.task import Batch
-
-if TYPE_CHECKING:
-    from constructions.family import Construction
 
 
 @partial(jax.jit, static_argnums=0)
@@ -48,7 +45,7 @@ class Claim:
 
     name: str
     statement: str
-    statistic: str | Callable[[Evidence[Any]], float]
+    statistic: str | Callable[[Evidence], float]
     threshold: float
     direction: str
     source: str
@@ -66,11 +63,8 @@ class Claim:
         return bool(value <= self.threshold if self.direction == "<=" else value >= self.threshold)
 
 
-AnyConstruction = TypeVar("AnyConstruction", bound="Construction")
-
-
 @dataclass(frozen=True, eq=False)
-class Evidence(Generic[AnyConstruction]):
+class Evidence:
     """What a claim's statistic is computed from.
 
     Attributes:
@@ -81,7 +75,7 @@ class Evidence(Generic[AnyConstruction]):
         key: source of any further inputs.
     """
 
-    construction: AnyConstruction
+    construction: Any
     model: Transformer
     reference: Transformer
     examples: Batch

@@ -26,7 +26,7 @@ from constructions.config import (
     NormConfig,
     SegmentConfig,
 )
-from constructions.program import Head, Layer, Mlp, Norm, Program
+from constructions.program import Head, Layer, Mlp, Norm, Program, token_names
 from constructions.slots import Affine
 from constructions.transformer import Transformer
 
@@ -86,12 +86,14 @@ def _has_bias(head: Head) -> bool:
 def _mlp_config(mlp: Mlp) -> MlpConfig:
     parts = [mlp.hidden] + ([mlp.gate] if mlp.gate is not None else [])
     bias = any(part.constant.any() for part in parts)
-    return MlpConfig(mlp.hidden.size, mlp.activation, mlp.gate is not None, bias, mlp.tokens)
+    return MlpConfig(
+        mlp.hidden.size, mlp.activation, mlp.gate is not None, bias, token_names(mlp.tokens)
+    )
 
 
 def _norm_config(norm: Norm) -> NormConfig:
     read, write = ((s.start, s.start + s.size) for s in (norm.read, norm.write))
-    return NormConfig(norm.kind, norm.eps, False, read, write, norm.tokens)
+    return NormConfig(norm.kind, norm.eps, False, read, write, token_names(norm.tokens))
 
 
 def fill(program: Program, config: Config) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def _matrices(write: Mapping[Slot, Any], size: int, who: str) -> dict[Slot, np.n
     return result
 
 
-def _names(groups: str | Sequence[str] | None) -> tuple[str, ...] | None:
+def token_names(groups: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Token groups as a tuple; None stays None and means all of them."""
     if groups is not None and not len(groups):
         raise ValueError("token groups must not be empty; None means all tokens")
     return (groups,) if isinstance(groups, str) else None if groups is None else tuple(groups)
@@ -92,8 +93,8 @@ class Head:
                 f"{self.name}: query has {self.query.size} rows and key {self.key.size}"
             )
         object.__setattr__(self, "write", _matrices(self.write, self.value.size, self.name))
-        object.__setattr__(self, "queries", _names(self.queries))
-        object.__setattr__(self, "keys", _names(self.keys))
+        object.__setattr__(self, "queries", token_names(self.queries))
+        object.__setattr__(self, "keys", token_names(self.keys))
         low, high = self.window
         if low is not None and high is not None and low > high:
             raise ValueError(f"{self.name}: window {self.window} is empty")
@@ -106,7 +107,7 @@ class Head:
             ("value", self.value, self.keys),
         ):
             for slot in expr.terms:
-                yield part, slot, _names(groups)
+                yield part, slot, token_names(groups)
 
 
 def erase(slot: Slot, *, queries: str | Sequence[str] | None = None) -> Head:
@@ -155,7 +156,7 @@ class Mlp:
                 f"{self.name}: hidden has {self.hidden.size} rows, gate {self.gate.size}"
             )
         object.__setattr__(self, "write", _matrices(self.write, self.hidden.size, self.name))
-        object.__setattr__(self, "tokens", _names(self.tokens))
+        object.__setattr__(self, "tokens", token_names(self.tokens))
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Norm:
     tokens: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", _names(self.tokens))
+        object.__setattr__(self, "tokens", token_names(self.tokens))
         if self.read.size != self.write.size:
             raise ValueError(
                 f"norm reads {self.read} ({self.read.size}) and writes {self.write} "

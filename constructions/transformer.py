@@ -242,7 +242,7 @@ def _check_sites(
     return full
 
 
-def randomise(model: Transformer, key: Array, std: float) -> Transformer:
+def randomise(model: Transformer, key: Array, std: float | Array) -> Transformer:
     """A model of the same class and wiring whose weights are drawn from N(0, std^2).
 
     Biases and offsets are 0, gains are 1. `std` may be traced; `model` stays as it is.

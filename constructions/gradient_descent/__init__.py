@@ -10,8 +10,7 @@ from constructions.gradient_descent.construction import GradientDescent
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
     construct=GradientDescent,
-    # 200 / 33 = N / (v D) is the best step size on U(-1/2, 1/2), see synthetic.theory
-    settings={"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1, "step_size": 200 / 33},
+    settings={"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1},
     about="linear self-attention runs gradient descent on in-context linear regression",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 1",
 )

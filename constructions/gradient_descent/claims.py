@@ -19,23 +19,23 @@ def _forms(construction: Any, model: Transformer) -> tuple[Array, Array]:
     return layer_tensors(model, construction.gauge())[0], construction.population_excess(model)
 
 
-def step_size_error(e: Evidence[Any]) -> float:
+def step_size_error(e: Evidence) -> float:
     """|eta' / eta - 1|, eta' the multiple of the construction's step nearest the model's."""
     ours, theirs = (_forms(e.construction, m)[0] for m in (e.model, e.reference))
     return abs(float(jnp.vdot(theirs, ours) / jnp.vdot(theirs, theirs)) - 1)
 
 
-def optimality_gap(e: Evidence[Any]) -> float:
+def optimality_gap(e: Evidence) -> float:
     """Exact population loss over the least that one layer can reach, less 1."""
     return float(_forms(e.construction, e.model)[1]) / e.construction.optimal_loss
 
 
-def published_loss_gap(e: Evidence[Any]) -> float:
+def published_loss_gap(e: Evidence) -> float:
     """|loss / 0.2 - 1|: how far the loss on U(-1/2, 1/2) is from what the paper plots."""
     return abs(e.loss(e.prediction) / 0.2 - 1)
 
 
-def input_scale_gap(e: Evidence[Any]) -> float:
+def input_scale_gap(e: Evidence) -> float:
     """Largest |loss / loss of the construction - 1| on inputs scaled by 0.5 and by 2."""
     gaps = []
     for factor in (0.5, 2.0):

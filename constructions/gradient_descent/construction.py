@@ -43,7 +43,7 @@ from constructions.slots import Slots
 from constructions.transformer import Transformer, randomise
 from synthetic.recipe import Recipe
 from synthetic.regression import RegressionTask
-from synthetic.theory import one_layer_excess, optimal_one_layer
+from synthetic.theory import one_layer_excess, optimal_one_layer, optimal_step_size
 
 Inputs = Float[Array, "batch context dim_x"]
 Outputs = Float[Array, "batch context dim_y"]
@@ -59,7 +59,8 @@ class GradientDescent(Construction):
         num_examples: N, the number of context pairs of the task and the N in eta / N. Contexts of
             other lengths are allowed: eta / N stays what it is.
         steps: K, at least 1.
-        step_size: eta. The iteration converges if eta < 2 / lambda_max(X^T X / N).
+        step_size: eta. The iteration converges if eta < 2 / lambda_max(X^T X / N). None: the best
+            one for a single step on the task; more steps need it given.
         init_weight: W_0, `[dim_y, dim_x]`; None is zero.
         recurrent: one layer applied K times instead of K equal layers.
     """
@@ -68,7 +69,7 @@ class GradientDescent(Construction):
     dim_y: int = 1
     num_examples: int = 10
     steps: int = 1
-    step_size: float = 1.0
+    step_size: float | None = None
     init_weight: Any = None
     recurrent: bool = False
 
@@ -77,8 +78,11 @@ class GradientDescent(Construction):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, must be an integer of at least 1")
-        if not np.isfinite(self.step_size):
-            raise ValueError(f"step_size is {self.step_size}, must be finite")
+        if self.step_size is None and self.steps == 1:
+            object.__setattr__(self, "step_size", optimal_step_size(self.task))
+        size = self.step_size
+        if not isinstance(size, int | float | np.number) or not np.isfinite(size):
+            raise ValueError(f"step_size is {size!r}, must be a finite number")
         if self.init_weight is not None:
             weight = np.asarray(self.init_weight, float)
             if weight.shape != (self.dim_y, self.dim_x) or not np.isfinite(weight).all():
@@ -88,6 +92,12 @@ class GradientDescent(Construction):
                 )
             # nested tuples keep the settings hashable, comparable and JSON-ready
             object.__setattr__(self, "init_weight", tuple(map(tuple, weight.tolist())))
+
+    @property
+    def eta(self) -> float:
+        """The step size."""
+        assert self.step_size is not None  # __post_init__ has chosen one
+        return float(self.step_size)
 
     @property
     def initial(self) -> np.ndarray:
@@ -105,7 +115,7 @@ class GradientDescent(Construction):
         slots = Slots()
         x = slots.add("x", self.dim_x, meaning="x_i")
         y = slots.add("y", self.dim_y, accumulates=True, meaning="y_i - (W_k - W_0) x_i")
-        rate = self.step_size / self.num_examples
+        rate = self.eta / self.num_examples
         head = Head(
             query=x, key=x, value=self.initial @ x - y, write={y: rate}, keys=keys, mixer=mixer
         )
@@ -127,7 +137,7 @@ class GradientDescent(Construction):
             inputs: x_i and x after every step, `[batch, step, token, dim_x]`: they never change.
             prediction: W_K x, `[batch, query, dim_y]`.
         """
-        rate = self.step_size / self.num_examples
+        rate = self.eta / self.num_examples
 
         def step(weight: Array, _: None) -> tuple[Array, Array]:
             error = jnp.einsum("boi,bni->bno", weight, x, precision="highest") - y
@@ -182,7 +192,7 @@ class GradientDescent(Construction):
         """The task, and how near its contexts come to the largest stable step size."""
         x = self.sample(key, 1024)[0]
         gram = jnp.einsum("bni,bnj->bij", x, x, precision="highest") / self.num_examples
-        largest = float(self.step_size * jnp.linalg.eigvalsh(gram).max())
+        largest = float(self.eta * jnp.linalg.eigvalsh(gram).max())
         return {
             "task": repr(self.task),
             "step size times largest curvature of 1024 contexts (stable below 2)": largest,
@@ -201,7 +211,7 @@ class GradientDescent(Construction):
         )
         optimum, metrics = None, None
         if self.steps == 1 and self.init_weight is None:
-            gauge, reference = self.gauge(), self._optimal().compile().model
+            gauge, reference = self.gauge(), replace(self, step_size=None).compile().model
             optimum = self.optimal_loss
 
             def measure(model: Transformer) -> dict[str, Array]:
@@ -221,11 +231,6 @@ class GradientDescent(Construction):
         """The least population loss of one layer of linear attention on the task."""
         return float(optimal_one_layer(self.task)[1])
 
-    def _optimal(self) -> GradientDescent:
-        """One step with the best step size."""
-        weight = np.asarray(optimal_one_layer(self.task)[0])
-        return replace(self, step_size=float(weight[0, 0]) * self.num_examples)
-
     def population_excess(self, model: Transformer) -> Array:
         """Exact mean loss of a one-layer model on the task less the least one, a scalar; pure."""
         (tensor,) = layer_tensors(model, self.gauge())
@@ -240,8 +245,8 @@ class GradientDescent(Construction):
 
         elsewhere = replace(self, init_weight=np.full((self.dim_y, self.dim_x), 0.5))
         others = {
-            "step size + 10 %": replace(self, step_size=1.1 * self.step_size),
-            "step size - 10 %": replace(self, step_size=0.9 * self.step_size),
+            "step size + 10 %": replace(self, step_size=1.1 * self.eta),
+            "step size - 10 %": replace(self, step_size=0.9 * self.eta),
             "one step too many": replace(self, steps=self.steps + 1),
         }
         # the model is the other construction's, the claims are measured as this one's

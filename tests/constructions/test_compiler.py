@@ -9,7 +9,8 @@ import plain_numpy
 import pytest
 from flax import nnx
 
-from constructions.checks import ProgramError, check, compile_program, config_of
+from constructions.checks import ProgramError, check
+from constructions.compiler import compile_program, config_of
 from constructions.config import HeadsConfig, MlpConfig, NormConfig, SegmentConfig
 from constructions.evaluator import counts, evaluate
 from constructions.program import CAUSAL, SELF, Head, Layer, Mlp, Norm, Program, erase

@@ -9,7 +9,8 @@ import plain_numpy
 import pytest
 from flax import nnx
 
-from constructions.checks import ProgramError, compile_program
+from constructions.checks import ProgramError
+from constructions.compiler import compile_program
 from constructions.evaluator import counts, evaluate
 from constructions.program import CAUSAL, SELF, Head, Layer, Mlp, Norm, Program, erase
 from constructions.slots import Slots, concatenate, constant

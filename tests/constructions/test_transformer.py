@@ -383,9 +383,11 @@ def test_gradients_reach_every_parameter_and_no_wiring(x64):
     gradient = nnx.grad(lambda m: jnp.sin(m(stream, groups)).sum())(model)
     flat = dict(nnx.to_flat_state(gradient))
     assert {p for p, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))} == set(flat)
-    # a softmax does not see what is added to all keys alike; every other array must matter
+    # a softmax does not see what is added to all keys alike, nor centred attention what is added
+    # to all values; every other array must matter
     still = {path for path, leaf in flat.items() if not np.abs(leaf[...]).max() > 1e-12}
-    assert {path[-1] for path in still} <= {"key_bias"}
+    centred = next(n for n, heads in enumerate(RICH.heads) if heads.mixer == "centred")
+    assert all(p[-1] == "key_bias" or p[-2:] == (centred, "value_bias") for p in still), still
 
 
 def test_randomise(x64):

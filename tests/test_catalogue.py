@@ -1,0 +1,94 @@
+"""What every family must offer, checked for all of them alike."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from constructions import CATALOGUE
+from constructions.evaluator import counts, evaluate
+from constructions.family import verify
+from constructions.transformer import Transformer
+from probes.ledger import STATISTICS
+from synthetic.task import Task
+from synthetic.train import fit
+
+
+@pytest.fixture(params=sorted(CATALOGUE))
+def construction(request):
+    family = CATALOGUE[request.param]
+    assert family.name == request.param
+    return family(**family.example())
+
+
+def test_certificate(construction):
+    certificate = verify(construction, batch=16)
+    assert certificate.passed, certificate.to_json()
+    assert {error.dtype for error in certificate.errors} == {"float64", "float32"}
+
+
+def test_trace_and_model_name_the_same_values(construction):
+    inputs = construction.sample(jax.random.key(0), 3)
+    model = construction.compile().model
+    trace = jax.eval_shape(construction.trace, *inputs)
+    read = jax.eval_shape(construction.read, model, *inputs)
+    assert "prediction" in trace
+    assert set(read) <= set(trace)
+    for name, value in read.items():
+        assert value.shape == trace[name].shape, name
+    prediction = jax.eval_shape(construction.apply, model, *inputs)
+    assert prediction.shape == trace["prediction"].shape
+
+
+def test_task_scores_the_trace(construction):
+    assert isinstance(construction.task, Task)
+    batch = construction.task.sample(jax.random.key(1), 5)
+    loss = construction.task.loss(construction.trace(*batch.inputs)["prediction"], batch)
+    assert loss.shape == (5,)
+    assert np.isfinite(loss).all()
+
+
+def test_slot_by_slot_equals_dense(construction, x64):
+    inputs = construction.sample(jax.random.key(2), 2)
+    model = construction.compile().model
+    stream, groups, _ = construction.embed(model, *inputs)
+    values = evaluate(construction.program, stream, np.asarray(groups))
+    out = model(stream, groups)
+    for slot in construction.program.slots:
+        if slot.name in values:
+            np.testing.assert_allclose(values[slot.name], out[..., slot.columns], atol=1e-12)
+    stored = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    assert counts(construction.program).dense == sum(a.size for a in stored)
+
+
+def test_counterpart_is_of_the_same_class_and_learns(construction):
+    counterpart = construction.counterpart()
+    model = counterpart.init(jax.random.key(0))
+    assert type(model) is Transformer
+    assert model.config.width == construction.compile().model.config.width
+    result = fit(
+        counterpart.init,
+        counterpart.task,
+        counterpart.recipe,
+        predict=construction.apply,
+        steps=60,
+        batch=64,
+        chunk=30,
+    )
+    losses = [record["loss"] for record in result.history]
+    assert losses[-1] < losses[0]
+
+
+def test_claims_can_fail(construction):
+    claims, near_misses = construction.claims, construction.near_misses()
+    assert len({claim.name for claim in claims}) == len(claims)
+    for claim in claims:
+        assert claim.catches, f"{claim.name} has no near-miss that it must catch"
+        assert set(claim.catches) <= set(near_misses)
+        assert callable(claim.statistic) or claim.statistic in STATISTICS
+        assert claim.source
+    inputs = construction.sample(jax.random.key(3), 2)
+    for name, (model, base) in near_misses.items():
+        shape = jax.eval_shape(base.apply, model, *inputs).shape
+        assert shape == jnp.shape(construction.trace(*inputs)["prediction"]), name
