@@ -183,6 +183,15 @@ def from_canonical(tensors: Sequence[Array], like: Transformer, gauge: Gauge) ->
     return Transformer(replace(config, segments=tuple(segments)), {"segments": arrays})
 
 
+def without_inert(model: Transformer, gauge: Gauge) -> Transformer:
+    """The same function of the same inputs, with every weight that has no effect set to zero.
+
+    What a layer writes where nobody reads is left as it was initialised by training; a layer that
+    is applied once more than it was trained for would read it. Errors as in `canonical`.
+    """
+    return from_canonical(canonical(model, gauge), model, gauge)
+
+
 def _tensor(a: Array, b: Array) -> Array:
     """Sym_ab A_oa B_bc for every head, `[head, o, a, b, c]`."""
     t = a[:, :, :, None, None] * b[:, None, None, :, :]

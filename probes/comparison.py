@@ -6,9 +6,11 @@ left out; `Comparison.omitted` says why.
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
@@ -22,7 +24,7 @@ from probes import losses, sections
 from probes.ledger import Row, ledger
 from probes.losses import Curves, RollOut, ScaleCurve
 from probes.sections import NotApplicable, Patches, Weights
-from probes.table import ProbeTable, probe_table
+from probes.table import ProbeTable
 
 FORMAT, VERSION = "orrery-report", 1
 #: Trained models that the probe table has a column for.
@@ -132,33 +134,30 @@ def compare(
     omitted: dict[str, str] = {}
     began = time.perf_counter()
 
-    def section(name: str, function: Callable[[], Any]) -> Any:
+    named = {f"trained {s}": m for s, m in zip(run.seeds[:PROBED], models, strict=False)}
+    work: dict[str, Callable[[], Any]] = {
+        "claims": lambda: ledger(construction, models, seed=seed, batch=batch),
+        "certificate": lambda: construction.compile().certificate,
+        "curves": lambda: losses.curves(run, reference, seed),
+        "weights": lambda: sections.weights(construction, models, reference),
+        "probes": lambda: sections.probes(construction, named, seed),
+        "patches": lambda: sections.patches(construction, models, reference, seed),
+        "scale_curve": lambda: losses.scale_curve(construction, models, reference, seed, FEWER),
+        "roll_out": lambda: losses.roll_out(construction, models, reference, seed, FEWER),
+    }
+
+    def section(name: str) -> Any:
         progress(name)
         try:
-            return function()
+            return work[name]()
         except NotApplicable as error:
             omitted[name] = str(error)
             return None
 
-    certificate = section("certificate", lambda: construction.compile().certificate)
-    rows = section("claims", lambda: ledger(construction, models, seed=seed, batch=batch))
-    named = {f"trained {s}": m for s, m in zip(run.seeds[:PROBED], models, strict=False)}
-    parts = {
-        "curves": section("curves", lambda: losses.curves(run, reference, seed)),
-        "weights": section("weights", lambda: sections.weights(construction, models, reference)),
-        "probes": section("probes", lambda: probe_table(construction, named, jax.random.key(seed))),
-        "patches": section(
-            "patches", lambda: sections.patches(construction, models, reference, seed)
-        ),
-        "scale_curve": section(
-            "scale_curve",
-            lambda: losses.scale_curve(construction, models, reference, seed, FEWER),
-        ),
-        "roll_out": section(
-            "roll_out",
-            lambda: losses.roll_out(construction, models, reference, seed, FEWER),
-        ),
-    }
+    # most of the time is compilation, which threads share out over the cores
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = dict(zip(work, pool.map(section, work), strict=True))
+    certificate, rows = parts.pop("certificate"), parts.pop("claims")
     seconds = {**run.seconds, "compare": time.perf_counter() - began}
     return Comparison(
         family=run.family,

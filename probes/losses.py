@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from constructions.canonical import without_inert
+from constructions.claims import predict
 from constructions.family import Construction
 from constructions.runs import Run
 from constructions.transformer import Transformer
 from probes import interpolation
 from probes.sections import NotApplicable
+from synthetic.task import Batch
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 DAMPINGS = (1.0, 0.75)
@@ -71,16 +73,6 @@ class RollOut:
     trained: list[list[list[float]]]
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _losses(
-    construction: Any, models: tuple[Transformer, ...], key: Array, batch: int, task: Any
-) -> Array:
-    drawn = task.sample(key, batch)
-    return jnp.stack(
-        [task.loss(construction.apply(m, *drawn.inputs), drawn).mean() for m in models]
-    )
-
-
 def mean_losses(
     construction: Construction,
     models: Sequence[Transformer],
@@ -90,7 +82,9 @@ def mean_losses(
 ) -> list[float]:
     """Mean loss of every model on the same inputs of the construction's task, or of another."""
     task = construction.task if task is None else task
-    return _losses(construction, tuple(models), jax.random.key(seed), batch, task).tolist()
+    drawn = task.sample(jax.random.key(seed), batch)
+    predictions = (predict(construction, model, *drawn.inputs) for model in models)
+    return [float(task.loss(prediction, drawn).mean()) for prediction in predictions]
 
 
 def curves(run: Run, reference: Transformer, seed: int) -> Curves:
@@ -147,22 +141,24 @@ def roll_out(
     batch: int,
     depth: int = 12,
 ) -> RollOut:
-    """Loss of the last layer looped, undamped and damped: does it go on as the algorithm would?"""
-    key = jax.random.key(seed)
+    """Loss of the last layer looped, undamped and damped: does it go on as the algorithm would?
+
+    Inert weights are removed first: training leaves them where they began, and a second application
+    would read what they wrote.
+    """
+    drawn = construction.task.sample(jax.random.key(seed), batch)
     try:
+        bare = [without_inert(model, construction.gauge()) for model in (reference, *models)]
         losses = np.array([
-            [_rolled(construction, m, key, batch, depth, damping) for m in (reference, *models)]
+            [_rolled(construction, model, drawn, depth, damping) for model in bare]
             for damping in DAMPINGS
         ])  # fmt: skip
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise NotApplicable(str(error)) from error
     return RollOut(list(DAMPINGS), losses[:, 0].tolist(), losses[:, 1:].tolist())
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _rolled(
-    construction: Any, model: Transformer, key: Array, batch: int, depth: int, damping: Any
-) -> Array:
-    drawn = construction.task.sample(key, batch)
+@partial(jax.jit, static_argnums=(0, 3))
+def _rolled(construction: Any, model: Transformer, drawn: Batch, depth: int, damping: Any) -> Array:
     steps = interpolation.roll_out(construction, model, *drawn.inputs, depth=depth, damping=damping)
     return jax.vmap(lambda p: construction.task.loss(p, drawn).mean())(steps)

@@ -5,7 +5,7 @@ Every function takes what any family offers, and raises `NotApplicable` where a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,6 +15,8 @@ from constructions.canonical import canonical, head_products
 from constructions.family import Construction
 from constructions.transformer import Transformer
 from probes import interchange
+from probes.sites import Subject
+from probes.table import ProbeTable, probe_table
 
 #: Beyond this width the canonical tensor, of width^4 entries, is not drawn.
 WIDEST = 48
@@ -155,3 +157,10 @@ def patches(
         correlation=[f.correlation for f in found],
         relative_error=[f.relative_error for f in found],
     )
+
+
+def probes(construction: Construction, models: Mapping[str, Subject], seed: int) -> ProbeTable:
+    """The probe table of the values that the construction keeps in its stream."""
+    inputs = jax.eval_shape(lambda: construction.sample(jax.random.key(0), 2))
+    names = tuple(construction.places(construction.program.depth, *inputs))
+    return probe_table(construction, models, jax.random.key(seed), names=names)

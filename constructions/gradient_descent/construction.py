@@ -188,14 +188,14 @@ class GradientDescent(Construction):
         identity = np.eye(self.dim_x + self.dim_y)
         return Gauge(-identity[self.dim_x :], np.concatenate([np.eye(self.dim_x), -self.initial]))
 
-    def domain(self, key: Array) -> dict[str, float | str]:
+    def domain(self, *inputs: Array) -> dict[str, float | str]:
         """The task, and how near its contexts come to the largest stable step size."""
-        x = self.sample(key, 1024)[0]
+        x = inputs[0]
         gram = jnp.einsum("bni,bnj->bij", x, x, precision="highest") / self.num_examples
         largest = float(self.eta * jnp.linalg.eigvalsh(gram).max())
         return {
             "task": repr(self.task),
-            "step size times largest curvature of 1024 contexts (stable below 2)": largest,
+            f"step size times largest curvature of {len(x)} contexts (stable below 2)": largest,
         }
 
     def counterpart(self) -> Counterpart:
@@ -207,7 +207,7 @@ class GradientDescent(Construction):
         base = compile_program(self.program, config=shape.with_heads(shape.width, shape.width))
         std = 0.2 / math.sqrt(self.steps)
         recipe = Recipe(
-            steps=2000, batch=512, learning_rate=1e-2, schedule="cosine", average_tail=0.25
+            steps=3000, batch=512, learning_rate=1e-2, schedule="linear", average_tail=0.6
         )
         optimum, metrics = None, None
         if self.steps == 1 and self.init_weight is None:
@@ -223,7 +223,12 @@ class GradientDescent(Construction):
             metrics = measure
 
         return Counterpart(
-            lambda key: randomise(base, key, std), self.task, recipe, optimum, metrics
+            lambda key: randomise(base, key, std),
+            self.task,
+            recipe,
+            optimum,
+            metrics,
+            quick=replace(recipe, steps=1500),
         )
 
     @property
