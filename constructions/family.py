@@ -104,6 +104,8 @@ class Counterpart:
         optimum: the lowest loss that the class can reach on the task, None where it is not known.
         metrics: model -> {name: scalar}, evaluated along the fit, pure.
         quick: settings for a demonstration.
+        exact: model -> the population loss, less a constant, where a closed form is known: an
+            objective without noise for `synthetic.train.minimize`.
     """
 
     init: Callable[[Array], Transformer]
@@ -112,6 +114,7 @@ class Counterpart:
     optimum: float | None = None
     metrics: Callable[[Transformer], dict[str, Array]] | None = None
     quick: Recipe | None = None
+    exact: Callable[[Transformer], Array] | None = None
 
 
 @dataclass(frozen=True)

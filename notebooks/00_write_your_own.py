@@ -17,8 +17,8 @@
 # same shape find it?
 #
 # **Answer, for a weighted moving average:** yes, with one head per weight, to rounding error; and
-# the trained one computes the same function with other heads. The last figure shows both. All that
-# a new family needs is the class below.
+# the trained one computes the same function with the same heads, up to factors that cancel.
+# The last figure shows both. All that a new family needs is the class below.
 
 # %%
 import os

@@ -229,6 +229,7 @@ class GradientDescent(Construction):
             optimum,
             metrics,
             quick=replace(recipe, steps=1500),
+            exact=self.population_excess if metrics else None,
         )
 
     @property
