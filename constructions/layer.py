@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from constructions.config import Config, LayerConfig, MlpConfig, NormConfig
+from constructions.config import Config, HeadsConfig, LayerConfig, MlpConfig, NormConfig
 from constructions.mixers import MIXERS
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -97,19 +97,30 @@ def _heads(
 ) -> Array:
     """sum_n P^n a^n W_V^n x for the tokens in `queries`."""
     einsum = partial(jnp.einsum, precision=config.precision)
-    attention, values = [], []
+    attention = []
     for number, heads in enumerate(layer.heads):
         w = weights[number]
         q = _affine(einsum, "bth,nkh->btnk", queries, w["query"], w.get("query_bias"))
-        k = _affine(einsum, "bth,nkh->btnk", x, w["key"], w.get("key_bias"))
-        scores = einsum("bqnk,btnk->bnqt", q, k) * w["scale"][:, None, None]
+        if _absorbs(heads, queries, x):
+            q = einsum("bqnk,nkh->bqnh", q, w["key"])
+            scores = einsum("bqnh,bth->bnqt", q, x)
+        else:
+            k = _affine(einsum, "bth,nkh->btnk", x, w["key"], w.get("key_bias"))
+            scores = einsum("bqnk,btnk->bnqt", q, k)
+        scores = scores * w["scale"][:, None, None]
         attention.append(MIXERS[heads.mixer](scores, _mask(w, groups, chosen)))
-        values.append(_affine(einsum, "bth,nvh->btnv", x, w["value"], w.get("value_bias")))
     sizes = [heads.heads for heads in layer.heads]
     if tap.wants("attention"):
         joined = tap("attention", jnp.concatenate(attention, 1), axis=1, size=config.max_heads)
         attention = _split(joined, sizes, axis=1)
-    mixed = [einsum("bnqt,btnv->bqnv", a, v) for a, v in zip(attention, values, strict=True)]
+    mixed = []
+    for number, (heads, a) in enumerate(zip(layer.heads, attention, strict=True)):
+        w = weights[number]
+        if _absorbs(heads, queries, x):
+            mixed.append(einsum("bqnh,nvh->bqnv", einsum("bnqt,bth->bqnh", a, x), w["value"]))
+        else:
+            v = _affine(einsum, "bth,nvh->btnv", x, w["value"], w.get("value_bias"))
+            mixed.append(einsum("bnqt,btnv->bqnv", a, v))
     outputs = [weights[number]["output"] for number in range(len(mixed))]
     if tap.wants("head_output"):
         each = [einsum("bqnv,nhv->bqnh", m, p) for m, p in zip(mixed, outputs, strict=True)]
@@ -120,6 +131,18 @@ def _heads(
         update = jnp.stack(each).sum(0) if len(each) > 1 else each[0]
     biases = [w["output_bias"] for w in weights.values() if "output_bias" in w]
     return update + sum(biases) if biases else update
+
+
+def _absorbs(heads: HeadsConfig, queries: Array, x: Array) -> bool:
+    """Whether it is cheaper to take W_K^T W_Q x_i and sum_j a_ij x_j first.
+
+    Products are associative: keys and values need not be projected where few tokens are read.
+    """
+    q, t, width, rows = queries.shape[1], *x.shape[1:], heads.key_dim + heads.value_dim
+    # multiplications a head, W_Q and P left aside as they are the same
+    projected = t * width * rows + q * t * rows
+    absorbed = q * width * rows + 2 * q * t * width
+    return not heads.bias and absorbed < projected
 
 
 def _mask(w: Mapping[str, Array], groups: Array, chosen: slice) -> Array:
