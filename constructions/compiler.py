@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -228,7 +229,7 @@ def _zeros(shapes: Any) -> Any:
 
 
 def _cast(arrays: Any, dtype: Any) -> Any:
-    def cast(name: str, a: np.ndarray) -> Any:
-        return jnp.asarray(a.astype(dtype) if a.dtype == np.float64 else a)
-
-    return _map(cast, arrays)
+    # device_put moves an array; jnp.asarray would compile a program for each shape
+    return _map(
+        lambda _, a: jax.device_put(a.astype(dtype) if a.dtype == np.float64 else a), arrays
+    )

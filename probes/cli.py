@@ -6,6 +6,8 @@ Exit status: 0 done; 1 a certificate failed or a fit broke down; 2 bad input, in
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from probes.judging import Claims, Compare, Demo
 from probes.options import (
@@ -23,6 +25,7 @@ from probes.options import (
     Names,
     Settings,
     check_free,
+    check_seed,
     family_names,
     parse_settings,
     seed_list,
@@ -65,6 +68,7 @@ class Verify:
     def run(self) -> int:
         """Run the command; the exit status."""
         names, settings = family_names(self.names), parse_settings(self.settings)
+        check_seed(self.seed)
         from constructions.family import verify
         from constructions.settings import construct
         from probes import tables
@@ -143,7 +147,7 @@ class Probe:
     """Use one probe on a saved run."""
 
     tool: Positional[str]
-    """linear, interchange, similarity, interpolation, roll-out, ..."""
+    """linear, interchange, similarity, interpolation, roll-out or training"""
     run_directory: Annotated[Path, arg(name="run")]
     seed: int = 0
     json: Path | None = None
@@ -157,6 +161,7 @@ class Probe:
         from probes import tables, tools
 
         tool = tools.find(self.tool)
+        check_seed(self.seed)
         from constructions.runs import load_run
 
         check_free(self.json, self.overwrite)
@@ -175,15 +180,18 @@ COMMANDS = (List, Verify, Fit, Compare, Claims, Probe, Demo)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     commands = {command.__name__.lower(): command for command in COMMANDS}
+    said = io.StringIO()
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="orrery",
-            description="Hand-built transformers, their trained counterparts, and probes of both.",
-            args=None if argv is None else list(argv),
-        )
+        with contextlib.redirect_stderr(said):
+            command = tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="orrery",
+                description="Hand-built transformers, their trained counterparts, and probes of both.",
+                args=None if argv is None else list(argv),
+                config=(FlagCreatePairsOff,),
+            )
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+        return _complain(_first_part(said.getvalue()), BAD_INPUT) if stop.code else OK
     try:
         return command.run()
     except KeyboardInterrupt:
@@ -192,12 +200,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(error, "step"):
             raise
         return _complain(error, FAILED)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        return _complain(f"{error.filename}: {error.strerror}" if named else error, BAD_INPUT)
+    except ValueError as error:
         return _complain(error, BAD_INPUT)
     except RuntimeError as error:
         if not str(error).startswith("process 0:"):
             raise
         return _complain(error, BAD_INPUT)
+
+
+def _first_part(complaint: str) -> str:
+    """The first paragraph of a complaint of tyro's: title, rule, message, rule, where to look."""
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f") for line in complaint.splitlines()]
+    rules = [n for n, line in enumerate(lines) if line and set(line) <= {"-", "\u2500"}]
+    first, *more = [*rules, len(lines)]
+    message = lines[first + 1 : more[0] if more else None]
+    return " ".join(message[: message.index("")] if "" in message else message)
 
 
 def _complain(what: object, status: int) -> int:

@@ -50,9 +50,16 @@ class Compare:
         (name,), settings = family_names((self.name,)), parse_settings(self.settings)
         from probes.report import claim_directory, write_report
 
-        claim_directory(self.out, overwrite=self.overwrite)
+        seed_list(self.seed, self.seeds)
         check_free(self.json, self.overwrite)
-        comparison = self.comparison(name, settings)
+        fresh = not self.out.exists()
+        claim_directory(self.out, overwrite=self.overwrite)
+        try:
+            comparison = self.comparison(name, settings)
+        except Exception:
+            if fresh:
+                self.out.rmdir()
+            raise
         # the directory was empty or ours before the work began
         page = write_report(comparison, self.out, overwrite=True)
         write_json(self.json, comparison.to_json(), True)
@@ -71,10 +78,10 @@ class Compare:
             run = load_run(self.run_directory)
             if run.family != name:
                 raise ValueError(f"{self.run_directory}: family: {run.family!r}, not {name!r}")
-            if settings:
-                raise ValueError(
-                    f"settings: {options} cannot be given with --run, which has its own"
-                )
+            if self.steps is not None:
+                options = f"{options} --steps {self.steps}".lstrip()
+            if options:
+                raise ValueError(f"{options} cannot be given with --run, which has its own")
             again = [f"orrery compare {name} --run {self.run_directory} --out {self.out}"]
         else:
             steps: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
@@ -151,6 +158,7 @@ class Demo:
         """Run the command; the exit status."""
         from probes.report import claim_directory, write_index, write_report
 
+        seed_list(self.seed, self.seeds)
         # an earlier demonstration is replaced, anything else is left alone
         claim_directory(self.out, overwrite=True)
         found = []

@@ -42,8 +42,15 @@ def family_names(names: Sequence[str]) -> list[str]:
     return list(names or CATALOGUE)
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that a fit would refuse."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: must be in 0..{2**32 - 1}")
+
+
 def seed_list(first: int | None, count: int | None) -> list[int] | None:
     """`count` seeds from `first` on, None where no count is given."""
+    check_seed(first or 0)
     if count is None:
         return None
     if count < 1:

@@ -81,17 +81,28 @@ class GradientDescent(Construction):
         if self.step_size is None and self.steps == 1:
             object.__setattr__(self, "step_size", optimal_step_size(self.task))
         size = self.step_size
-        if not isinstance(size, int | float | np.number) or not np.isfinite(size):
+        if size is None:
+            raise ValueError(f"step_size is None, must be given for steps={self.steps}")
+        number = isinstance(size, int | float | np.number) and not isinstance(size, bool)
+        if not number or not np.isfinite(size):
             raise ValueError(f"step_size is {size!r}, must be a finite number")
+        if not isinstance(self.recurrent, bool | np.bool_):
+            raise ValueError(f"recurrent is {self.recurrent!r}, must be true or false")
         if self.init_weight is not None:
-            weight = np.asarray(self.init_weight, float)
-            if weight.shape != (self.dim_y, self.dim_x) or not np.isfinite(weight).all():
-                raise ValueError(
-                    f"init_weight has shape {weight.shape}, must be finite and of shape "
-                    f"({self.dim_y}, {self.dim_x})"
-                )
-            # nested tuples keep the settings hashable, comparable and JSON-ready
-            object.__setattr__(self, "init_weight", tuple(map(tuple, weight.tolist())))
+            object.__setattr__(self, "init_weight", self._weight(self.init_weight))
+
+    def _weight(self, given: Any) -> tuple[tuple[float, ...], ...]:
+        """W_0 as nested tuples, which keep the settings hashable, comparable and JSON-ready."""
+        must = f"must be finite numbers of shape ({self.dim_y}, {self.dim_x})"
+        try:
+            weight = np.asarray(given, float)
+        except (TypeError, ValueError):
+            raise ValueError(f"init_weight is {given!r}, {must}") from None
+        if weight.shape != (self.dim_y, self.dim_x):
+            raise ValueError(f"init_weight has shape {weight.shape}, {must}")
+        if not np.isfinite(weight).all():
+            raise ValueError(f"init_weight holds NaN or infinite values, {must}")
+        return tuple(map(tuple, weight.tolist()))
 
     @property
     def eta(self) -> float:
