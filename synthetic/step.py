@@ -43,7 +43,7 @@ def seed_keys(seed: Array | int) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True)
-class Program:
+class Loop:
     """What is trained, on what and how; `init` and `compile` make the arrays and the loop.
 
     Attributes:
@@ -227,7 +227,7 @@ class Program:
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
-def make_program(
+def make_loop(
     model: nnx.Module | Callable[[Array], nnx.Module],
     task: Task,
     recipe: Recipe,
@@ -238,7 +238,7 @@ def make_program(
     seed: int,
     seeds: Sequence[int] | None,
     mesh: Mesh | None,
-) -> Program:
+) -> Loop:
     """Checks the arguments of `fit` and gathers them; raises as `fit` does."""
     for value in (seed,) if seeds is None else seeds:
         if not 0 <= value < 2**32:
@@ -266,7 +266,7 @@ def make_program(
                     f"{name}={size}: must be a multiple of the {mesh.shape[axis]} devices along "
                     f"the mesh's {axis} axis"
                 )
-    return Program(
+    return Loop(
         model=model,
         task=task,
         predict=predict or (lambda model, *inputs: model(*inputs)),

@@ -23,7 +23,7 @@ from synthetic.minimize import Minimum, minimize
 from synthetic.recipe import Recipe
 from synthetic.recorder import Recorder
 from synthetic.runs import RunDirectory, finite
-from synthetic.step import Program, TrainingState, make_program
+from synthetic.step import Loop, TrainingState, make_loop
 from synthetic.task import Task
 
 __all__ = ["Fit", "Minimum", "NonFiniteLossError", "Recipe", "fit", "minimize", "print_progress"]
@@ -139,7 +139,7 @@ def fit(
         raise ValueError("resume=True, overwrite=True: choose one")
 
     began = time.perf_counter()
-    program = make_program(
+    loop = make_loop(
         model,
         task,
         recipe,
@@ -155,38 +155,38 @@ def fit(
     run = None if out is None else RunDirectory(out)
     with Recorder(run, recipe.checkpoint_every) as recorder:
         recorder.check(settings, resume=resume, overwrite=overwrite)
-        state = program.init()
+        state = loop.init()
         # Compiled first: a model that does not fit its task then leaves no directory behind.
-        advance = program.compile(state)
+        advance = loop.compile(state)
         step, restored, history = recorder.open(settings, state, resume=resume, overwrite=overwrite)
         if restored is not None:
-            state = program.lay_out(restored)
+            state = loop.lay_out(restored)
         compiled = time.perf_counter()
         while step < recipe.steps:
             lap = time.perf_counter()
-            stop = min((step // program.length + 1) * program.length, recipe.steps)
+            stop = min((step // loop.length + 1) * loop.length, recipe.steps)
             state, report = advance(state, step, stop)
-            record = _record(program, report, step, stop, optimum)
+            record = _record(loop, report, step, stop, optimum)
             history.append(record)
             recorder.record(record)
             if progress is not None:
                 rate = (stop - step) / (time.perf_counter() - lap)
                 progress({**record, "steps": recipe.steps, "steps_per_second": rate})
             step = stop
-            following = None if step == recipe.steps else step + program.length
+            following = None if step == recipe.steps else step + loop.length
             if recorder.due(step, following):
-                recorder.save(step, program.host(state))
-        host = program.host(state)
+                recorder.save(step, loop.host(state))
+        host = loop.host(state)
         recorder.finish(_arrays(host), settings)
     ended = time.perf_counter()
     return Fit(
-        models=tuple(program.modules(host, averaged=True)),
-        last_models=tuple(program.modules(host, averaged=False)),
+        models=tuple(loop.modules(host, averaged=True)),
+        last_models=tuple(loop.modules(host, averaged=False)),
         history=history,
         step=step,
         seconds={"compile": compiled - began, "run": ended - compiled},
         recipe=recipe,
-        seeds=program.seeds,
+        seeds=loop.seeds,
     )
 
 
@@ -207,7 +207,7 @@ def print_progress(record: Mapping[str, Any]) -> None:
 
 
 def _record(
-    program: Program, report: Mapping[str, Any], start: int, stop: int, optimum: float | None
+    loop: Loop, report: Mapping[str, Any], start: int, stop: int, optimum: float | None
 ) -> dict[str, Any]:
     """The record of a chunk, from what the jitted call reported; raises NonFiniteLossError."""
     count = stop - start
@@ -217,7 +217,7 @@ def _record(
         bad = np.argwhere(~np.isfinite(values))
         if len(bad):
             step, *seed = bad[0].tolist()
-            where = f" of seed {program.seeds[seed[0]]}" if seed else ""
+            where = f" of seed {loop.seeds[seed[0]]}" if seed else ""
             raise NonFiniteLossError(
                 f"{name.replace('_', ' ')}{where} is {values[tuple(bad[0])]} at step "
                 f"{start + step}",

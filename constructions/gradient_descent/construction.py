@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
@@ -147,7 +148,11 @@ class GradientDescent(Construction):
             estimate: W_k x for the queries, `[batch, step, query, dim_y]`.
             inputs: x_i and x after every step, `[batch, step, token, dim_x]`: they never change.
             prediction: W_K x, `[batch, query, dim_y]`.
+
+        Raises:
+            ValueError: as `predict`.
         """
+        x, y, x_query = self._floats(0.0, x, y, x_query)
         rate = self.eta / self.num_examples
 
         def step(weight: Array, _: None) -> tuple[Array, Array]:
@@ -249,7 +254,12 @@ class GradientDescent(Construction):
         return float(optimal_one_layer(self.task)[1])
 
     def population_excess(self, model: Transformer) -> Array:
-        """Exact mean loss of a one-layer model on the task less the least one, a scalar; pure."""
+        """Exact mean loss of a one-layer model on the task less the least one, a scalar; pure.
+
+        ValueError unless W_0 = 0: the closed form has no residual connection.
+        """
+        if self.init_weight is not None:
+            raise ValueError("init_weight must be None for the closed form of the loss")
         (tensor,) = layer_tensors(model, self.gauge())
         return one_layer_excess(tensor, self.task)
 
@@ -274,8 +284,8 @@ class GradientDescent(Construction):
 
     @property
     def claims(self) -> tuple[Claim, ...]:
-        """The paper's statements about one trained layer; none for more steps."""
-        return ONE_STEP_CLAIMS if self.steps == 1 else ()
+        """The paper's statements about one trained layer, with W_0 = 0; none for other settings."""
+        return ONE_STEP_CLAIMS if self.steps == 1 and self.init_weight is None else ()
 
     def check(self, *inputs: Any) -> None:
         """Shapes, and finite values where they are concrete."""
@@ -306,11 +316,18 @@ class GradientDescent(Construction):
         Args:
             model: the compiled construction or a model of the same class.
             x, y, x_query: `[batch, context, dim_x]`, `[batch, context, dim_y]` and
-                `[batch, query, dim_x]`.
+                `[batch, query, dim_x]`; computed in the widest of their and the model's types.
 
         Raises:
             ValueError: for shapes that do not fit or, on concrete arrays, values that are not
                 finite.
         """
-        self.check(x, y, x_query)
-        return self.apply(model, *map(jnp.asarray, (x, y, x_query)))
+        weights = jax.tree.leaves(nnx.state(model, nnx.Param))
+        return self.apply(model, *self._floats(weights[0].dtype, x, y, x_query))
+
+    def _floats(self, like: Any, *inputs: ArrayLike) -> list[Array]:
+        """Checked inputs in one floating point type, `like`'s or a wider one that they have."""
+        arrays = [jnp.asarray(a) for a in inputs]
+        self.check(*arrays)
+        dtype = jnp.result_type(like, *arrays)
+        return [a.astype(dtype) for a in arrays]
