@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -181,12 +182,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     commands = {command.__name__.lower(): command for command in COMMANDS}
     said = io.StringIO()
+    about = "Hand-built transformers, their trained counterparts, and probes of both."
     try:
         with contextlib.redirect_stderr(said):
             command = tyro.extras.subcommand_cli_from_dict(
                 commands,
                 prog="orrery",
-                description="Hand-built transformers, their trained counterparts, and probes of both.",
+                description=about,
                 args=None if argv is None else list(argv),
                 config=(FlagCreatePairsOff,),
             )
@@ -212,12 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _first_part(complaint: str) -> str:
-    """The first paragraph of a complaint of tyro's: title, rule, message, rule, where to look."""
-    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f") for line in complaint.splitlines()]
-    rules = [n for n, line in enumerate(lines) if line and set(line) <= {"-", "\u2500"}]
-    first, *more = [*rules, len(lines)]
-    message = lines[first + 1 : more[0] if more else None]
-    return " ".join(message[: message.index("")] if "" in message else message)
+    """The message of a complaint of tyro's, which has a title, rules and hints around it."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", complaint).strip().splitlines()
+    # in a terminal that has them, the title is part of a frame; elsewhere a rule follows it
+    body = [line.strip(" \u2502") for line in plain[1 if plain[0].startswith("\u256d") else 2 :]]
+    ends = (n for n, line in enumerate(body) if not line.strip("-\u2500\u2570\u256f"))
+    return " ".join(body[: next(ends, None)])
 
 
 def _complain(what: object, status: int) -> int:

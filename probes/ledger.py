@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array
 from scipy import stats
 
-from constructions.canonical import canonical_distance
+from constructions.canonical import canonical_distance, without_inert
 from constructions.claims import Claim, Evidence, NearMiss
 from constructions.family import Construction
 from constructions.transformer import Transformer
@@ -83,12 +83,35 @@ def interpolation_gap(e: Evidence) -> float:
     return float(losses.max() / jnp.minimum(losses[0], losses[-1])) - 1
 
 
+@partial(jax.jit, static_argnums=0)
+def _rolled(construction: Construction, model: Transformer, examples: Batch) -> Array:
+    predictions = interpolation.roll_out(
+        construction, model, *examples.inputs, depth=20, damping=0.75
+    )
+    return jax.vmap(lambda p: construction.task.loss(p, examples).mean())(predictions)
+
+
+def roll_out_gap(e: Evidence) -> float:
+    """Largest |log(loss / loss of the construction)| over 20 applications, damped by 0.75.
+
+    Inert weights are removed first: see `constructions.canonical.without_inert`.
+    """
+    examples = jax.tree.map(lambda a: a[:4096], e.examples)
+    gauge = e.construction.gauge()
+    ours, theirs = (
+        _rolled(e.construction, without_inert(model, gauge), examples)
+        for model in (e.model, e.reference)
+    )
+    return float(jnp.abs(jnp.log(ours / theirs)).max())
+
+
 STATISTICS: dict[str, Callable[[Evidence], float]] = {
     "excess_loss": excess_loss,
     "prediction_distance": prediction_distance,
     "sensitivity_cosine": sensitivity_cosine,
     "weight_distance": weight_distance,
     "interpolation_gap": interpolation_gap,
+    "roll_out_gap": roll_out_gap,
 }
 
 

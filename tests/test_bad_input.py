@@ -11,13 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from constructions import CATALOGUE
 from constructions.compiler import compile_program
+from constructions.gradient_descent import GradientDescent
 from constructions.program import Head, Layer, Program
 from constructions.slots import Slots
 from probes.cli import main
+from synthetic.checkpoints import Checkpoints
 from synthetic.saved import load_state, save_model
+from synthetic.task import Batch
+from synthetic.train import NonFiniteLossError, fit
 
 NAME = "gradient-descent"
 SMALL = ["--set", "dim_x=2", "--set", "num_examples=3"]
@@ -42,15 +46,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SETTINGS = [
     ("dim_x=0", "dim_x is 0, must be an integer of at least 1"),
     ("dim_y=-3", "dim_y is -3"),
-    ("num_examples=2.5", "num_examples is 2.5"),
-    ("num_examples=NaN", "num_examples is nan"),
-    ("steps=true", "steps is True"),
+    ("num_examples=2.5", "num_examples.*2.5"),
+    ("num_examples=NaN", "num_examples.*nan"),
+    ("steps=true", "steps.*True"),
     ("steps=2", "step_size is None, must be given for steps=2"),
     ("step_size=NaN", "step_size is nan, must be a finite number"),
     ("step_size=Infinity", "step_size is inf"),
-    ("step_size=large", "step_size is 'large'"),
-    ("step_size=true", "step_size is True"),
-    ("recurrent=maybe", "recurrent is 'maybe', must be true or false"),
+    ("step_size=large", "step_size.*'large'"),
+    ("step_size=true", "step_size.*True"),
+    ("recurrent=maybe", "recurrent.*'maybe'"),
     ("init_weight=[1,2]", r"init_weight has shape \(2,\).* shape \(1, 10\)"),
     ("init_weight=zero", "init_weight is 'zero', must be finite numbers"),
     ("init_weight=[[1],[1,2]]", "init_weight is .*, must be finite numbers"),
@@ -74,7 +78,7 @@ OPTIONS = [
     (["fit", NAME, "--out", "new", "--stepz", "3"], "Unrecognized options: --stepz, 3"),
     (["fit", NAME, "--out", "new", "--learning-rate", "nan"], "learning_rate=nan"),
     (["fit", NAME, "--out", "new", "--batch", "-1"], "batch=-1"),
-    (["fit", NAME, "--out", "new", "--seed", "-1"], "seed=-1: must be in 0"),
+    (["fit", NAME, "--out", "new", "--seed", "-1"], "seed -1: must be in 0"),
     (["verify", NAME, "--seed", "-1"], "--seed -1: must be in 0"),
     (["verify", NAME, "--seed", str(2**70)], f"--seed {2**70}: must be in 0"),
     (["claims", NAME, "--seeds", "0"], "--seeds 0: must be at least 1"),
@@ -170,15 +174,40 @@ def test_damaged_run(
     assert re.search(message, line), line
 
 
-def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "r"
-    # sound up to the checkpoint at step 500 (Adam moves by 0.01 a step), then the weights are
-    # spoilt on disk: the fit goes on from 1e20, where the loss overflows
-    fit = ["fit", NAME, "--out", str(out), *SMALL, "--batch", "4", "--steps", "600"]
-    line = complaint(capsys, [*fit, "--learning-rate", "1e30"], status=1)
-    assert re.search(r"(loss|gradient norm) is \S+ at step \d+", line)
-    assert json.loads((out / "config.json").read_text())["recipe"]["learning_rate"] == 1e30
+class Trap(nnx.Module):
+    """Sound for 25 steps of plain descent on its loss -w, which w = 25 ends."""
+
+    def __init__(self) -> None:
+        self.w = nnx.Param(jnp.zeros(()))
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.where(self.w[...] > 24.5, jnp.inf, self.w[...]) * x
+
+
+class Falling:
+    def sample(self, key: Any, batch: int) -> Batch:
+        return Batch((jnp.ones(batch),), None)
+
+    def loss(self, prediction: Any, batch: Batch) -> Any:
+        return -prediction
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    out, options = tmp_path / "r", {"optimizer": "sgd", "b1": 0.0, "learning_rate": 1.0}
+    sizes = {"steps": 60, "batch": 2, "chunk": 10, "checkpoint_every": 10}
+    with pytest.raises(NonFiniteLossError, match="loss is -inf at step 25") as error:
+        fit(Trap(), Falling(), out=out, **options, **sizes)  # type: ignore[arg-type]
+    assert error.value.step == 25
+    with Checkpoints(out / "checkpoints") as kept:
+        assert kept.steps() == [10, 20]
     assert not (out / "model.safetensors").exists()
+
+
+def test_divergence_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    options = ["--steps", "600", "--batch", "4", "--learning-rate", "1e30"]
+    line = complaint(capsys, ["fit", NAME, "--out", str(tmp_path / "r"), *SMALL, *options], 1)
+    assert re.search(r"(loss|gradient norm) is \S+ at step \d+", line)
+    assert not (tmp_path / "r" / "model.safetensors").exists()
 
 
 INPUTS = [
@@ -193,7 +222,7 @@ INPUTS = [
 
 @pytest.mark.parametrize(("name", "shape", "message"), INPUTS)
 def test_shapes(name: str, shape: tuple[int, ...], message: str) -> None:
-    c = CATALOGUE[NAME](dim_x=2, num_examples=3)
+    c = GradientDescent(dim_x=2, num_examples=3)
     model = c.compile().model
     given = {"x": (2, 3, 2), "y": (2, 3, 1), "x_query": (2, 1, 2), name: shape}
     inputs = [np.zeros(s) for s in given.values()]
@@ -207,7 +236,7 @@ def test_shapes(name: str, shape: tuple[int, ...], message: str) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_not_finite(bad: float) -> None:
-    c = CATALOGUE[NAME](dim_x=2, num_examples=3)
+    c = GradientDescent(dim_x=2, num_examples=3)
     model = c.compile().model
     for number, name in enumerate(("x", "y", "x_query")):
         inputs = [np.zeros(s) for s in ((2, 3, 2), (2, 3, 1), (2, 1, 2))]
@@ -219,19 +248,19 @@ def test_values_that_are_not_finite(bad: float) -> None:
 
 
 def test_empty_context() -> None:
-    c = CATALOGUE[NAME](dim_x=2, num_examples=3)
+    c = GradientDescent(dim_x=2, num_examples=3)
     with pytest.raises(ValueError, match="x has shape .*at least one token"):
         c.predict(c.compile().model, np.zeros((2, 0, 2)), np.zeros((2, 0, 1)), np.zeros((2, 1, 2)))
 
 
 @pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "int32", "list"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int32"])
 def test_inputs_of_any_number_type(dtype: str, x64: bool) -> None:
     # several layers are a scan, whose carry must not change its type
     values = [np.arange(np.prod(s)).reshape(s) % 3 for s in ((2, 3, 2), (2, 3, 1), (2, 1, 2))]
     with jax.enable_x64(x64):
-        c = CATALOGUE[NAME](dim_x=2, num_examples=3, steps=4, step_size=0.1)
-        inputs = [v.tolist() if dtype == "list" else v.astype(dtype) for v in values]
+        c = GradientDescent(dim_x=2, num_examples=3, steps=4, step_size=0.1)
+        inputs = [v.astype(dtype) for v in values]
         found = c.predict(c.compile().model, *inputs)
         assert found.dtype == jnp.result_type(float)
         np.testing.assert_allclose(found, c.trace(*inputs)["prediction"], rtol=1e-5, atol=1e-6)

@@ -44,7 +44,8 @@ def test_trace_and_model_name_the_same_values(construction):
 def test_task_scores_the_trace(construction):
     assert isinstance(construction.task, Task)
     batch = construction.task.sample(jax.random.key(1), 5)
-    loss = construction.task.loss(construction.trace(*batch.inputs)["prediction"], batch)
+    prediction = jax.jit(construction.trace)(*batch.inputs)["prediction"]
+    loss = construction.task.loss(prediction, batch)
     assert loss.shape == (5,)
     assert np.isfinite(loss).all()
 
@@ -53,8 +54,9 @@ def test_slot_by_slot_equals_dense(construction, x64):
     inputs = construction.sample(jax.random.key(2), 2)
     model = construction.compile().model
     stream, groups, _ = construction.embed(model, *inputs)
-    values = evaluate(construction.program, stream, np.asarray(groups))
-    out = model(stream, groups)
+    kinds = np.asarray(groups)
+    values = jax.jit(lambda s: evaluate(construction.program, s, kinds))(stream)
+    out = jax.jit(lambda m, s: m(s, kinds))(model, stream)
     for slot in construction.program.slots:
         if slot.name in values:
             np.testing.assert_allclose(values[slot.name], out[..., slot.columns], atol=1e-12)

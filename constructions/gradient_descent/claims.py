@@ -133,6 +133,19 @@ ONE_STEP_CLAIMS = (
         gauge="invariant: canonical tensors are interpolated, not weights",
     ),
     Claim(
+        "roll-out",
+        "Applied again and again, damped by 0.75, it descends as gradient descent does.",
+        "roll_out_gap",
+        0.03,
+        "<=",
+        f"{_PAPER}, figs. 1 and 10",
+        catches=_STEPS,
+        gauge="invariant: inert weights are removed",
+        note="Undamped, the best step size for one step is too large for some contexts, and both "
+        "diverge. As trained, a layer also diverges when damped: training leaves what it writes "
+        "into the context as it was initialised.",
+    ),
+    Claim(
         "input scale",
         "It fails on inputs of another scale exactly as gradient descent does.",
         input_scale_gap,

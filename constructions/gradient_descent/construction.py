@@ -139,8 +139,8 @@ class GradientDescent(Construction):
         """Noise-free regression with inputs uniform on (-1/2, 1/2) and weights N(0, I)."""
         return RegressionTask(self.dim_x, self.num_examples, self.dim_y)
 
-    def trace(self, x: Inputs, y: Outputs, x_query: Queries) -> dict[str, Array]:
-        """The algorithm.
+    def trace(self, x: ArrayLike, y: ArrayLike, x_query: ArrayLike) -> dict[str, Array]:
+        """The algorithm; arguments and errors as for `predict`.
 
         Returns:
             weight: W_k, `[batch, step, dim_y, dim_x]`, k = 0..K.
@@ -148,9 +148,6 @@ class GradientDescent(Construction):
             estimate: W_k x for the queries, `[batch, step, query, dim_y]`.
             inputs: x_i and x after every step, `[batch, step, token, dim_x]`: they never change.
             prediction: W_K x, `[batch, query, dim_y]`.
-
-        Raises:
-            ValueError: as `predict`.
         """
         x, y, x_query = self._floats(0.0, x, y, x_query)
         rate = self.eta / self.num_examples

@@ -40,9 +40,13 @@ def assert_all_agree(program, seed=0):
     expected = plain_numpy.interpret(program, values, batch)
     model = compile_program(program, "float64")
     out = np.asarray(jax.jit(lambda m, s, g: m(s, g))(model, stream, groups))
-    static = evaluate(program, values, groups)
-    traced = jax.jit(lambda v, g: evaluate(program, v, g))(values, batch)
-    from_stream = evaluate(program, jnp.asarray(stream), jnp.asarray(groups))
+    static, traced, from_stream = jax.jit(
+        lambda v, s, b, g: (
+            evaluate(program, v, groups),
+            evaluate(program, v, b),
+            evaluate(program, s, g),
+        )
+    )(values, stream, batch, groups)
     names = np.asarray(program.token_groups)[groups]
     assert static.keys() == traced.keys() == from_stream.keys()
     for slot in program.slots:

@@ -76,14 +76,14 @@ def test_contexts_of_another_length_keep_the_step(x64):
     rng = np.random.default_rng(0)
     c = GradientDescent(dim_x=3, dim_y=2, num_examples=5, steps=4, step_size=0.4)
     model = c.compile().model
-    for context in (1, 5, 9):
+    for context in (1, 9):
         x, y, q, _ = case(rng, 3, 2, context)
         w = [weights_of(a, b, np.zeros((2, 3)), 4, 0.4 / 5)[-1] for a, b in zip(x, y, strict=True)]
         wanted = np.einsum("boi,bqi->bqo", w, q)
-        np.testing.assert_allclose(c.predict(model, x, y, q), wanted, rtol=1e-12, atol=1e-13)
-        np.testing.assert_allclose(
-            c.trace(*map(jnp.asarray, (x, y, q)))["prediction"], wanted, rtol=1e-12, atol=1e-13
-        )
+        inputs = [jnp.asarray(a) for a in (x, y, q)]
+        found = jax.jit(c.predict)(model, *inputs), jax.jit(c.trace)(*inputs)["prediction"]
+        for prediction in found:
+            np.testing.assert_allclose(prediction, wanted, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(

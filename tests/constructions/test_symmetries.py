@@ -1,6 +1,6 @@
 """The group leaves the function alone, the canonical form is its invariant, and nothing else is."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +83,26 @@ def config(*mixers, depth=1, bias=False, tied=False, **layer):
 
 
 def stream(seed=1, batch=3):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, TOKENS, WIDTH)))
+    return np.random.default_rng(seed).normal(size=(batch, TOKENS, WIDTH))
 
 
 def equal(a, b, tolerance=1e-10):
-    return np.allclose(a, b, rtol=0, atol=tolerance * float(jnp.sqrt(jnp.mean(jnp.square(b)))))
+    a, b = np.asarray(a), np.asarray(b)
+    return np.allclose(a, b, rtol=0, atol=tolerance * np.sqrt(np.mean(b**2)))
+
+
+# Run eagerly, each call of a model compiles its scans anew.
+call = nnx.jit(lambda model, inputs: model(inputs, KINDS))
+
+
+@cache
+def jitted(function, gauge):
+    """A function of models, compiled once for a gauge."""
+    return nnx.jit(partial(function, gauge=gauge))
+
+
+def distance(model, reference, gauge):
+    return float(jitted(canonical_distance, gauge)(model, reference))
 
 
 def brute_force(model, layer):
@@ -112,8 +127,8 @@ def orbit(act, model, *, distance):
         apart = canonical_distance(moved, model, ALL) if distance else jnp.zeros(())
         return moved(inputs, KINDS), apart, moved.segments[0].layers[0].heads[0].output[...]
 
-    after, apart, output = run(model, stream(), random_key(1))
-    old = model.segments[0].layers[0].heads[0].output[...]
+    after, apart, output = jax.device_get(run(model, stream(), random_key(1)))
+    old = np.asarray(model.segments[0].layers[0].heads[0].output[...])
     key = act in (change_key_basis,)
     assert key or output.shape != old.shape or not np.allclose(output, old), "nothing moved"
     return after, apart
@@ -130,39 +145,44 @@ def test_group_leaves_the_function_alone(act, mixer):
             act(model, random_key(0))
         return
     after, apart = orbit(act, model, distance=linear)
-    assert equal(after, nnx.jit(Transformer.__call__)(model, stream(), KINDS))
+    assert equal(after, call(model, stream()))
     assert apart < 1e-10
 
 
 def test_whole_group_on_looped_and_biased_models():
     for tied, bias in ((True, False), (False, True)):
-        model = draw(config("linear", "linear", depth=3, tied=tied, bias=bias))
+        model = draw(config("linear", "linear", depth=2, tied=tied, bias=bias))
         after, apart = orbit(transform, model, distance=not bias)
-        assert equal(after, model(stream(), KINDS))
+        assert equal(after, call(model, stream()))
         assert apart < 1e-10
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, 2])
 def test_inert_weights(depth):
     """Without effect on what is read of the query tokens, for queries in the gauge's domain."""
     model, g = draw(config("linear", "linear", depth=depth)), gauge()
-    moved = nnx.jit(partial(fill_inert, gauge=g))(model, key=random_key(0))
     free = np.random.default_rng(2).normal(size=(3, 2, g.query.shape[1]))
-    inputs = stream().at[:, 4:].set(free @ g.query.T)
+    inputs = stream()
+    inputs[:, 4:] = free @ g.query.T
 
     @nnx.jit
     def read(m, inputs):
         return m(inputs, KINDS, read=slice(4, 6)) @ g.read.T
 
+    @nnx.jit
+    def run(model, key):
+        moved = fill_inert(model, gauge=g, key=key)
+        return moved, transform(model, key, gauge=g)
+
+    moved, everything = run(model, random_key(0))
     assert equal(read(moved, inputs), read(model, inputs))
-    assert not equal(moved(inputs, KINDS), model(inputs, KINDS), 1e-3)
+    assert not equal(call(moved, inputs), call(model, inputs), 1e-3)
     if depth == 1:
         assert not equal(read(moved, stream()), read(model, stream()), 1e-3)
-    assert canonical_distance(moved, model, g) < 1e-10
-    assert canonical_distance(moved, model, ALL) > 0.1
-    everything = nnx.jit(partial(transform, gauge=g))(model, random_key(3))
+    assert distance(moved, model, g) < 1e-10
+    assert distance(moved, model, ALL) > 0.1
     assert equal(read(everything, inputs), read(model, inputs))
-    assert canonical_distance(everything, model, g) < 1e-10
+    assert distance(everything, model, g) < 1e-10
 
 
 def test_inert_weights_refused():
@@ -188,9 +208,9 @@ def test_distance_is_brute_force():
     one, two = (draw(config("linear", "linear", depth=2), seed) for seed in (0, 1))
     t, u = (np.stack([brute_force(m, layer) for layer in (0, 1)]) for m in (one, two))
     expected = np.linalg.norm(t - u) / np.linalg.norm(u)
-    assert equal(canonical_distance(one, two, ALL), expected, 1e-12)
+    assert equal(distance(one, two, ALL), expected, 1e-12)
     each = [np.linalg.norm(t[k] - u[k]) / np.linalg.norm(u[k]) for k in (0, 1)]
-    assert equal(canonical_distances(one, two, ALL), np.asarray(each), 1e-12)
+    assert equal(jitted(canonical_distances, ALL)(one, two), np.asarray(each), 1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -200,19 +220,18 @@ def test_step_size_is_no_symmetry(steps):
     gauge, reference = built.gauge(), built.compile().model
     for factor in (1.1, 0.5):
         model = GradientDescent(**settings, step_size=factor).compile().model
-        distance = float(canonical_distance(model, reference, gauge))
-        assert distance == pytest.approx(abs(factor - 1), abs=1e-14)
+        assert distance(model, reference, gauge) == pytest.approx(abs(factor - 1), abs=1e-14)
     looped = GradientDescent(**settings, step_size=1.0, recurrent=True).compile().model
-    assert canonical_distance(looped, reference, gauge) == 0
+    assert distance(looped, reference, gauge) == 0
     other = GradientDescent(**(settings | {"init_weight": None}), step_size=1.0).compile().model
-    assert canonical_distance(other, reference, gauge) > 0.1
+    assert distance(other, reference, gauge) > 0.1
 
 
 def test_other_mask_is_far():
     """Equal weights that look at other tokens: orthogonal, so sqrt(2) away."""
     causal, every = (draw(config("linear"), mask=mask) for mask in ("causal", "every"))
-    assert canonical_distance(causal, every, ALL) == pytest.approx(2**0.5)
-    assert not equal(causal(stream(), KINDS), every(stream(), KINDS), 1e-2)
+    assert distance(causal, every, ALL) == pytest.approx(2**0.5)
+    assert not equal(call(causal, stream()), call(every, stream()), 1e-2)
 
 
 def test_jit_and_gradient():
@@ -221,8 +240,7 @@ def test_jit_and_gradient():
         canonical_distance(model, reference, ALL)
     reference = draw(config("linear", depth=2), 1)
     g = gauge()
-    distance = nnx.jit(partial(canonical_distance, gauge=g))
-    assert equal(distance(model, reference), canonical_distance(model, reference, g), 1e-14)
+    assert equal(distance(model, reference, g), canonical_distance(model, reference, g), 1e-14)
     for t, u in zip(
         nnx.jit(partial(layer_tensors, gauge=g))(model), canonical(model, g), strict=True
     ):
@@ -249,32 +267,29 @@ def test_jit_and_gradient():
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(flat)), "NaN where the distance is 0"
 
 
-@pytest.mark.parametrize(("depth", "mask"), [(1, "causal"), (1, "next"), (3, "every")])
+@pytest.mark.parametrize(("depth", "mask"), [(1, "causal"), (1, "next"), (2, "every")])
 def test_from_canonical(depth, mask):
     like, g = draw(config("linear", depth=depth), mask=mask), gauge()
     rng = np.random.default_rng(3)
-    shapes = [t.shape for t in canonical(like, ALL)]
-    tensors = [jnp.asarray(rng.normal(size=s)) / 5 for s in shapes]
+    tensors = [jnp.asarray(rng.normal(size=(WIDTH,) * 4) / 5) for _ in range(depth)]
     model = from_canonical(tensors, like, ALL)
-    h = np.asarray(stream())
+    h = stream()
     offset = np.arange(TOKENS)[None] - np.arange(TOKENS)[:, None]
     low, high = MASKS[mask]
     seen = (low <= offset) & (offset <= high) & (np.asarray(KINDS) == 0)
     for t in tensors:
         h = h + np.einsum("oabc,zja,zjb,ij,zic->zio", t, h, h, seen, h, optimize=True)
-    assert equal(model(stream(), KINDS), h)
+    assert equal(call(model, stream()), h)
     for t, u in zip(canonical(model, ALL), tensors, strict=True):
-        assert equal(t, (u + jnp.swapaxes(u, 1, 2)) / 2)
+        assert equal(t, (u + np.swapaxes(u, 1, 2)) / 2)
     # through a gauge: what is contracted away is inert
     again = from_canonical(canonical(model, g), like, g)
-    assert canonical_distance(again, model, g) < 1e-10
+    assert distance(again, model, g) < 1e-10
     inputs = stream()
     if depth == 1:
-        inputs = inputs.at[:, 4:].set(inputs[:, 4:, : g.query.shape[1]] @ g.query.T)
-    last = slice(4, 6)
-    assert equal(
-        again(inputs, KINDS, read=last) @ g.read.T, model(inputs, KINDS, read=last) @ g.read.T
-    )
+        inputs[:, 4:] = inputs[:, 4:, : g.query.shape[1]] @ g.query.T
+    one, other = (np.asarray(call(m, inputs))[:, 4:] @ g.read.T for m in (again, model))
+    assert equal(one, other)
 
 
 def test_from_canonical_shapes():
