@@ -9,7 +9,6 @@ Also: how much of a step is data, and the time after compilation until five seed
 of the closed-form optimum and within 5 % of the construction's weights.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from common import paired, ratio, report
 from jax import Array
 
 from constructions import CATALOGUE
-from synthetic.train import fit
+from synthetic.train import Recipe
 
 BATCH, DIM, CONTEXT, STEPS = 2048, 10, 10, 200
 
@@ -75,16 +74,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"fit": []}
 
     def ours() -> None:
-        result = fit(
-            counterpart.init,
-            counterpart.task,
-            predict=construction.apply,
-            steps=STEPS,
-            batch=BATCH,
-            chunk=STEPS,
-            learning_rate=1e-3,
-            clip=10.0,
-        )
+        plain = Recipe(steps=STEPS, batch=BATCH, chunk=STEPS, learning_rate=1e-3, clip=10.0)
+        result = construction.fit(recipe=plain, metrics=None, optimum=None)
         seconds["fit"].append(result.seconds["run"])
 
     @jax.jit
@@ -99,15 +90,7 @@ def main() -> None:
     run = seconds["fit"][1:]  # without compilation, as for the peer
     quality = []
     for seed in range(5):
-        recipe = dataclasses.replace(counterpart.recipe, chunk=100)
-        result = fit(
-            counterpart.init,
-            counterpart.task,
-            recipe,
-            predict=construction.apply,
-            metrics=counterpart.metrics,
-            seed=seed,
-        )
+        result = construction.fit(seed=seed)
         last = result.history[-1]
         quality.append(
             {

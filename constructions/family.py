@@ -24,7 +24,7 @@ from constructions.program import Program
 from constructions.slots import Slot
 from constructions.transformer import Transformer, randomise
 from synthetic.task import Task
-from synthetic.train import Recipe
+from synthetic.train import Fit, Recipe, fit
 
 
 class Embedded(NamedTuple):
@@ -197,6 +197,17 @@ class Construction(ABC):
         """The trained model of the same class; the default suits small regression models."""
         base = self.compile().model
         return Counterpart(lambda key: randomise(base, key, 0.02), self.task, Recipe())
+
+    def fit(self, **options: Any) -> Fit:
+        """Fit the counterpart; `options` of `synthetic.train.fit` override its settings."""
+        counterpart = self.counterpart()
+        settings = {
+            "recipe": counterpart.recipe,
+            "predict": self.apply,
+            "metrics": counterpart.metrics,
+            "optimum": counterpart.optimum,
+        }
+        return fit(counterpart.init, counterpart.task, **settings | options)
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Models that are almost, but not quite, this construction, by name."""

@@ -32,7 +32,6 @@ from synthetic.checkpoints import Checkpoints
 from synthetic.recipe import Recipe
 from synthetic.runs import RunDirectory
 from synthetic.saved import RunError, check_arrays, load_state, named, unnamed
-from synthetic.train import fit
 
 KIND = "fit"
 FIELDS = ("family", "settings", "dtype", "recipe")
@@ -128,13 +127,8 @@ def fit_family(
     counterpart = construction.counterpart()
     if base is None:
         base = counterpart.quick if quick and counterpart.quick else counterpart.recipe
-    result = fit(
-        counterpart.init,
-        counterpart.task,
-        base,
-        predict=construction.apply,
-        metrics=counterpart.metrics,
-        optimum=counterpart.optimum,
+    result = construction.fit(
+        recipe=base,
         seed=seed or 0,
         seeds=seeds,
         mesh=mesh,
@@ -199,7 +193,7 @@ def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transfo
     found = []
     with Checkpoints(run.checkpoints) as checkpoints:
         for step in checkpoints.steps():
-            arrays = checkpoints._read(step)
+            arrays = checkpoints.read(step)
             if arrays is None:
                 continue
             tree: dict[str, dict[str, np.ndarray]] = {}

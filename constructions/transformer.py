@@ -138,6 +138,9 @@ class Transformer(nnx.Module):
                 raise ValueError(f"groups must say which of {self.config.token_groups} tokens are")
             groups = jnp.zeros(stream.shape[1], int)
         edits = _check_sites(self.config, sites, edits or {})
+        # a scan carries one dtype: the wider of the stream's and the weights'
+        weights = jax.tree.leaves(nnx.state(self, nnx.Param))
+        stream = stream.astype(jnp.result_type(stream, *weights))
         captured: list[dict[str, Array]] = []
         start = 0
         for segment, module in zip(self.config.segments, self.segments, strict=True):

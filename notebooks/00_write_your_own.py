@@ -34,7 +34,6 @@ from constructions.program import Head, Layer, Program
 from constructions.slots import Slots, constant
 from probes.sites import read_sites
 from synthetic.task import Batch
-from synthetic.train import fit
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 
@@ -111,11 +110,7 @@ assert certificate.passed
 # family.
 
 # %%
-counterpart = construction.counterpart()
-result = fit(
-    counterpart.init,
-    counterpart.task,
-    predict=construction.apply,
+result = construction.fit(
     steps=500 if QUICK else 3000,
     batch=64,
     learning_rate=5e-3,

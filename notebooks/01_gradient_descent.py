@@ -34,7 +34,6 @@ from constructions.canonical import canonical, without_inert
 from probes.interpolation import roll_out
 from probes.ledger import ledger
 from synthetic.theory import optimal_one_layer, saddle_levels
-from synthetic.train import fit
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#666666"
@@ -81,15 +80,9 @@ assert compiled.certificate.passed
 family = CATALOGUE["gradient-descent"]
 construction = family(**family.example())
 counterpart = construction.counterpart()
-recipe = counterpart.recipe
-result = fit(
-    counterpart.init,
-    counterpart.task,
-    recipe,
-    predict=construction.apply,
-    metrics=counterpart.metrics,
+result = construction.fit(
     seeds=range(2 if QUICK else 5),
-    steps=1000 if QUICK else recipe.steps,
+    steps=1000 if QUICK else 3000,
     chunk=20,
 )
 optimum = optimal_one_layer(counterpart.task).loss

@@ -93,11 +93,11 @@ def interpolate(
 
 
 def interpolation_gap(losses: Float[Array, " fraction"]) -> Float[Array, ""]:
-    """max_s loss(s) / max(loss(0), loss(1)) - 1: 0 if the worst point is one of the ends.
+    """max_s loss(s) / min(loss(0), loss(1)) - 1: 0 if no point is worse than the better end.
 
     The first and the last entry are the ends.
     """
-    return losses.max() / jnp.maximum(losses[0], losses[-1]) - 1
+    return losses.max() / jnp.minimum(losses[0], losses[-1]) - 1
 
 
 def roll_out(

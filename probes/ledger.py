@@ -80,7 +80,7 @@ def weight_distance(e: Evidence) -> float:
 def interpolation_gap(e: Evidence) -> float:
     """Largest loss on the line between model and construction, over the smaller end, less 1."""
     losses = _between(e.construction, e.model, e.reference, e.examples)
-    return float(losses.max() / jnp.minimum(losses[0], losses[-1])) - 1
+    return float(interpolation.interpolation_gap(losses))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -74,7 +74,7 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in reversed(steps):
-            arrays = self._read(step)
+            arrays = self.read(step)
             if arrays is None:
                 continue
             wanted = {name: array for name, array in like.items() if np.size(array)}
@@ -86,7 +86,8 @@ class Checkpoints:
             raise RunError(f"{self.path}: none of the checkpoints {steps} can be read")
         return None
 
-    def _read(self, step: int) -> dict[str, np.ndarray] | None:
+    def read(self, step: int) -> dict[str, np.ndarray] | None:
+        """The arrays of the checkpoint of one step, None where it is missing or damaged."""
         import orbax.checkpoint as ocp
 
         # Checked before orbax opens anything: it leaves tasks behind where a file is broken.

@@ -133,7 +133,10 @@ class RunDirectory:
         """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        try:
+            lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise RunError(f"{self.metrics}: no text: {error.reason}") from error
         records = []
         for number, line in enumerate(lines[:-1], start=1):
             try:

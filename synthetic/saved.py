@@ -116,7 +116,17 @@ def save_model(
         "config": json.dumps(dict(config or {}), sort_keys=True),
     }
     with atomic(path) as partial:
-        partial.write_bytes(save(arrays, metadata=header))
+        partial.write_bytes(_in_order(save(arrays, metadata=header)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with sorted metadata, which safetensors writes in another order each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -23,7 +23,7 @@ from synthetic.minimize import Minimum, minimize
 from synthetic.recipe import Recipe
 from synthetic.recorder import Recorder
 from synthetic.runs import RunDirectory, finite
-from synthetic.step import Loop, TrainingState, make_loop
+from synthetic.step import RESERVED, Loop, TrainingState, make_loop
 from synthetic.task import Task
 
 __all__ = ["Fit", "Minimum", "NonFiniteLossError", "Recipe", "fit", "minimize", "print_progress"]
@@ -191,17 +191,25 @@ def fit(
 
 
 def print_progress(record: Mapping[str, Any]) -> None:
-    """Prints a record of `fit` as one line on stderr: loss, excess over the optimum, speed."""
+    """Prints a record of `fit` as one line on stderr: loss, distance to the optimum, speed.
+
+    The excess is that of the chunk's batches, which scatter around the optimum; metrics, where
+    there are some, say more and are shown in its place. Several seeds are shown as a range.
+    """
     from rich.console import Console
 
-    def shown(name: str, form: str) -> str:
+    def shown(name: str) -> str:
         value = record[name]
         values = value if isinstance(value, list) else [value]
-        return " ".join("n/a" if x is None else format(x, form) for x in values)
+        if None in values:
+            return "n/a"
+        ends = dict.fromkeys(format(end, ".4g") for end in (min(values), max(values)))
+        return " to ".join(ends)
 
-    parts = [f"step {record['step']}/{record['steps']}", f"loss {shown('loss', '.6g')}"]
-    if "excess" in record:
-        parts.append(f"excess over the optimum {shown('excess', '.3%')}")
+    metrics = [name for name in record if name not in RESERVED]
+    names = ["loss", *(metrics or [name for name in ("excess",) if name in record])]
+    parts = [f"step {record['step']}/{record['steps']}"]
+    parts += [f"{name.replace('_', ' ')} {shown(name)}" for name in names]
     parts.append(f"{record['steps_per_second']:.0f} steps/s")
     Console(stderr=True, highlight=False, soft_wrap=True).print("  ".join(parts))
 

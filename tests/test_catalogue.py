@@ -12,7 +12,6 @@ from constructions.family import verify
 from constructions.transformer import Transformer
 from probes.ledger import STATISTICS
 from synthetic.task import Task
-from synthetic.train import fit
 
 
 @pytest.fixture(params=sorted(CATALOGUE))
@@ -69,15 +68,7 @@ def test_counterpart_is_of_the_same_class_and_learns(construction):
     model = counterpart.init(jax.random.key(0))
     assert type(model) is Transformer
     assert model.config.width == construction.compile().model.config.width
-    result = fit(
-        counterpart.init,
-        counterpart.task,
-        counterpart.recipe,
-        predict=construction.apply,
-        steps=60,
-        batch=64,
-        chunk=30,
-    )
+    result = construction.fit(steps=240, batch=64, chunk=120)
     losses = [record["loss"] for record in result.history]
     assert losses[-1] < losses[0]
 

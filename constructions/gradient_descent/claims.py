@@ -131,6 +131,7 @@ ONE_STEP_CLAIMS = (
         f"{_PAPER}, fig. 2 (interpolated)",
         catches=_STEPS,
         gauge="invariant: canonical tensors are interpolated, not weights",
+        note="The loss of one layer is convex along this line, so that only its ends can fail it.",
     ),
     Claim(
         "roll-out",

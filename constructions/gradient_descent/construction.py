@@ -208,7 +208,7 @@ class GradientDescent(Construction):
         largest = float(self.eta * jnp.linalg.eigvalsh(gram).max())
         return {
             "task": repr(self.task),
-            f"step size times largest curvature of {len(x)} contexts (stable below 2)": largest,
+            f"step size times largest curvature of {len(x)} contexts (converges below 2)": largest,
         }
 
     def counterpart(self) -> Counterpart:

@@ -6,7 +6,7 @@ import pytest
 
 from constructions.canonical import canonical_distance
 from constructions.gradient_descent import GradientDescent
-from synthetic.train import fit, minimize
+from synthetic.train import minimize
 
 
 @pytest.mark.parametrize("sizes", [{"dim_x": 3, "num_examples": 5}, {"dim_x": 2, "dim_y": 2}])
@@ -28,15 +28,7 @@ def test_without_noise_training_finds_the_construction(x64, sizes):
 def test_stochastic_training_reaches_the_optimum():
     """Within 0.1 % of the closed-form optimum and 3 % of the weights, at N = d = 10."""
     construction = GradientDescent()
-    counterpart = construction.counterpart()
-    result = fit(
-        counterpart.init,
-        counterpart.task,
-        counterpart.recipe,
-        predict=construction.apply,
-        metrics=counterpart.metrics,
-        seeds=[0, 1],
-    )
+    result = construction.fit(seeds=[0, 1])
     assert max(result.history[-1]["exact_excess"]) < 1e-3
     assert max(result.history[-1]["canonical_distance"]) < 0.03
     first = result.history[0]

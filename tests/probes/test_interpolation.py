@@ -68,8 +68,8 @@ def test_symmetries_do_not_bend_the_line():
 
 
 def test_gap():
-    assert float(interpolation_gap(jnp.asarray([1.0, 3.0, 2.0]))) == pytest.approx(0.5)
-    assert float(interpolation_gap(jnp.asarray([1.0, 0.5, 2.0]))) == 0
+    assert float(interpolation_gap(jnp.asarray([1.0, 3.0, 2.0]))) == pytest.approx(2.0)
+    assert float(interpolation_gap(jnp.asarray([1.0, 0.5, 1.0]))) == 0
     construction, model, reference = pair(1)
     losses = interpolate(construction, model, reference, batch(), jnp.linspace(-1, 2, 4))
     ends = [construction.apply(m, *batch().inputs) for m in (model, reference)]

@@ -314,3 +314,12 @@ def test_first_difference() -> None:
     assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ("a.c", 2, 3)
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}, ignore=["a.b"]) is None
     assert first_difference({"a": 1, "extra": 2}, {"a": 1}) == ("extra", 2, None)
+
+
+def test_a_model_is_saved_as_the_same_bytes_every_time(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.safetensors" for number in range(12)]
+    for file in files:
+        save_model(file, ARRAYS, {"depth": 2, "kind": "fit"})
+    assert len({file.read_bytes() for file in files}) == 1
+    arrays, config = load_state(files[0])
+    assert config == {"depth": 2, "kind": "fit"} and set(arrays) == set(ARRAYS)

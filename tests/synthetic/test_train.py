@@ -226,7 +226,12 @@ def test_metrics_excess_and_progress(capsys: pytest.CaptureFixture[str]) -> None
     np.testing.assert_allclose(2 * doubled.kernel[:, 0], TASK.coefficients, atol=1e-3)
     print_progress(seen[-1])
     line = capsys.readouterr().err
-    assert "step 60/60" in line and f"{last['excess']:.3%}" in line and "steps/s" in line
+    assert "step 60/60" in line and f"bias {last['bias']:.4g}" in line and "steps/s" in line
+    assert "undefined n/a" in line and "excess" not in line
+    print_progress({n: v for n, v in seen[-1].items() if n not in ("bias", "undefined")})
+    assert f"excess {last['excess']:.4g}" in capsys.readouterr().err
+    print_progress({"step": 1, "steps": 2, "steps_per_second": 3.0, "loss": [0.5, 0.25, 1.0]})
+    assert "loss 0.25 to 1" in capsys.readouterr().err
 
 
 def test_own_optax_transformation() -> None:
