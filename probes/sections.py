@@ -161,6 +161,6 @@ def patches(
 
 def probes(construction: Construction, models: Mapping[str, Subject], seed: int) -> ProbeTable:
     """The probe table of the values that the construction keeps in its stream."""
-    inputs = jax.eval_shape(lambda: construction.sample(jax.random.key(0), 2))
+    inputs = construction.sample(jax.random.key(0), 2)
     names = tuple(construction.places(construction.program.depth, *inputs))
     return probe_table(construction, models, jax.random.key(seed), names=names)

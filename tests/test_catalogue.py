@@ -55,7 +55,7 @@ def test_slot_by_slot_equals_dense(construction, x64):
     stream, groups, _ = construction.embed(model, *inputs)
     kinds = np.asarray(groups)
     values = jax.jit(lambda s: evaluate(construction.program, s, kinds))(stream)
-    out = jax.jit(lambda m, s: m(s, kinds))(model, stream)
+    out = jax.jit(lambda m, s, g: m(s, g))(model, stream, groups)
     for slot in construction.program.slots:
         if slot.name in values:
             np.testing.assert_allclose(values[slot.name], out[..., slot.columns], atol=1e-12)

@@ -101,7 +101,7 @@ def test_softmax_heads_blend_too():
 
 def test_models_that_cannot_be_blended():
     construction, model, _ = pair(2)
-    looped = GradientDescent(**SIZES, steps=2, recurrent=True).compile().model
+    looped = GradientDescent(**SIZES, steps=2, step_size=0.5, recurrent=True).compile().model
     with pytest.raises(ValueError, match="segments .layers, repeats, tied. of the model"):
         blend(model, looped, 0.5)
     layer = LayerConfig(mlp=MlpConfig(3))
@@ -109,7 +109,7 @@ def test_models_that_cannot_be_blended():
     arrays = jax.tree.map(jnp.zeros, shape.shapes(), is_leaf=lambda s: isinstance(s, tuple))
     with pytest.raises(TypeError, match="an mlp or a norm"):
         blend(model, Transformer(shape, arrays), 0.5)
-    wide = GradientDescent(**(SIZES | {"dim_x": 4, "init_weight": None}), steps=2)
+    wide = GradientDescent(**(SIZES | {"dim_x": 4, "init_weight": None}), steps=2, step_size=0.5)
     with pytest.raises(ValueError, match="width of the model is 5, of the reference 6"):
         blend(model, wide.compile().model, 0.5)
 
