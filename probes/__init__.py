@@ -1,1 +1,13 @@
-"""How far a trained model is its construction: interventions, probes, claims and the report."""
+"""How alike are a construction and a trained model? Every tool says when it misleads.
+
+sites                          read and edit named values of a model
+linear, table                  what can be read off the stream, with controls
+interchange, attribution       what a model uses: exchanged values, their first-order estimate
+patching                       the machinery that those two share
+similarity                     predictions, sensitivities, activations
+interpolation                  lines between models, damped roll-outs
+ledger                         claims, their controls, their verdicts
+comparison, sections, losses   everything a report shows, as data
+report, figures, style         the report
+cli, judging, tools            the command; options and tables are its inputs and outputs
+"""
