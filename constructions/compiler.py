@@ -45,6 +45,7 @@ def compile_program(
         config: compile into this shape instead of the smallest one.
 
     Raises:
+        ValueError: dtype is not a float, or is float64 where x64 is off.
         ProgramError: a slot is read before it is written, written twice without `accumulates` or
             an erase, read or written where it does not live, or a head does not fit `config`.
     """
@@ -53,6 +54,10 @@ def compile_program(
     dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is {dtype}, must be a floating point type")
+    if dtype == jnp.float64 and jnp.result_type(float) != jnp.float64:
+        raise ValueError(
+            "dtype is float64, which JAX has only where x64 is on: jax.enable_x64(True)"
+        )
     return Transformer(shape, _cast(fill(program, shape), dtype))
 
 

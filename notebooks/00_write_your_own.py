@@ -111,7 +111,7 @@ assert certificate.passed
 
 # %%
 result = construction.fit(
-    steps=500 if QUICK else 3000,
+    steps=1500 if QUICK else 3000,
     batch=64,
     learning_rate=5e-3,
     schedule="cosine",

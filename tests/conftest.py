@@ -7,9 +7,6 @@ from pathlib import Path
 # Before jax or matplotlib is imported; the commands that tests start inherit both.
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers share a GPU
-# The tests compile thousands of small functions and run each of them once or twice: LLVM's
-# optimisations would be half of the suite's time. XLA_FLAGS="" brings them back.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
 import jax

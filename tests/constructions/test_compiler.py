@@ -225,6 +225,8 @@ def test_heads_that_cannot_be_written_down():
         Program(s, [])
     with pytest.raises(ValueError, match="dtype is int32"):
         compile_program(Program(Slots(), [Layer()]), "int32")
+    with pytest.raises(ValueError, match="float64, which JAX has only where x64 is on"):
+        compile_program(Program(Slots(), [Layer()]), "float64")
 
 
 def example(loops=1):

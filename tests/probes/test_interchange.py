@@ -120,10 +120,11 @@ def test_a_dead_head_has_no_effect():
     output = model.segments[0].layers[0].heads[0].output
     output[...] = output[...].at[:, 1].set(0)
     found = sweep(c, model, base, source, site="head_output", over="head")
-    np.testing.assert_array_equal(found.effect[:, 1], 0)
+    # up to rounding: a patched run sums its heads in another order than a plain one
+    np.testing.assert_allclose(found.effect[:, 1], 0, atol=1e-14)
     assert np.all(np.abs(found.effect[:, 0]) > 1e-3)
     paths = path_patch(c, model, base, source)
-    np.testing.assert_array_equal(paths[:, 1], 0)
+    np.testing.assert_allclose(paths[:, 1], 0, atol=1e-14)
 
 
 def test_exchanging_a_variable_of_the_algorithm():
@@ -137,7 +138,8 @@ def test_exchanging_a_variable_of_the_algorithm():
     np.testing.assert_allclose(effects[0], 1, atol=1e-12)
     for layer in effects:
         np.testing.assert_allclose(effects[layer] + estimate[layer], 1, atol=1e-12)
-    np.testing.assert_allclose(list(exchange(c, model, base, source, "inputs").values()), 0)
+    inputs = exchange(c, model, base, source, "inputs")
+    np.testing.assert_allclose(list(inputs.values()), 0, atol=1e-14)
     with pytest.raises(ValueError, match="'weight' has no place"):
         exchange(c, model, base, source, "weight")
 

@@ -71,8 +71,8 @@ def test_interval_is_students():
 
 
 def small():
-    """One step at its best step size, at the sizes for which the paper gives a loss."""
-    return CATALOGUE["gradient-descent"](dim_x=10, num_examples=10, steps=1)
+    """One step at its best step size, small enough for a test."""
+    return CATALOGUE["gradient-descent"](dim_x=4, num_examples=6, steps=1)
 
 
 @pytest.fixture(scope="module")
