@@ -221,35 +221,38 @@ def _scale(curve: ScaleCurve) -> Picture:
 def _roll_out(data: RollOut) -> Picture:
     built, trained = np.asarray(data.construction), np.asarray(data.trained)
     steps = np.arange(built.shape[-1])
+    top = 20 * max(built[0, 0], built[0].min())
+    # what has left the frame once stays out: beyond it, losses of diverging iterations are noise
+    gone = np.maximum.accumulate(~(trained < top), axis=-1)
+    shown = np.where(np.roll(gone, 1, axis=-1) & gone, np.nan, trained)
     figure, (axis,) = figure_of(6.8, 3.2)
     for damping, own, theirs, color in zip(
-        data.dampings, built, trained, (TRAINED, GREEN), strict=False
+        data.dampings, built, shown, (TRAINED, GREEN), strict=False
     ):
         band(axis, steps, theirs, color, f"trained, damping {number(damping)}")
         axis.plot(
             steps, own, color=color, ls="--", label=f"construction, damping {number(damping)}"
         )
     axis.set(xlabel="times the layer is applied", ylabel="loss", yscale="log")
-    # what diverges leaves the frame
-    axis.set_ylim(0.5 * np.nanmin(built), 20 * max(built[0, 0], built[0].min()))
+    axis.set_ylim(0.5 * np.nanmin(built), top)
     axis.legend(fontsize=8)
-    caption = "The same layer applied again and again."
+    caption = (
+        "The same layer applied again and again. Weights without effect on a single application, "
+        "which training leaves as they were initialised, are set to zero first."
+    )
     for damping, own, theirs in zip(data.dampings, built, trained, strict=True):
-        gone = int((~(theirs.max(1) < 100 * own[0])).sum())
+        lost = int((~(theirs.max(1) < 100 * own[0])).sum())
         close = np.abs(theirs / own - 1)[:, : np.argmin(own) + 1]
         caption += (
             f" With damping {number(damping)} the construction's loss goes from {four(own[0])} to "
             f"{four(own.min())} at {int(np.argmin(own))} applications"
         )
-        if gone:
-            caption += f", and {gone} of {len(theirs)} trained models diverge."
-        else:
-            caption += f", the trained models' follows it within {percent(float(close.max()))}."
-    if not np.isfinite(trained).all() or (trained > 100 * built[:, None, :1]).any():
+        if not own.max() < 100 * own[0]:
+            caption += " and diverges"
         caption += (
-            " Training asks nothing of what a layer does to tokens that nobody reads afterwards, "
-            "so that a layer can be right once and diverge when it is repeated."
+            f"; the trained models' follow it within {percent(float(close.max()))} up to there"
         )
+        caption += f", and {lost} of {len(theirs)} diverge." if lost else "."
     alt = "Loss against the number of applications, construction and trained, two dampings."
     title = "Does the layer go on as the algorithm would?"
     return Picture("roll-out", title, caption, alt, png(figure))
