@@ -88,12 +88,14 @@ def _rolled(construction: Construction, model: Transformer, examples: Batch) -> 
     predictions = interpolation.roll_out(
         construction, model, *examples.inputs, depth=20, damping=0.75
     )
-    return jax.vmap(lambda p: construction.task.loss(p, examples).mean())(predictions)
+    # the median: in the mean, the few contexts that are nearly unstable drown all others
+    return jax.vmap(lambda p: jnp.median(construction.task.loss(p, examples)))(predictions)
 
 
 def roll_out_gap(e: Evidence) -> float:
     """Largest |log(loss / loss of the construction)| over 20 applications, damped by 0.75.
 
+    Losses are medians over the examples.
     Inert weights are removed first: see `constructions.canonical.without_inert`.
     """
     examples = jax.tree.map(lambda a: a[:4096], e.examples)
