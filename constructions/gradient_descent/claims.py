@@ -139,7 +139,7 @@ ONE_STEP_CLAIMS = (
         "roll-out",
         "Applied again and again, damped by 0.75, it descends as gradient descent does.",
         "roll_out_gap",
-        0.03,
+        0.05,
         "<=",
         f"{_PAPER}, figs. 1 and 10",
         catches=_STEPS,
