@@ -118,7 +118,7 @@ def evaluate(
         raise ValueError(
             f"values has shape {np.shape(values)}, must be [batch, token, {program.slots.width}]"
         )
-    first = jnp.asarray(next(iter(dict(values).values())) if stream is None else stream)
+    first = jnp.asarray(next(iter(values.values())) if isinstance(values, Mapping) else values)
     groups = np.zeros(first.shape[1], int) if groups is None else groups
     machine = _Machine(program, groups)
     cuts = sorted({0, *(c for s in program.slots for c in (s.start, s.start + s.size))})
