@@ -397,7 +397,10 @@ def test_gradients_reach_every_parameter_and_no_wiring(x64):
             heads["key_groups"] = jnp.ones_like(heads["key_groups"])
     model = Transformer(config, arrays)
     stream, groups = stream_of(config)
-    gradient = nnx.jit(nnx.grad(lambda m, s: jnp.sin(m(s, groups)).sum()))(model, stream)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    gradient = jax.jit(
+        jax.grad(lambda p: jnp.sin(nnx.merge(graph, p, rest)(stream, groups)).sum())
+    )(params)
     flat = dict(nnx.to_flat_state(gradient))
     assert {p for p, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))} == set(flat)
     # a softmax does not see what is added to all keys alike, nor centred attention what is added
