@@ -40,7 +40,7 @@ class HeadProducts(NamedTuple):
     Attributes:
         output_value: A = P W_V.
         key_query: B = scale W_K^T W_Q.
-        wiring: window (2 entries), then query groups, then key groups.
+        wiring: window (2 entries), then query groups, key groups, sink groups.
     """
 
     output_value: Float[Array, "layer head out width"]
@@ -73,10 +73,10 @@ def _layer_products(groups: Any, stacked: int, config: Config) -> HeadProducts:
     for w in groups:
         a = jnp.einsum("rnov,rnva->rnoa", w["output"], w["value"], precision="highest")
         b = jnp.einsum("rnkb,rnkc->rnbc", w["key"], w["query"], precision="highest")
-        wiring = [w["window"], w["query_groups"], w["key_groups"]]
+        wiring = [w["window"], w["query_groups"], w["key_groups"], w["sink_groups"]]
         wiring = jnp.concatenate([part.astype(jnp.int32) for part in wiring], axis=-1)
         found.append(HeadProducts(a, b * w["scale"][..., None, None], wiring))
-    square, entries = (config.width, config.width), 2 + 2 * len(config.token_groups)
+    square, entries = (config.width, config.width), 2 + 3 * len(config.token_groups)
     spare = config.max_heads - sum(len(p.output_value[0]) for p in found)
     if spare or not found:
         nothing = jnp.zeros((stacked, spare, *square))
@@ -175,8 +175,10 @@ def from_canonical(tensors: Sequence[Array], like: Transformer, gauge: Gauge) ->
         }
         every = jnp.broadcast_to(wiring[start:stop, None], (repeats, heads, wiring.shape[-1]))
         kinds = len(config.token_groups)
-        own |= {"window": every[..., :2], "query_groups": every[..., 2 : 2 + kinds].astype(bool)}
-        own |= {"key_groups": every[..., 2 + kinds :].astype(bool)}
+        parts = jnp.split(every, [2, 2 + kinds, 2 + 2 * kinds], axis=-1)
+        own["window"] = parts[0]
+        for name, part in zip(("query", "key", "sink"), parts[1:], strict=True):
+            own[f"{name}_groups"] = part.astype(bool)
         layer = LayerConfig((HeadsConfig("linear", heads, width, 1),))
         arrays[len(segments)] = {"layers": {0: {"heads": {0: own}}}}
         segments.append(SegmentConfig((layer,), repeats))

@@ -1,4 +1,8 @@
-"""Claims as plain data, and the evidence that decides them; `probes.ledger` does the deciding."""
+"""Claims as plain data, and the evidence that decides them; `probes.ledger` does the deciding.
+
+A `Claim` is about trained models of one construction. A `Measurement` is a published number that
+theory or a fit of its own reproduces, beside ours.
+"""
 
 from __future__ import annotations
 
@@ -99,3 +103,47 @@ class Evidence:
     def loss(self, prediction: Array) -> float:
         """Mean loss of predictions on the examples."""
         return float(self.construction.task.loss(prediction, self.examples).mean())
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A published number beside ours, on a task of its own.
+
+    Attributes:
+        name: short and unique within a family.
+        statement: what the number is, one sentence.
+        source: paper, figure or table.
+        published: the paper's value, None where it gives none.
+        measured: ours.
+        error: one standard error of `measured`, 0 where it is exact.
+        tolerance: relative; how far from the published value still counts as reproduced.
+        better: "<=" where a lower value than the published one is as good (a loss), else "".
+        note: where paper and code differ, which was used; what a reader should know.
+    """
+
+    name: str
+    statement: str
+    source: str
+    published: float | None
+    measured: float
+    error: float = 0.0
+    tolerance: float = 0.03
+    better: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.better not in ("", "<="):
+            raise ValueError(f"better is {self.better!r}, must be '' or '<='")
+
+    @property
+    def verdict(self) -> str:
+        """ "reproduced", "better", "differs", or "measured" where nothing was published.
+
+        Two standard errors are granted on top of the tolerance.
+        """
+        if self.published is None:
+            return "measured"
+        slack = self.tolerance * abs(self.published) + 2 * self.error
+        if abs(self.measured - self.published) <= slack:
+            return "reproduced"
+        return "better" if self.better and self.measured < self.published else "differs"

@@ -204,6 +204,7 @@ def _fill_head(head: Head, arrays: Any, at: tuple[int, int], config: Config) -> 
     arrays["window"][at] = (-FAR if low is None else low, FAR if high is None else high)
     for name, groups in (("query_groups", head.queries), ("key_groups", head.keys)):
         arrays[name][at] = [groups is None or g in groups for g in config.token_groups]
+    arrays["sink_groups"][at] = [g in head.sinks for g in config.token_groups]
 
 
 def _fill_affine(
@@ -229,7 +230,7 @@ def _map(function: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:
 
 
 def _zeros(shapes: Any) -> Any:
-    kinds = {"window": np.int32, "query_groups": bool, "key_groups": bool}
+    kinds = {"window": np.int32, "query_groups": bool, "key_groups": bool, "sink_groups": bool}
     return _map(lambda name, shape: np.zeros(shape, kinds.get(name, np.float64)), shapes)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 Shapes = dict[str, Any]
 
 #: Arrays that say how a head is wired; part of the model, but no training touches them.
-WIRING = ("scale", "window", "query_groups", "key_groups")
+WIRING = ("scale", "window", "query_groups", "key_groups", "sink_groups")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class HeadsConfig:
             "window": (h, 2),
             "query_groups": (h, token_groups),
             "key_groups": (h, token_groups),
+            "sink_groups": (h, token_groups),
         }
         if self.bias:
             shapes |= {"query_bias": (h, k), "key_bias": (h, k), "value_bias": (h, v)}

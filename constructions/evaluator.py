@@ -210,12 +210,14 @@ class _Machine:
         """`after` plus the outputs of heads with equal wiring, which read `blocks`."""
         head, tokens = heads[0], np.arange(self.groups.shape[-1])
         low, high = head.window
-        single = low is not None and low == high
+        single = low is not None and low == high and not head.sinks
         queries, keys = tokens, tokens
         known = isinstance(self.groups, np.ndarray) and self.groups.ndim == 1
         if known:
             queries = tokens[self.member(head.queries, slice(None))]
-            keys = tokens[self.member(head.keys, slice(None))]
+            keys = tokens[
+                self.member(head.keys, slice(None)) | self.member(head.sinks, slice(None))
+            ]
         if single and low is not None:
             queries = queries[np.isin(queries + low, keys)]
             keys = queries + low
@@ -237,7 +239,8 @@ class _Machine:
             near = (offset >= (low if low is not None else -len(tokens))) & (
                 offset <= (high if high is not None else len(tokens))
             )
-            mask = jnp.asarray(near & acts[..., :, None] & seen[..., None, :])
+            sinks = self.member(head.sinks, ks)[..., None, :]
+            mask = jnp.asarray(acts[..., :, None] & (near & seen[..., None, :] | sinks))
             mask = mask[..., None, :, :] if mask.ndim == 3 else mask
             s = _times("bqnk,btnk->bnqt", q, k) * scale[:, None, None]
             mask = jnp.broadcast_to(mask, (len(s), len(heads), *s.shape[2:]))
@@ -263,7 +266,7 @@ def _all(s: Array, heads: int) -> Array:
 def _wiring(head: Head) -> Any:
     """What heads that run as one batch have in common."""
     sizes = (head.key.size, head.value.size, tuple(head.write), head.erases)
-    return head.mixer, head.queries, head.keys, head.window, sizes
+    return head.mixer, head.queries, head.keys, head.window, head.sinks, sizes
 
 
 def _affine(parts: Sequence[Affine], blocks: Blocks, at: Any = slice(None)) -> Array:

@@ -146,14 +146,14 @@ def _absorbs(heads: HeadsConfig, queries: Array, x: Array) -> bool:
 
 
 def _mask(w: Mapping[str, Array], groups: Array, chosen: slice) -> Array:
-    """Which keys a query sees, `[(batch,) head, query, key]`."""
+    """Which keys a query sees, `[(batch,) head, query, key]`; sinks at any offset."""
     tokens = jnp.arange(groups.shape[-1])
     offset = tokens[None, :] - tokens[chosen, None]
     low, high = w["window"][:, 0, None, None], w["window"][:, 1, None, None]
     near = (low <= offset) & (offset <= high)
     acts = jnp.moveaxis(w["query_groups"][:, groups[..., chosen]], 0, -2)
-    seen = jnp.moveaxis(w["key_groups"][:, groups], 0, -2)
-    return near & acts[..., :, None] & seen[..., None, :]
+    seen, sinks = (jnp.moveaxis(w[g][:, groups], 0, -2) for g in ("key_groups", "sink_groups"))
+    return acts[..., :, None] & (near & seen[..., None, :] | sinks[..., None, :])
 
 
 def _mlp(mlp: MlpConfig, config: Config, w: Mapping[str, Array], x: Array, tap: Tap) -> Array:

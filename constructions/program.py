@@ -70,6 +70,7 @@ class Head:
         queries, keys: token groups at which the head acts and which it attends to; None: all.
         window: bounds on the offset j - i, inclusive; None is unbounded. `CAUSAL` is (None, 0),
             a head that looks at the next token has (1, 1).
+        sinks: token groups that are attended to at any offset, in `keys` or not.
         scale: factor on the scores.
         erases: a slot that this head clears (see `erase`).
         name: for messages and figures.
@@ -83,6 +84,7 @@ class Head:
     queries: str | Sequence[str] | None = None
     keys: str | Sequence[str] | None = None
     window: Window = EVERYWHERE
+    sinks: Sequence[str] = ()
     scale: float = 1.0
     erases: Slot | None = None
     name: str = "head"
@@ -95,16 +97,18 @@ class Head:
         object.__setattr__(self, "write", _matrices(self.write, self.value.size, self.name))
         object.__setattr__(self, "queries", token_names(self.queries))
         object.__setattr__(self, "keys", token_names(self.keys))
+        object.__setattr__(self, "sinks", token_names(self.sinks) if self.sinks else ())
         low, high = self.window
         if low is not None and high is not None and low > high:
             raise ValueError(f"{self.name}: window {self.window} is empty")
 
     def reads(self) -> Iterator[tuple[str, Slot, tuple[str, ...] | None]]:
         """Every (part, slot, token groups at which it is read)."""
+        keys = None if self.keys is None else (*self.keys, *self.sinks)
         for part, expr, groups in (
             ("query", self.query, self.queries),
-            ("key", self.key, self.keys),
-            ("value", self.value, self.keys),
+            ("key", self.key, keys),
+            ("value", self.value, keys),
         ):
             for slot in expr.terms:
                 yield part, slot, token_names(groups)

@@ -114,7 +114,10 @@ def _layer(layer, weights, stream, groups, token_groups):
 
                 def sees(i, j, w=w, n=n, kinds=kinds):
                     near = w["window"][n][0] <= j - i <= w["window"][n][1]
-                    return near and w["query_groups"][n][kinds[i]] and w["key_groups"][n][kinds[j]]
+                    seen = near and w["key_groups"][n][kinds[j]]
+                    return w["query_groups"][n][kinds[i]] and (
+                        seen or w["sink_groups"][n][kinds[j]]
+                    )
 
                 mixed, a = attend(
                     group.mixer, rows("query"), rows("key"), rows("value"), w["scale"][n], sees
@@ -183,12 +186,10 @@ def interpret(program, values, groups):
 
                 def sees(i, j, head=head, kinds=names[b]):
                     low, high = head.window
-                    return (
-                        (low is None or low <= j - i)
-                        and (high is None or j - i <= high)
-                        and (head.queries is None or kinds[i] in head.queries)
-                        and (head.keys is None or kinds[j] in head.keys)
-                    )
+                    near = (low is None or low <= j - i) and (high is None or j - i <= high)
+                    seen = head.keys is None or kinds[j] in head.keys
+                    acts = head.queries is None or kinds[i] in head.queries
+                    return acts and (near and seen or kinds[j] in head.sinks)
 
                 q, k, v = (
                     np.stack([evaluate(expr, state, b, i) for i in range(tokens)])

@@ -12,48 +12,54 @@ The construction (von Oswald et al. 2022, arXiv 2212.07677, Prop. 1): token i ca
 turns every y_j into y_j - (W_1 - W_0) x_j. Since W_0 x_i - (y_i - dW x_i) = (W_0 + dW) x_i - y_i,
 the same weights, with the same W_0, make the next step: K layers are K steps, and after k of them
 a context token holds y_i - (W_k - W_0) x_i and a query token -W_k x.
+
+GD++ (appendix A.10, eq. 23) lets the same head write x as well,
+
+    value (x, W_0 x - y),  written to x with -gamma and to y with eta / N:
+
+every layer then also applies x_j <- (I - gamma S) x_j, S = sum_i x_i x_i^T, not divided by N. With
+M_k the product of these factors, from W_0 = 0 it is gradient descent preconditioned by M_k^T M_k:
+
+    W_{k+1} = W_k - (eta / N) sum_i (W_k x_i - y_i) x_i^T M_k^T M_k,
+    M_{k+1} = (I - gamma M_k S M_k^T) M_k.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike
 
 from constructions.canonical import canonical_distance, layer_tensors
 from constructions.compiler import compile_program, config_of
-from constructions.family import (
-    Claim,
-    Construction,
-    Counterpart,
-    Embedded,
-    Gauge,
-    NearMiss,
-    Place,
-)
+from constructions.family import Claim, Counterpart, Embedded, Gauge, NearMiss, Place
 from constructions.gradient_descent.claims import ONE_STEP_CLAIMS, PUBLISHED_LOSS
 from constructions.program import Head, Layer, Program
-from constructions.slots import Slots
+from constructions.regression import (
+    Inputs,
+    Outputs,
+    Queries,
+    Regression,
+    at_least_one,
+    finite_number,
+)
+from constructions.slots import Slots, concatenate
 from constructions.transformer import Transformer, randomise
 from synthetic.recipe import Recipe
 from synthetic.regression import RegressionTask
 from synthetic.theory import one_layer_excess, optimal_one_layer, optimal_step_size
 
-Inputs = Float[Array, "batch context dim_x"]
-Outputs = Float[Array, "batch context dim_y"]
-Queries = Float[Array, "batch query dim_x"]
-
 
 @dataclass(frozen=True)
-class GradientDescent(Construction):
-    """`steps` steps of gradient descent on 1/(2N) sum_i |W x_i - y_i|^2.
+class GradientDescent(Regression):
+    """`steps` steps of gradient descent, or GD++, on 1/(2N) sum_i |W x_i - y_i|^2.
 
     Attributes:
         dim_x, dim_y: dimensions of inputs and outputs.
@@ -61,7 +67,9 @@ class GradientDescent(Construction):
             other lengths are allowed: eta / N stays what it is.
         steps: K, at least 1.
         step_size: eta. The iteration converges if eta < 2 / lambda_max(X^T X / N). None: the best
-            one for a single step on the task; more steps need it given.
+            one for a single step on the task; more steps need it given. K numbers: one a step.
+        curvature: gamma of GD++, 0 for gradient descent; K numbers: one a step. The factors
+            I - gamma S keep the order of the eigenvalues of S if they are below 1 / (3 gamma).
         init_weight: W_0, `[dim_y, dim_x]`; None is zero.
         recurrent: one layer applied K times instead of K equal layers.
     """
@@ -70,27 +78,36 @@ class GradientDescent(Construction):
     dim_y: int = 1
     num_examples: int = 10
     steps: int = 1
-    step_size: float | None = None
+    step_size: float | Sequence[float] | np.ndarray | None = None
+    curvature: float | Sequence[float] | np.ndarray = 0.0
     init_weight: Any = None
     recurrent: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dim_x", "dim_y", "num_examples", "steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, must be an integer of at least 1")
+        at_least_one(self, "dim_x", "dim_y", "num_examples", "steps")
         if self.step_size is None and self.steps == 1:
             object.__setattr__(self, "step_size", optimal_step_size(self.task))
-        size = self.step_size
-        if size is None:
+        if self.step_size is None:
             raise ValueError(f"step_size is None, must be given for steps={self.steps}")
-        number = isinstance(size, int | float | np.number) and not isinstance(size, bool)
-        if not number or not np.isfinite(size):
-            raise ValueError(f"step_size is {size!r}, must be a finite number")
+        for name in ("step_size", "curvature"):
+            object.__setattr__(self, name, self._one_or_each(name, getattr(self, name)))
         if not isinstance(self.recurrent, bool | np.bool_):
             raise ValueError(f"recurrent is {self.recurrent!r}, must be true or false")
         if self.init_weight is not None:
             object.__setattr__(self, "init_weight", self._weight(self.init_weight))
+
+    def _one_or_each(self, name: str, given: Any) -> float | tuple[float, ...]:
+        """A number, or one for each step; K equal numbers are one."""
+        if np.ndim(given) == 0:
+            return finite_number(name, given)
+        each = tuple(finite_number(f"{name}[{k}]", v) for k, v in enumerate(given))
+        if len(each) != self.steps:
+            raise ValueError(f"{name} has {len(each)} numbers, must be one or {self.steps}")
+        if len({*each}) == 1:
+            return each[0]
+        if self.recurrent:
+            raise ValueError(f"{name} is {each}, must be one number with recurrent=True")
+        return each
 
     def _weight(self, given: Any) -> tuple[tuple[float, ...], ...]:
         """W_0 as nested tuples, which keep the settings hashable, comparable and JSON-ready."""
@@ -106,10 +123,14 @@ class GradientDescent(Construction):
         return tuple(map(tuple, weight.tolist()))
 
     @property
-    def eta(self) -> float:
-        """The step size."""
-        assert self.step_size is not None  # __post_init__ has chosen one
-        return float(self.step_size)
+    def step_sizes(self) -> np.ndarray:
+        """eta of every step, `[step]`."""
+        return np.broadcast_to(np.asarray(self.step_size, float), self.steps)
+
+    @property
+    def curvatures(self) -> np.ndarray:
+        """gamma of every step, `[step]`."""
+        return np.broadcast_to(np.asarray(self.curvature, float), self.steps)
 
     @property
     def initial(self) -> np.ndarray:
@@ -125,14 +146,22 @@ class GradientDescent(Construction):
 
     def _program(self, mixer: str, keys: str | None) -> Program:
         slots = Slots()
-        x = slots.add("x", self.dim_x, meaning="x_i")
+        plus = bool(self.curvatures.any())
+        x = slots.add("x", self.dim_x, accumulates=plus, meaning="x_i, or M_k x_i in GD++")
         y = slots.add("y", self.dim_y, accumulates=True, meaning="y_i - (W_k - W_0) x_i")
-        rate = self.eta / self.num_examples
-        head = Head(
-            query=x, key=x, value=self.initial @ x - y, write={y: rate}, keys=keys, mixer=mixer
-        )
-        layers, loops = ([head], self.steps) if self.recurrent else ([head] * self.steps, 1)
-        return Program(slots, [Layer([h]) for h in layers], loops, ("context", "query"))
+        error = self.initial @ x - y
+        to_x, to_y = np.split(np.eye(self.dim_x + self.dim_y), [self.dim_x])
+
+        def layer(eta: float, gamma: float) -> Layer:
+            rate = eta / self.num_examples
+            value, write = error, {y: rate}
+            if plus:
+                value, write = concatenate(x, error), {x: -gamma * to_x, y: rate * to_y}
+            return Layer([Head(query=x, key=x, value=value, write=write, keys=keys, mixer=mixer)])
+
+        layers = [layer(*pair) for pair in zip(self.step_sizes, self.curvatures, strict=True)]
+        layers, loops = (layers[:1], self.steps) if self.recurrent else (layers, 1)
+        return Program(slots, layers, loops, ("context", "query"))
 
     @property
     def task(self) -> RegressionTask:
@@ -140,37 +169,48 @@ class GradientDescent(Construction):
         return RegressionTask(self.dim_x, self.num_examples, self.dim_y)
 
     def trace(self, x: ArrayLike, y: ArrayLike, x_query: ArrayLike) -> dict[str, Array]:
-        """The algorithm; arguments and errors as for `predict`.
+        """The algorithm, in weight space; arguments and errors as for `predict`.
 
         Returns:
             weight: W_k, `[batch, step, dim_y, dim_x]`, k = 0..K.
             residual: y_i - (W_k - W_0) x_i, `[batch, step, context, dim_y]`.
             estimate: W_k x for the queries, `[batch, step, query, dim_y]`.
-            inputs: x_i and x after every step, `[batch, step, token, dim_x]`: they never change.
+            inputs: M_k x_i and M_k x, `[batch, step, token, dim_x]`; without curvature M_k = I.
             prediction: W_K x, `[batch, query, dim_y]`.
         """
-        x, y, x_query = self._floats(0.0, x, y, x_query)
-        rate = self.eta / self.num_examples
-
-        def step(weight: Array, _: None) -> tuple[Array, Array]:
-            error = jnp.einsum("boi,bni->bno", weight, x, precision="highest") - y
-            gradient = jnp.einsum("bno,bni->boi", error, x, precision="highest")
-            return weight - rate * gradient, weight
-
+        x, y, x_query = self.floats(0.0, x, y, x_query)
+        einsum = partial(jnp.einsum, precision="highest")
+        gram = einsum("bni,bnj->bij", x, x)
         initial = jnp.asarray(self.initial, x.dtype)
+        plus = bool(self.curvatures.any())
+
+        def step(carry: tuple[Array, Array], size: Array) -> Any:
+            weight, m = carry
+            rate, gamma = size
+            error = einsum("boi,bni->bno", weight, x) - y
+            if plus:  # W_0 acts on inputs that have changed
+                error += einsum("oi,bij,bnj->bno", initial, m - jnp.eye(self.dim_x), x)
+            gradient = einsum("bno,bni->boi", error, x)
+            if plus:
+                gradient = einsum("boi,bji,bjk->bok", gradient, m, m)
+            after = m - gamma * einsum("bij,bjk,blk,blm->bim", m, gram, m, m) if plus else m
+            return (weight - rate * gradient, after), carry
+
         first = jnp.broadcast_to(initial, (x.shape[0], *initial.shape))
-        last, weights = jax.lax.scan(step, first, length=self.steps)
-        weight = jnp.moveaxis(jnp.concatenate([weights, last[None]]), 0, 1)
-        estimate = jnp.einsum("bkoi,bqi->bkqo", weight, x_query, precision="highest")
-        moved = jnp.einsum("bkoi,bni->bkno", weight - initial, x, precision="highest")
+        unchanged = jnp.broadcast_to(jnp.eye(self.dim_x, dtype=x.dtype), gram.shape)
+        sizes = np.stack([self.step_sizes / self.num_examples, self.curvatures], axis=1)
+        last, before = jax.lax.scan(step, (first, unchanged), jnp.asarray(sizes, x.dtype))
+        weight, m = (
+            jnp.moveaxis(jnp.concatenate([b, a[None]]), 0, 1)
+            for a, b in zip(last, before, strict=True)
+        )
+        estimate = einsum("bkoi,bqi->bkqo", weight, x_query)
         tokens = jnp.concatenate([x, x_query], axis=1)
         return {
             "weight": weight,
-            "residual": y[:, None] - moved,
+            "residual": y[:, None] - einsum("bkoi,bni->bkno", weight - initial, x),
             "estimate": estimate,
-            "inputs": jnp.broadcast_to(
-                tokens[:, None], (len(x), self.steps + 1, *tokens.shape[1:])
-            ),
+            "inputs": einsum("bkij,btj->bkti", m, tokens),
             "prediction": estimate[:, -1],
         }
 
@@ -205,11 +245,17 @@ class GradientDescent(Construction):
         """The task, and how near its contexts come to the largest stable step size."""
         x = inputs[0]
         gram = jnp.einsum("bni,bnj->bij", x, x, precision="highest") / self.num_examples
-        largest = float(self.eta * jnp.linalg.eigvalsh(gram).max())
-        return {
+        largest = float(jnp.linalg.eigvalsh(gram).max())
+        facts: dict[str, float | str] = {
             "task": repr(self.task),
-            f"step size times largest curvature of {len(x)} contexts (converges below 2)": largest,
+            f"step size times largest curvature of {len(x)} contexts (converges below 2)": (
+                float(self.step_sizes.max()) * largest
+            ),
         }
+        if self.curvatures.any():
+            name = f"gamma times largest eigenvalue of {len(x)} contexts (keeps order below 1/3)"
+            facts[name] = float(self.curvatures.max()) * largest * self.num_examples
+        return facts
 
     def counterpart(self) -> Counterpart:
         """Linear attention as wide as its tokens, trained with Adam.
@@ -260,6 +306,14 @@ class GradientDescent(Construction):
         (tensor,) = layer_tensors(model, self.gauge())
         return one_layer_excess(tensor, self.task)
 
+    def _one_more(self) -> GradientDescent:
+        """The same with the last step once more."""
+        sizes = {
+            name: tuple(np.append(values, values[-1]).tolist())
+            for name, values in (("step_size", self.step_sizes), ("curvature", self.curvatures))
+        }
+        return replace(self, steps=self.steps + 1, **sizes)
+
     def near_misses(self) -> dict[str, NearMiss]:
         """Wrong step sizes, a step too many, centred attention, the query among the keys."""
 
@@ -269,10 +323,15 @@ class GradientDescent(Construction):
 
         elsewhere = replace(self, init_weight=np.full((self.dim_y, self.dim_x), 0.5))
         others = {
-            "step size + 10 %": replace(self, step_size=1.1 * self.eta),
-            "step size - 10 %": replace(self, step_size=0.9 * self.eta),
-            "one step too many": replace(self, steps=self.steps + 1),
+            "step size + 10 %": replace(self, step_size=1.1 * self.step_sizes),
+            "step size - 10 %": replace(self, step_size=0.9 * self.step_sizes),
+            "one step too many": self._one_more(),
         }
+        if self.curvatures.any() and self.steps > 1:
+            others |= {
+                "curvature + 20 %": replace(self, curvature=1.2 * self.curvatures),
+                "no curvature": replace(self, curvature=0.0),
+            }
         # the model is the other construction's, the claims are measured as this one's
         return {name: NearMiss(of(other).model, self) for name, other in others.items()} | {
             "centred attention": of(self, mixer="centred"),
@@ -286,48 +345,3 @@ class GradientDescent(Construction):
             return ()
         published = (self.dim_x, self.dim_y, self.num_examples) == (10, 1, 10)
         return (*ONE_STEP_CLAIMS, *([PUBLISHED_LOSS] if published else []))
-
-    def check(self, *inputs: Any) -> None:
-        """Shapes, and finite values where they are concrete."""
-        shapes = {
-            "x": ("batch", "context", self.dim_x),
-            "y": ("batch", "context", self.dim_y),
-            "x_query": ("batch", "query", self.dim_x),
-        }
-        if len(inputs) != 3:
-            raise ValueError(f"expected x, y and x_query, got {len(inputs)} arrays")
-        sizes: dict[str, int] = {}
-        for (name, axes), array in zip(shapes.items(), inputs, strict=True):
-            shape = jnp.shape(array)
-            want = [axis if isinstance(axis, int) else sizes.get(axis) for axis in axes]
-            if len(shape) != 3 or any(w not in (None, s) for w, s in zip(want, shape, strict=True)):
-                raise ValueError(f"{name} has shape {shape}, must be {list(axes)} with {sizes}")
-            sizes |= {a: s for a, s in zip(axes, shape, strict=True) if isinstance(a, str)}
-            if 0 in shape[1:]:
-                raise ValueError(f"{name} has shape {shape}, must hold at least one token")
-            if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array)).all():
-                raise ValueError(f"{name} holds NaN or infinite values, must be finite")
-
-    def predict(
-        self, model: Transformer, x: ArrayLike, y: ArrayLike, x_query: ArrayLike
-    ) -> Float[Array, "batch query dim_y"]:
-        """W_K x_query as the model computes it (sign already turned).
-
-        Args:
-            model: the compiled construction or a model of the same class.
-            x, y, x_query: `[batch, context, dim_x]`, `[batch, context, dim_y]` and
-                `[batch, query, dim_x]`; computed in the widest of their and the model's types.
-
-        Raises:
-            ValueError: for shapes that do not fit or, on concrete arrays, values that are not
-                finite.
-        """
-        weights = jax.tree.leaves(nnx.state(model, nnx.Param))
-        return self.apply(model, *self._floats(weights[0].dtype, x, y, x_query))
-
-    def _floats(self, like: Any, *inputs: ArrayLike) -> list[Array]:
-        """Checked inputs in one floating point type, `like`'s or a wider one that they have."""
-        arrays = [jnp.asarray(a) for a in inputs]
-        self.check(*arrays)
-        dtype = jnp.result_type(like, *arrays)
-        return [a.astype(dtype) for a in arrays]

@@ -20,7 +20,7 @@ def test_without_noise_training_finds_the_construction(x64, sizes):
     reference = construction.compile().model
     assert canonical_distance(found.model, reference, construction.gauge()) < 1e-7
     # a step size off by a thousandth is a thousandth away
-    near = GradientDescent(**sizes, step_size=1.001 * construction.eta).compile().model
+    near = GradientDescent(**sizes, step_size=1.001 * construction.step_size).compile().model
     distance = canonical_distance(near, reference, construction.gauge())
     assert distance == pytest.approx(1e-3, rel=1e-6)
 

@@ -70,7 +70,8 @@ def draw(config, seed=0, mask="causal"):
             windows = np.asarray(chosen)[rng.integers(len(chosen), size=shape[:-1])]
             return jnp.asarray(windows, jnp.int32)
         if name.endswith("groups"):
-            return jnp.broadcast_to(jnp.asarray([True, name == "query_groups"]), shape)
+            kinds = {"query": [True, True], "key": [True, False], "sink": [False, False]}
+            return jnp.broadcast_to(jnp.asarray(kinds[name.removesuffix("_groups")]), shape)
         return jnp.asarray(rng.normal(size=shape) / 2)
 
     return Transformer(config, fill("", config.shapes()))

@@ -87,7 +87,8 @@ def test_softmax_heads_blend_too():
     rng = np.random.default_rng(0)
 
     def model():
-        kinds = {"window": [-9, 9], "query_groups": [True], "key_groups": [True], "scale": 1.0}
+        kinds = {"window": [-9, 9], "query_groups": [True], "key_groups": [True]}
+        kinds |= {"sink_groups": [False], "scale": 1.0}
         arrays = jax.tree.map(
             lambda s: rng.normal(size=s), shape.shapes(), is_leaf=lambda s: isinstance(s, tuple)
         )
