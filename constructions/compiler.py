@@ -6,6 +6,7 @@
     Transformer(shape, weights)
 
 A program may also be compiled into a larger `Config` than it needs; the spare heads are zero.
+`soften` rewrites a program of linear heads into one of softmax heads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from constructions.config import (
 )
 from constructions.program import Head, Layer, Mlp, Norm, Program, token_names
 from constructions.slots import Affine
+from constructions.soften import soften
 from constructions.transformer import Transformer
+
+__all__ = ["ProgramError", "compile_program", "config_of", "fill", "soften"]
 
 FAR = 2**30  # a window bound that no sequence reaches
 

@@ -22,6 +22,7 @@ from constructions.claims import Claim, NearMiss
 from constructions.compiler import compile_program
 from constructions.program import Program
 from constructions.slots import Slot
+from constructions.soften import with_null
 from constructions.transformer import Transformer, randomise
 from synthetic.task import Task
 from synthetic.train import Fit, Recipe, fit
@@ -170,9 +171,10 @@ class Construction(ABC):
 
     def apply(self, model: Transformer, *inputs: Array) -> Array:
         """The model's prediction, computed at the tokens that hold it; pure and unchecked."""
-        embedded = self.embed(model, *inputs)
+        stream, groups, _ = self.embed(model, *inputs)
+        stream, groups = with_null(stream, groups, model.config)
         place = self.places(model.config.depth, *inputs)["prediction"]
-        return place.from_output(model, embedded.stream, embedded.groups)
+        return place.from_output(model, stream, groups)
 
     def check(self, *inputs: Any) -> None:
         """Raise ValueError for concrete inputs that are out of the domain; here none is."""
@@ -185,6 +187,7 @@ class Construction(ABC):
     def read(self, model: Transformer, *inputs: Array) -> dict[str, Array]:
         """The values named in `trace`, as the model holds them; pure."""
         stream, groups, _ = self.embed(model, *inputs)
+        stream, groups = with_null(stream, groups, model.config)
         _, sites = model.run(stream, groups, sites=("residual",))
         places = self.places(model.config.depth, *inputs)
         return {name: place.gather(sites["residual"]) for name, place in places.items()}

@@ -221,6 +221,13 @@ class Slots:
         self._slots[name] = slot
         return slot
 
+    def keep(self, slot: Slot) -> Slot:
+        """Add a slot that has its columns already, and return it."""
+        if slot.name in self._slots:
+            raise ValueError(f"slot '{slot.name}' is declared twice")
+        self._slots[slot.name] = slot
+        return slot
+
     def __getitem__(self, name: str) -> Slot:
         return self._slots[name]
 

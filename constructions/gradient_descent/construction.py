@@ -78,8 +78,8 @@ class GradientDescent(Regression):
     dim_y: int = 1
     num_examples: int = 10
     steps: int = 1
-    step_size: float | Sequence[float] | np.ndarray | None = None
-    curvature: float | Sequence[float] | np.ndarray = 0.0
+    step_size: float | int | Sequence[float | int] | np.ndarray | None = None
+    curvature: float | int | Sequence[float | int] | np.ndarray = 0.0
     init_weight: Any = None
     recurrent: bool = False
 
