@@ -191,7 +191,26 @@ def without_inert(model: Transformer, gauge: Gauge) -> Transformer:
     What a layer writes where nobody reads is left as it was initialised by training; a layer that
     is applied once more than it was trained for would read it. Errors as in `canonical`.
     """
-    return from_canonical(canonical(model, gauge), model, gauge)
+    check_linear(model.config)
+    _check_one_wiring(model)
+    read, query = fitting(gauge, model.config.width)
+    if model.config.segments[-1].tied and model.config.segments[-1].repeats > 1:
+        # the last layer is stored once for all its applications, of which only the last is free
+        return from_canonical(canonical(model, gauge), model, gauge)
+    arrays = model.arrays()
+    last = arrays["segments"][len(model.config.segments) - 1]["layers"]
+    # what is read of P stays P^+ P of itself; so does, in the only layer, what enters as a query
+    kept, entering = np.linalg.pinv(read) @ read, query @ np.linalg.pinv(query)
+    for w in last[len(last) - 1]["heads"].values():
+        out = jnp.asarray(kept, w["output"].dtype)
+        written = jnp.einsum("oi,niv->nov", out, w["output"][-1], precision="highest")
+        w["output"] = w["output"].at[-1].set(written)
+        if model.config.depth == 1:
+            asked = jnp.einsum(
+                "nki,ic->nkc", w["query"][-1], jnp.asarray(entering, out.dtype), precision="highest"
+            )
+            w["query"] = w["query"].at[-1].set(asked)
+    return Transformer(model.config, arrays)
 
 
 def _tensor(a: Array, b: Array) -> Array:

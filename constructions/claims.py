@@ -7,7 +7,7 @@ theory or a fit of its own reproduces, beside ours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -77,6 +77,7 @@ class Evidence:
         reference: the compiled construction.
         examples: drawn from the task, the same for every subject: comparisons are paired.
         key: source of any further inputs.
+        memo: what several subjects with the same reference and examples need once; see `once`.
     """
 
     construction: Any
@@ -84,6 +85,7 @@ class Evidence:
     reference: Transformer
     examples: Batch
     key: Array
+    memo: dict[tuple[str, int], tuple[Batch, Any]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -95,10 +97,19 @@ class Evidence:
         """What the model predicts on the examples."""
         return predict(self.construction, self.model, *self.examples.inputs)
 
-    @cached_property
+    @property
     def expected(self) -> Array:
         """What the compiled construction predicts on the examples."""
-        return predict(self.construction, self.reference, *self.examples.inputs)
+        inputs = self.examples.inputs
+        return self.once("expected", lambda: predict(self.construction, self.reference, *inputs))
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """`compute()`, which must depend on the reference and the examples alone, computed once."""
+        # kept with the examples, so that their id stays theirs
+        key = (name, id(self.examples))
+        if key not in self.memo:
+            self.memo[key] = (self.examples, compute())
+        return self.memo[key][1]
 
     def loss(self, prediction: Array) -> float:
         """Mean loss of predictions on the examples."""
@@ -147,3 +158,7 @@ class Measurement:
         if abs(self.measured - self.published) <= slack:
             return "reproduced"
         return "better" if self.better and self.measured < self.published else "differs"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, with the verdict."""
+        return asdict(self) | {"verdict": self.verdict}

@@ -8,7 +8,7 @@ transformer class, trained. `verify` measures how far the second equals the firs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from constructions.claims import Claim, NearMiss
+from constructions.claims import Claim, Measurement, NearMiss
 from constructions.compiler import compile_program
 from constructions.program import Program
 from constructions.slots import Slot
@@ -232,13 +232,23 @@ class Construction(ABC):
 
 @dataclass(frozen=True)
 class Family:
-    """A paper's claim that a transformer runs an algorithm: a constructor with example settings."""
+    """A paper's claim that a transformer runs an algorithm: a constructor with example settings.
+
+    Attributes:
+        name: in the catalogue.
+        construct: settings -> construction.
+        settings: of the example.
+        about, source: the claim in a sentence, and the paper.
+        measure: (quick, seed) -> the published numbers that need no counterpart of the example,
+            beside ours, one after the other; None where there are none.
+    """
 
     name: str
     construct: Callable[..., Construction]
     settings: Mapping[str, Any]
     about: str
     source: str
+    measure: Callable[[bool, int], Iterator[Measurement]] | None = None
 
     def __call__(self, **settings: Any) -> Construction:
         """The construction with these settings."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from constructions.claims import Measurement
 from constructions.family import Certificate
 from constructions.runs import Run
 from probes import losses, sections
-from probes.ledger import Row, ledger
+from probes.ledger import Row, compiled_like, ledger
 from probes.losses import Curves, RollOut, ScaleCurve
 from probes.sections import NotApplicable, Patches, Weights
 from probes.table import ProbeTable
@@ -55,6 +56,7 @@ class Comparison:
     patches: Patches | None
     scale_curve: ScaleCurve | None
     roll_out: RollOut | None
+    measurements: list[Measurement]
     reproduce: dict[str, Any]
     omitted: dict[str, str] = field(default_factory=dict)
 
@@ -100,6 +102,7 @@ class Comparison:
                 "counts": self.counts,
                 "certificate": self.certificate.to_json(),
                 "claims": [row.to_json() for row in self.rows],
+                "measurements": [row.to_json() for row in self.measurements],
                 **parts,
                 "weights": weights,
                 "probes": None if self.probes is None else self.probes.to_json(),
@@ -117,6 +120,7 @@ def compare(
     seed: int = 0,
     batch: int = 2**16,
     commands: Sequence[str] = (),
+    measure: Callable[[], Iterable[Measurement]] = tuple,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
     """Compare the trained models of a run with their construction.
@@ -127,16 +131,18 @@ def compare(
         seed: of all inputs and controls.
         batch: inputs per statistic of the ledger.
         commands: what to type to make this comparison again.
+        measure: gives the published numbers that are measured apart from these models.
         progress: called with the name of each section.
     """
     construction, models = run.construction, run.models
-    reference = construction.compile().model
+    reference = compiled_like(construction, models[0])
     omitted: dict[str, str] = {}
     began = time.perf_counter()
 
     named = {f"trained {s}": m for s, m in zip(run.seeds[:PROBED], models, strict=False)}
     work: dict[str, Callable[[], Any]] = {
         "claims": lambda: ledger(construction, models, seed=seed, batch=batch),
+        "measurements": lambda: list(measure()),
         "certificate": lambda: construction.compile().certificate,
         "curves": lambda: losses.curves(run, reference, seed),
         "weights": lambda: sections.weights(construction, models, reference),

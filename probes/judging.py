@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,12 +107,24 @@ class Compare:
             seed=self.seed,
             batch=FEWER if self.quick else 2**16,
             commands=again,
+            measure=lambda: measurements(name, self.quick, self.seed),
         )
+
+
+def measurements(name: str, quick: bool, seed: int) -> Iterator[Any]:
+    """The family's published numbers beside ours, one after the other."""
+    from constructions import CATALOGUE
+
+    measure = CATALOGUE[name].measure
+    return iter(()) if measure is None else measure(quick, seed)
 
 
 @dataclass
 class Claims:
-    """Decide the claims of the papers on freshly trained models, with every control."""
+    """Decide the claims of the papers on freshly trained models, with every control.
+
+    Then measure the published numbers that the family's theory and fits of its own give.
+    """
 
     names: Names = ()
     """families; all of them if none is named"""
@@ -137,12 +149,20 @@ class Claims:
         seeds, found = seed_list(self.seed, self.seeds), {}
         for name in names:
             run = fit_family(name, settings, quick=self.fast, seeds=seeds, progress=print_progress)
-            found[name] = ledger(
+            rows = ledger(
                 run.construction, run.models, seed=self.seed, batch=FEWER if self.fast else 2**16
             )
-            tables.show_ledger(name, found[name])
-        rows = {name: [row.to_json() for row in rows] for name, rows in found.items()}
-        write_json(self.json, rows, self.overwrite)
+            tables.show_ledger(name, rows)
+            measured = []
+            for row in measurements(name, self.fast, self.seed):
+                tables.show_progress(row)
+                measured.append(row)
+            tables.show_measurements(name, measured)
+            found[name] = {
+                "claims": [row.to_json() for row in rows],
+                "measurements": [row.to_json() for row in measured],
+            }
+        write_json(self.json, found, self.overwrite)
         return OK
 
 

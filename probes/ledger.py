@@ -25,7 +25,9 @@ from jaxtyping import Array
 from scipy import stats
 
 from constructions.canonical import canonical_distance, without_inert
+from constructions.checks import ProgramError
 from constructions.claims import Claim, Evidence, NearMiss
+from constructions.compiler import compile_program
 from constructions.family import Construction
 from constructions.transformer import Transformer
 from probes import interpolation, similarity
@@ -100,11 +102,12 @@ def roll_out_gap(e: Evidence) -> float:
     """
     examples = jax.tree.map(lambda a: a[:4096], e.examples)
     gauge = e.construction.gauge()
-    ours, theirs = (
-        _rolled(e.construction, without_inert(model, gauge), examples)
-        for model in (e.model, e.reference)
-    )
-    return float(jnp.abs(jnp.log(ours / theirs)).max())
+
+    def rolled(model: Transformer) -> Array:
+        return _rolled(e.construction, without_inert(model, gauge), examples)
+
+    theirs = e.once("roll-out", lambda: rolled(e.reference))
+    return float(jnp.abs(jnp.log(rolled(e.model) / theirs)).max())
 
 
 STATISTICS: dict[str, Callable[[Evidence], float]] = {
@@ -188,6 +191,14 @@ def decide(claim: Claim, values: Mapping[str, float], trained: Sequence[float]) 
     return Row(claim, dict(values), tuple(trained), interval, verdict, reason)
 
 
+def compiled_like(construction: Construction, model: Transformer) -> Transformer:
+    """The construction in the shape of `model` where it fits, so that both share compilations."""
+    try:
+        return compile_program(construction.program, config=model.config)
+    except ProgramError:
+        return construction.compile().model
+
+
 def ledger(
     construction: Construction,
     trained: Sequence[Transformer] = (),
@@ -206,8 +217,8 @@ def ledger(
         claims: other claims than the construction's own.
     """
     key, random_key = jax.random.split(jax.random.key(seed))
-    reference = construction.compile().model
     random = construction.counterpart().init(random_key)
+    reference = compiled_like(construction, random)
     subjects = {
         CONSTRUCTION: NearMiss(reference, construction),
         RANDOM: NearMiss(random, construction),
@@ -216,9 +227,10 @@ def ledger(
     }
     bases = {s.construction for s in subjects.values()}
     examples = {base: base.task.sample(key, batch) for base in bases}
-    references = {base: base.compile().model for base in bases}
+    references = {base: compiled_like(base, random) for base in bases}
+    memos: dict[Construction, dict[Any, Any]] = {base: {} for base in bases}
     evidence = {
-        name: Evidence(base, model, references[base], examples[base], key)
+        name: Evidence(base, model, references[base], examples[base], key, memos[base])
         for name, (model, base) in subjects.items()
     }
     rows = []

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from constructions import CATALOGUE
+from constructions.claims import Measurement
 from constructions.family import Certificate
 from probes.ledger import CONSTRUCTION, RANDOM, Row
 from probes.report import controls, interval, mean
@@ -16,6 +17,7 @@ from probes.style import number
 from probes.tools import Result
 
 MARKS = {"holds": "green", "refuted": "red", "void": "yellow"}
+MARKS |= {"reproduced": "green", "better": "green", "differs": "red", "measured": "cyan"}
 
 
 def _show(table: Table) -> None:
@@ -94,6 +96,28 @@ def show_ledger(name: str, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.claim.note:
             print(f"note: {row.claim.name}: {row.claim.note}")
+
+
+def show_progress(row: Measurement) -> None:
+    """Say on stderr that a number has been measured."""
+    said = f"{row.name}: {number(row.measured)} ({row.verdict})"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(said, markup=False)
+
+
+def show_measurements(name: str, rows: Sequence[Measurement]) -> None:
+    """Print published numbers beside ours, and below them the notes."""
+    if not rows:
+        return
+    columns = ("number", "published", "measured", "standard error", "reproduced within", "")
+    table = _table(f"{name}: published numbers", *columns)
+    for row in rows:
+        within = "-" if row.published is None else f"{100 * row.tolerance:g} %"
+        cells = [number(row.published) if row.published is not None else "-"]
+        cells += [number(row.measured), number(row.error) if row.error else "exact", within]
+        table.add_row(row.name, *cells, f"[{MARKS[row.verdict]}]{row.verdict}[/]")
+    _show(table)
+    for note in dict.fromkeys(row.note for row in rows if row.note):
+        print(f"note: {note}")
 
 
 def show_result(result: Result) -> None:

@@ -1,11 +1,13 @@
 """Linear attention as gradient descent (von Oswald et al. 2022, arXiv 2212.07677).
 
 construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
-claims          the paper's statements about one trained layer
+claims          the paper's statements about trained models
+measurements    its published numbers that need none
 """
 
 from constructions.family import Family
 from constructions.gradient_descent.construction import GradientDescent
+from constructions.gradient_descent.measurements import measure
 
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
@@ -13,6 +15,16 @@ GRADIENT_DESCENT = Family(
     settings={"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1},
     about="linear self-attention runs gradient descent on in-context linear regression",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 1",
+    measure=measure,
 )
 
-__all__ = ["GRADIENT_DESCENT", "GradientDescent"]
+GD_PLUS_PLUS = Family(
+    name="gd-plus-plus",
+    construct=GradientDescent,
+    settings={"steps": 2, "step_size": 13.5, "curvature": 0.176, "recurrent": True},
+    about="one layer of linear attention, applied twice, is gradient descent that flattens its "
+    "own curvature",
+    source="von Oswald et al. 2022, arXiv 2212.07677, appendix A.10",
+)
+
+__all__ = ["GD_PLUS_PLUS", "GRADIENT_DESCENT", "GradientDescent"]

@@ -16,6 +16,7 @@ from constructions.canonical import (
     from_canonical,
     head_products,
     layer_tensors,
+    without_inert,
 )
 from constructions.compiler import FAR
 from constructions.config import (
@@ -291,6 +292,21 @@ def test_from_canonical(depth, mask):
         inputs[:, 4:] = inputs[:, 4:, : g.query.shape[1]] @ g.query.T
     one, other = (np.asarray(call(m, inputs))[:, 4:] @ g.read.T for m in (again, model))
     assert equal(one, other)
+
+
+@pytest.mark.parametrize(("depth", "tied"), [(1, False), (2, False), (2, True)])
+def test_without_inert(depth, tied):
+    """The model that the canonical tensors determine, on every stream; the same prediction."""
+    model, g = draw(config("linear", "linear", depth=depth, tied=tied), mask="every"), gauge()
+    bare = without_inert(model, g)
+    rebuilt = from_canonical(canonical(model, g), model, g)
+    assert equal(call(bare, stream()), call(rebuilt, stream()))
+    inputs = stream()
+    if depth == 1:
+        inputs[:, 4:] = inputs[:, 4:, : g.query.shape[1]] @ g.query.T
+    one, other = (np.asarray(call(m, inputs))[:, 4:] @ g.read.T for m in (bare, model))
+    assert equal(one, other)
+    assert not equal(call(bare, inputs), call(model, inputs), 1e-3)
 
 
 def test_from_canonical_shapes():
