@@ -10,14 +10,31 @@ evaluator            the same programs, run slot by slot without dense weights
 family               what every family offers; `verify`
 claims               statements about trained models that a number decides
 runs                 fits of a family on disk
-gradient_descent     linear attention as gradient descent
+soften, softened     linear attention out of softmax heads
+regression           what the constructions on in-context regression share
+gradient_descent     linear attention as gradient descent, and GD++
+separate_tokens      the same where x and y are tokens of their own
+kernel_descent       the same on features of an MLP
+noisy_regression     linear transformers that meet noise of unknown level
 
 `CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it.
 """
 
 from constructions.family import Family
-from constructions.gradient_descent import GRADIENT_DESCENT
+from constructions.gradient_descent import GD_PLUS_PLUS, GRADIENT_DESCENT
+from constructions.kernel_descent import KERNEL_DESCENT
+from constructions.noisy_regression import NOISY_REGRESSION
+from constructions.separate_tokens import SEPARATE_TOKENS
 
-CATALOGUE: dict[str, Family] = {family.name: family for family in (GRADIENT_DESCENT,)}
+CATALOGUE: dict[str, Family] = {
+    family.name: family
+    for family in (
+        GRADIENT_DESCENT,
+        GD_PLUS_PLUS,
+        SEPARATE_TOKENS,
+        KERNEL_DESCENT,
+        NOISY_REGRESSION,
+    )
+}
 
 __all__ = ["CATALOGUE"]

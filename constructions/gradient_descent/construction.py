@@ -276,7 +276,10 @@ class GradientDescent(Regression):
         )
         if self.steps > 1:
             std, task = 0.05, replace(self.task, queries=8)
-            recipe = replace(recipe, batch=256, learning_rate=5e-3, average_tail=0.2)
+            recipe = Recipe(
+                steps=4000, batch=256, learning_rate=2e-2, schedule="cosine", b2=0.99,
+                average_tail=0.05,
+            )  # fmt: skip
         reference, gauge = self.compile().model, self.gauge()
 
         def distance(model: Transformer) -> dict[str, Array]:
@@ -299,7 +302,7 @@ class GradientDescent(Regression):
             recipe,
             optimum,
             metrics,
-            quick=replace(recipe, steps=1500),
+            quick=replace(recipe, steps=recipe.steps // 2),
             exact=None if optimum is None else self.population_excess,
         )
 

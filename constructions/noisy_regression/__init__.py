@@ -6,3 +6,24 @@ fitting         the best layers for a task
 table           Table 1 of the paper, measured
 claims          the paper's statements about trained models
 """
+
+from constructions.family import Family
+from constructions.noisy_regression.construction import NoisyRegression
+from constructions.noisy_regression.table import measure
+
+NOISY_REGRESSION = Family(
+    name="noisy-regression",
+    construct=NoisyRegression,
+    settings={
+        "dim_x": 10,
+        "num_examples": 20,
+        # the best two layers for this task: `fitting.fit`
+        "layers": [(-0.01504, -3.093e-4, -0.02367, -2.830e-4), (0.0, 0.0, -0.1125, -9.877e-4)],
+        "noise_levels": [1.0, 3.0],
+    },
+    about="linear transformers estimate the noise of a context and shrink by it",
+    source="Vladymyrov et al. 2024, arXiv 2402.14180",
+    measure=measure,
+)
+
+__all__ = ["NOISY_REGRESSION", "NoisyRegression"]

@@ -1,0 +1,19 @@
+"""Gradient descent on features of an MLP (von Oswald et al. 2022, arXiv 2212.07677, Prop. 2).
+
+features        sine and cosine as an MLP, and the check of a given one
+construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
+claims          the paper's statements about a trained model on sine waves
+"""
+
+from constructions.family import Family
+from constructions.kernel_descent.construction import KernelDescent
+
+KERNEL_DESCENT = Family(
+    name="kernel-descent",
+    construct=KernelDescent,
+    settings={"dim_x": 1, "dim_y": 1, "num_examples": 10, "steps": 1},
+    about="an MLP in front of linear self-attention runs gradient descent on its features",
+    source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 2",
+)
+
+__all__ = ["KERNEL_DESCENT", "KernelDescent"]

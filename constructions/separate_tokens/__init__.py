@@ -1,0 +1,21 @@
+"""Gradient descent on separate tokens (von Oswald et al. 2022, arXiv 2212.07677, Prop. 3).
+
+construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
+claims          the paper's statements about two trained layers
+measurements    what becomes of them when the first layer is another one
+"""
+
+from constructions.family import Family
+from constructions.separate_tokens.construction import SeparateTokens
+from constructions.separate_tokens.measurements import measure
+
+SEPARATE_TOKENS = Family(
+    name="separate-tokens",
+    construct=SeparateTokens,
+    settings={"dim_x": 3, "dim_y": 1, "num_examples": 6, "queries": 6},
+    about="copy, erase, then gradient descent, where inputs and outputs are separate tokens",
+    source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 3",
+    measure=measure,
+)
+
+__all__ = ["SEPARATE_TOKENS", "SeparateTokens"]
