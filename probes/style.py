@@ -65,6 +65,8 @@ def number(value: Any, digits: int = 3) -> str:
         return "n/a"
     if isinstance(value, bool | str):
         return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(number(item, digits) for item in value)}]"
     if isinstance(value, int | np.integer):
         return str(value)
     text = f"{value:.{digits}g}"

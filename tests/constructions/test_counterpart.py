@@ -52,9 +52,16 @@ def test_exact_excess_is_what_sampling_finds(x64):
     assert expected > 20 * error
 
 
-def test_no_closed_form_no_metric():
-    for construction in (GradientDescent(steps=2, step_size=1.0), GradientDescent(1, 1, 2, 1, 1.0)):
+def test_no_closed_form_no_optimum():
+    one = GradientDescent(1, 1, 2, 1, 1.0)
+    several = GradientDescent(steps=2, step_size=1.0)
+    elsewhere = GradientDescent(dim_x=2, init_weight=[[1.0, 0.0]])
+    for construction, names in (
+        (one, {"exact_excess", "canonical_distance"}),
+        (several, {"canonical_distance"}),
+        (elsewhere, {"canonical_distance"}),
+    ):
         counterpart = construction.counterpart()
-        assert (counterpart.metrics is None) == (construction.steps > 1)
-    elsewhere = GradientDescent(dim_x=2, init_weight=[[1.0, 0.0]]).counterpart()
-    assert elsewhere.metrics is None and elsewhere.exact is None
+        assert counterpart.metrics is not None
+        assert set(counterpart.metrics(counterpart.init(jax.random.key(0)))) == names
+        assert (counterpart.exact is None) == (counterpart.optimum is None) == (len(names) == 1)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import pytest
 
 from constructions import CATALOGUE
+from constructions.claims import Measurement
 from constructions.family import verify
 from constructions.runs import load_run
 from probes.cli import main
@@ -69,7 +71,7 @@ def test_verify(capsys: Any, tmp_path: Path) -> None:
         assert entry["passed"] and entry["max_rel_error"] <= entry["tolerance"]
         assert "max_abs_error" in entry
     assert "exists" in complaint(capsys, ["verify", "--json", str(file)])
-    again = ["verify", *SMALL, "--dtype", "float32", "--json", str(file), "--overwrite"]
+    again = ["verify", NAME, *SMALL, "--dtype", "float32", "--json", str(file), "--overwrite"]
     assert main(again) == 0
     assert set(json.loads(file.read_text())[NAME]["dtypes"]) == {"float32"}
 
@@ -109,16 +111,27 @@ def test_probe(tool: str, run: Path, tmp_path: Path, capsys: Any) -> None:
 def test_claims_are_the_ledgers(monkeypatch: Any, tmp_path: Path, run: Path, capsys: Any) -> None:
     loaded = load_run(run)
     monkeypatch.setattr("constructions.runs.fit_family", lambda *_, **__: loaded)
+    measurements = [
+        Measurement("one number", "It is 2.", "fig. 1", 2.0, 2.01, 0.01),
+        Measurement("another", "It is 3.", "fig. 2", 3.0, 2.0, tolerance=0.1, better="<="),
+        Measurement("a third", "It is 4.", "fig. 3", 4.0, 5.0, note="why it differs"),
+    ]
+    family = replace(CATALOGUE[NAME], measure=lambda quick, seed: iter(measurements))
+    monkeypatch.setitem(CATALOGUE, NAME, family)
     file = tmp_path / "c.json"
     assert main(["claims", NAME, "--fast", "--seeds", "2", "--json", str(file)]) == 0
     expected = ledger(loaded.construction, loaded.models, batch=2**14)
-    found = json.loads(file.read_text())[NAME]
+    written = json.loads(file.read_text())[NAME]
+    found, measured = written["claims"], written["measurements"]
+    assert measured == [m.to_json() for m in measurements]
     assert [r["verdict"] for r in found] == [row.verdict for row in expected]
     assert [r["claim"]["name"] for r in found] == [row.claim.name for row in expected]
     out = capsys.readouterr().out
     assert all(row.claim.name in out for row in expected)
     # 20 steps teach nothing: a ledger that cannot refute would be no ledger
     assert "refuted" in {r["verdict"] for r in found}
+    for said in ("one number", "reproduced", "better", "differs", "note: why it differs"):
+        assert said in out
 
 
 MISTAKES = [

@@ -14,6 +14,7 @@ import pytest
 
 from constructions import CATALOGUE
 from constructions.canonical import canonical
+from constructions.claims import Measurement
 from constructions.runs import fit_family
 from probes.cli import main
 from probes.comparison import Comparison, compare
@@ -33,7 +34,14 @@ def comparison() -> Comparison:
     run = fit_family(NAME, SMALL, seeds=[0, 1], steps=20, batch=16, chunk=10)
     family = CATALOGUE[NAME]
     commands = ["orrery compare <here>"]
-    return compare(run, about=family.about, source=family.source, batch=64, commands=commands)
+    return compare(
+        run,
+        about=family.about,
+        source=family.source,
+        batch=64,
+        commands=commands,
+        measure=lambda: [Measurement("a level", "It is 2.", "fig. 9", 2.0, 2.5, note="It is not.")],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +76,14 @@ class Page(HTMLParser):
 
 def page(out: Path) -> Page:
     return Page((out / "report.html").read_text())
+
+
+def test_published_numbers_stand_beside_ours(out: Path) -> None:
+    found = page(out)
+    for said in ("a level", "It is 2.", "fig. 9", "2.5", "differs", "It is not."):
+        assert said in found.text
+    (row,) = json.loads((out / "report.json").read_text())["measurements"]
+    assert row["verdict"] == "differs" and row["measured"] == 2.5
 
 
 def test_nothing_outside_is_asked_for(out: Path) -> None:
@@ -198,12 +214,12 @@ def test_demo_makes_an_index_and_may_be_repeated(
     tmp_path: Path, monkeypatch: Any, comparison: Comparison, capsys: Any
 ) -> None:
     monkeypatch.setattr("probes.judging.Compare.comparison", lambda *_: comparison)
+    monkeypatch.setattr("probes.judging.family_names", lambda _: [comparison.family])
     for _ in range(2):
         assert main(["demo", "--out", str(tmp_path / "reports")]) == 0
         assert str(tmp_path / "reports" / "report.html") in capsys.readouterr().out
     index = (tmp_path / "reports" / "report.html").read_text()
-    for name in CATALOGUE:
-        assert f'href="{name}/report.html"' in index
-        assert is_report(tmp_path / "reports" / name)
+    assert f'href="{comparison.family}/report.html"' in index
+    assert is_report(tmp_path / "reports" / comparison.family)
     assert comparison.verdict in Page(index).text
     assert not re.search(r"https?://", index)
