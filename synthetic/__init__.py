@@ -2,10 +2,16 @@
 
 task                     what a task is: a sampler of batches and a loss
 regression               in-context linear regression
+noisy                    the same with a noise level of each context's own
+sine                     in-context regression of sine waves, and kernel smoothers on them
 theory                   optima, population losses, plateaus, in closed form
+spectral                 gradient descent and GD++ as filters on the eigenvalues of each context
+wishart                  how rare the small and the large eigenvalues of a Gaussian context are
+ridge                    ridge regression, with and without knowledge of the noise
 bits                     uniform and normal numbers, fast on a CPU, the same bits as `jax.random`
 recipe                   how a model is optimised, as data
 train, step, minimize    fits by stochastic steps, and by L-BFGS on a loss without noise
+second_order             nonlinear least squares, few parameters and many examples
 devices                  one device, all local ones, or many processes
 runs, recorder           run directories
 checkpoints, saved       resumable states, and models in safetensors

@@ -16,15 +16,22 @@ _PAPER = "Vladymyrov et al. 2024, arXiv 2402.14180"
 
 
 @jax.jit
-def _ridges(inputs: tuple[Array, ...], noise: Array, constant: Array) -> tuple[Array, Array]:
+def _ridges(
+    inputs: tuple[Array, Array, Array], noise: Array, constant: Array
+) -> tuple[Array, Array]:
     """Predictions of ridge regression that knows the noise, and of one that has one strength."""
     oracle = ridge(*inputs, noise**2)
     return oracle, ridge(*inputs, jnp.full_like(noise, constant))
 
 
+def _given(e: Evidence) -> tuple[Array, Array, Array]:
+    x, y, x_query = e.examples.inputs
+    return x, y, x_query
+
+
 def _beyond_oracle(e: Evidence, prediction: Array) -> float:
     """The adjusted loss: mean loss less that of the ridge that knows the noise, same examples."""
-    oracle, _ = _ridges(e.examples.inputs, e.examples.target.noise, jnp.zeros(()))
+    oracle, _ = _ridges(_given(e), e.examples.target.noise, jnp.zeros(()))
     return e.loss(prediction) - e.loss(oracle)
 
 
@@ -36,7 +43,7 @@ def adjusted_loss(e: Evidence) -> float:
 def against_constant_ridge(e: Evidence) -> float:
     """Adjusted loss over that of ridge regression with E sigma^2, the limit of GD++."""
     constant = jnp.asarray(e.construction.task.mean_square_noise)
-    _, fixed = _ridges(e.examples.inputs, e.examples.target.noise, constant)
+    _, fixed = _ridges(_given(e), e.examples.target.noise, constant)
     return _beyond_oracle(e, e.prediction) / _beyond_oracle(e, fixed)
 
 

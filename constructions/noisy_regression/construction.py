@@ -84,14 +84,15 @@ class NoisyRegression(Regression):
         try:
             table = np.asarray(self.layers, float)
         except (TypeError, ValueError):
-            table = np.empty(0)
+            table = np.empty((0, 0))
         if table.ndim != 2 or not len(table) or table.shape[1] != 4:
             raise ValueError(
                 f"layers is {self.layers!r}, must be one (w_xx, w_xy, w_yx, w_yy) for each layer"
             )
         if not np.isfinite(table).all():
             raise ValueError(f"layers is {self.layers!r}, must be finite numbers")
-        object.__setattr__(self, "layers", tuple(map(tuple, table.tolist())))
+        rows: Any = table.tolist()
+        object.__setattr__(self, "layers", tuple(map(tuple, rows)))
         object.__setattr__(self, "noise_levels", tuple(self.noise_levels))
         _ = self.task  # refuses noise that no task has
 

@@ -13,6 +13,7 @@ from jax import Array
 
 from constructions.claims import Measurement
 from constructions.noisy_regression.fitting import Layers, fit, held_out_loss
+from constructions.noisy_regression.full import fit_full
 from synthetic.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
 from synthetic.regression import Gaussian, RegressionTask
 from synthetic.ridge import (
@@ -70,7 +71,9 @@ class _Size(NamedTuple):
 
 
 _FULL_SIZE = _Size(pool=262_144, held_out=131_072, samples=(1024, 8192, 8192), descent=40_000)
-_QUICK_SIZE = _Size(pool=8_192, held_out=32_768, samples=(1024, 2048), descent=4_000)
+_QUICK_SIZE = _Size(pool=8_192, held_out=16_384, samples=(1024, 1024), descent=1_000)
+# Published entries are reproduced within this, relatively.
+_TOLERANCE = 0.10
 
 
 def published(model: str, layers: int, column: str) -> float | None:
@@ -90,25 +93,28 @@ def measure(
     seed: int = 0,
     layers: Sequence[int] = (1, 2, 3, 4),
     columns: Sequence[str] | None = None,
+    full: bool = False,
 ) -> Iterator[Measurement]:
     """The table, an entry at a time: baselines first, then row by row.
 
     The contexts of all columns are the same but for their noise. Every loss is in expectation over
     the query and paired with the oracle's; models and tuned baselines are fitted on other contexts
-    than they are measured on.
+    than they are measured on. FULL layers are fitted only where the DIAG layers, which are FULL
+    ones too, are not already as good as what is published: a fit takes about a minute.
 
     Args:
-        quick: two columns and two layers on fewer contexts, in seconds.
+        quick: one column and two layers on fewer contexts, in seconds; no FULL fits.
         seed: of contexts and starts.
         layers: which rows; those in between are fitted too, deeper ones start from them.
-        columns: names in `COLUMNS`; default all (quick: "max 1" and "{1,3}").
+        columns: names in `COLUMNS`; default all (quick: "{1,3}").
+        full: fit FULL layers in every cell of two layers and more.
 
     Raises:
         ValueError: an unknown column, or a number of layers below 1.
     """
     if quick:
         layers = [row for row in layers if row <= 2] or [1]
-    names = list(columns or (("max 1", "{1,3}") if quick else COLUMNS))
+    names = list(columns or (("{1,3}",) if quick else COLUMNS))
     for name in names:
         published("", 0, name)
     if not layers or min(layers) < 1:
@@ -127,6 +133,7 @@ def measure(
         if depth in layers:
             for name in names:
                 yield from _entries(name, depth, fits[name], held_out, size.descent, seed)
+                yield _full_entry(name, fits[name], pool, held_out, seed, full, not quick)
 
 
 def fit_row(
@@ -183,7 +190,6 @@ def _entries(
         "GD++": held_out_loss(task, steps, held_out),
         "DIAG": held_out_loss(task, diag.layers, held_out),
     }
-    losses["FULL"] = losses["DIAG"]
     for model, loss in losses.items():
         yield _measurement(
             f"{model} {depth} {name}",
@@ -191,7 +197,6 @@ def _entries(
             published(model, depth, name),
             loss,
             better="<=",
-            note=_BOUND if model == "FULL" else "",
         )
     if depth == 1:
         exact = optimal_one_layer(plain).loss - _oracle_loss(task, held_out).mean
@@ -203,6 +208,34 @@ def _entries(
             tolerance=0.02,
             source="closed form: Ahn et al. 2023, Theorem 1, with noise",
         )
+
+
+def _full_entry(
+    name: str,
+    diag: Layers,
+    pool: Contexts,
+    held_out: Contexts,
+    seed: int,
+    always: bool,
+    where_short: bool,
+) -> Measurement:
+    """FULL: the DIAG layers, or what a fit from them reaches where that is better."""
+    task, depth = COLUMNS[name], len(diag.layers)
+    loss, note = held_out_loss(task, diag.layers, held_out), _BOUND
+    goal = published("FULL", depth, name)
+    short = goal is not None and loss.mean > (1 + _TOLERANCE) * goal
+    # One layer has its optimum in closed form, and it is DIAG.
+    if depth > 1 and (always or (where_short and short)):
+        fitted = fit_full(task, diag.layers, pool=pool, held_out=held_out, seed=seed)
+        loss, note = (fitted.loss if fitted.better else loss), fitted.finding
+    return _measurement(
+        f"FULL {depth} {name}",
+        f"FULL, {_count(depth)}, noise {name}: adjusted loss",
+        goal,
+        loss,
+        better="<=",
+        note=note,
+    )
 
 
 def _baselines(name: str, pool: Contexts, held_out: Contexts) -> Iterator[Measurement]:
@@ -276,7 +309,7 @@ def _measurement(
     value: float | None,
     loss: Estimate,
     *,
-    tolerance: float = 0.10,
+    tolerance: float = _TOLERANCE,
     better: str = "",
     note: str = "",
     source: str = SOURCE,

@@ -1,5 +1,7 @@
 """Fits and the table: closed forms, optimality seen from outside, the published data."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,11 @@ import pytest
 
 from constructions.noisy_regression import fitting, table
 from constructions.noisy_regression.fitting import expand, fit, held_out_loss, pool_sample
+from constructions.noisy_regression.full import FullLayers
 from synthetic.noisy import NoisyRegressionTask, draw_contexts
 from synthetic.regression import Gaussian, RegressionTask
 from synthetic.ridge import ridge
+from synthetic.spectral import Estimate
 from synthetic.theory import optimal_one_layer
 
 TASK = NoisyRegressionTask(3, 6, max_noise=2.0)
@@ -151,8 +155,9 @@ def test_published_rows_are_complete():
         table.published("DIAG", 1, "max 9")
 
 
+@pytest.mark.slow
 def test_a_corner_of_the_table(monkeypatch):
-    small = table._Size(pool=4_096, held_out=16_384, samples=(1024, 1024), descent=1_000)
+    small = table._Size(pool=2_048, held_out=16_384, samples=(512,), descent=200)
     monkeypatch.setattr(table, "_QUICK_SIZE", small)
     rows = {m.name: m for m in table.measure(quick=True, layers=(1,), columns=["max 3"])}
     assert set(rows) == {
@@ -168,6 +173,40 @@ def test_a_corner_of_the_table(monkeypatch):
         next(table.measure(columns=["x"]))
     with pytest.raises(ValueError, match="layers must be at least 1"):
         next(table.measure(layers=(0,)))
+
+
+@pytest.mark.parametrize("gain, chosen", [(0.5, 0.25), (0.001, None)])
+def test_full_layers_are_fitted_where_diag_ones_fall_short(gain, chosen, fits, monkeypatch):
+    """The fit's loss if it is better by more than two errors, else that of the DIAG layers."""
+    calls = []
+
+    def fake(task, layers, *, pool, held_out, seed):
+        calls.append(layers)
+        return FullLayers(
+            P=np.zeros(()),
+            Q=np.zeros(()),
+            loss=Estimate(0.25, 0.01),
+            diag_loss=Estimate(0.25 + gain, 0.01),
+            gain=Estimate(gain, 0.01),
+        )
+
+    monkeypatch.setattr(table, "fit_full", fake)
+    with jax.enable_x64(True):
+        contexts = draw_contexts(jax.random.key(3), 10, 20, 512)
+
+    def entry(diag, always, where_short):
+        return table._full_entry("max 3", diag, contexts, contexts, 0, always, where_short)
+
+    idle = replace(fits[1], layers=((0.0,) * 4,) * 2)  # far worse than published
+    bound = entry(idle, False, False)
+    assert not calls and bound.note == table._BOUND and bound.published == 0.188
+    fitted = entry(idle, False, True)
+    assert calls == [idle.layers] and fitted.measured == (chosen or bound.measured)
+    assert ("FULL = DIAG" in fitted.note) == (chosen is None)
+    entry(replace(fits[0], layers=((0.0,) * 4,)), True, True)  # one layer has a closed form
+    assert len(calls) == 1
+    entry(fits[1], True, False)
+    assert len(calls) == 2
 
 
 def test_kinds_have_units_for_every_number():
