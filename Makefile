@@ -2,10 +2,11 @@
 #
 #   make demo                     compare construction and trained counterpart, every family
 #   make test PYTHON=python3.12   lint, types, tests and notebooks, on the interpreter named
+#   make test-all                 the tests marked slow too
 #   make setup EXTRAS=dev,notebooks,cuda12
 
 .DEFAULT_GOAL := demo
-.PHONY: setup demo test lint notebooks bench clean
+.PHONY: setup demo test test-all lint notebooks bench clean
 .SUFFIXES:
 
 SHELL   = /bin/sh
@@ -44,6 +45,9 @@ demo: setup
 	@$(BIN)/orrery demo --out reports
 
 test: lint
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-all: lint
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: setup

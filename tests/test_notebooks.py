@@ -24,7 +24,6 @@ def test_ipynb_is_the_executed_source(source: Path) -> None:
     assert not [output for output in outputs if output.output_type == "error"]
 
 
-@pytest.mark.slow
 @each_notebook
 def test_runs_at_quick_settings(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORRERY_QUICK", "1")

@@ -218,18 +218,21 @@ class NoisyRegression(Regression):
         return {"task": repr(self.task), "layers": repr(self.layers)}
 
     def counterpart(self) -> Counterpart:
-        """FULL: two heads a layer with P and Q of any entries, trained with Adam."""
+        """FULL: two heads a layer with P and Q of any entries, trained with Adam.
+
+        Several queries to each context cost little and say more; with one, batches must be larger.
+        """
         both = replace(self, layers=[(0.0, 1.0, 1.0, 0.0)] * len(self.layers))
         shape = config_of(both.program)
         base = compile_program(both.program, config=shape.with_heads(shape.width, shape.width))
         recipe = Recipe(
-            steps=6000,
-            batch=512,
-            learning_rate=5e-3,
+            steps=4000,
+            batch=128,
+            learning_rate=1e-2,
             schedule="cosine",
             warmup=200,
             clip=1.0,
-            average_tail=0.2,
+            average_tail=0.1,
         )
         reference, gauge = self.compile().model, self.gauge()
 
@@ -238,7 +241,7 @@ class NoisyRegression(Regression):
 
         return Counterpart(
             lambda key: randomise(base, key, 0.05),
-            self.task,
+            replace(self.task, queries=8),
             recipe,
             metrics=measure,
             quick=replace(recipe, steps=1500),

@@ -26,7 +26,7 @@ def simulate(layers, x, y, q):
     return history
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_token_of_every_layer(seed, x64):
     rng = np.random.default_rng(seed)
     dim, context, queries, depth = (int(rng.integers(1, k)) for k in (7, 10, 4, 5))
@@ -38,7 +38,7 @@ def test_every_token_of_every_layer(seed, x64):
     model = c.compile().model
     read = jax.jit(c.read)(model, x, y, q)
     trace = jax.jit(c.trace)(x, y, q)
-    prediction = c.predict(model, x, y, q)
+    prediction = jax.jit(c.predict)(model, x, y, q)
     for b in range(3):
         history = simulate(layers, x[b], y[b, :, 0], q[b])
         inputs, labels = (np.stack(part) for part in zip(*history, strict=True))

@@ -151,6 +151,7 @@ def test_group_leaves_the_function_alone(act, mixer):
     assert apart < 1e-10
 
 
+@pytest.mark.slow
 def test_whole_group_on_looped_and_biased_models():
     for tied, bias in ((True, False), (False, True)):
         model = draw(config("linear", "linear", depth=2, tied=tied, bias=bias))
@@ -159,7 +160,7 @@ def test_whole_group_on_looped_and_biased_models():
         assert apart < 1e-10
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_inert_weights(depth):
     """Without effect on what is read of the query tokens, for queries in the gauge's domain."""
     model, g = draw(config("linear", "linear", depth=depth)), gauge()

@@ -35,7 +35,7 @@ def batch(size=32):
     return Batch((x, y, query), target)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_interpolation_is_that_of_canonical_forms(steps):
     construction, model, reference = pair(steps)
     gauge, data = construction.gauge(), batch()

@@ -144,6 +144,7 @@ def test_logistic_scores_are_held_out():
     assert found.accuracy_train > 0.95 and found.accuracy < 0.85
 
 
+@pytest.mark.slow
 def test_logistic_control_task_by_type_can_be_memorised():
     """Features that name the type: the control task is as easy as the task, selectivity is 0."""
     rng = np.random.default_rng(4)

@@ -211,6 +211,7 @@ def test_known_optima():
     np.testing.assert_array_equal(plain.step_sizes[0], plain.step_sizes[1])
 
 
+@pytest.mark.slow
 def test_every_step_helps_and_deep_descent_converges():
     losses = [
         spectral.optimal_descent(
@@ -223,6 +224,7 @@ def test_every_step_helps_and_deep_descent_converges():
     assert losses[2] < 2e-4
 
 
+@pytest.mark.slow
 def test_noise_bounds_descent_by_ridge():
     task = RegressionTask(10, 20, inputs=Gaussian(), noise=3 / 3**0.5)
     found = spectral.optimal_descent(
