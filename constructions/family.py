@@ -250,9 +250,9 @@ class Family:
     source: str
     measure: Callable[[bool, int], Iterator[Measurement]] | None = None
 
-    def __call__(self, **settings: Any) -> Construction:
-        """The construction with these settings."""
-        return self.construct(**settings)
+    def __call__(self, *arguments: Any, **settings: Any) -> Construction:
+        """The construction with these settings, in the order of its class or by name."""
+        return self.construct(*arguments, **settings)
 
     def example(self) -> dict[str, Any]:
         """Settings that tests, the demonstration and the command use where none are given."""

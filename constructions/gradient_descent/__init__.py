@@ -3,11 +3,22 @@
 construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
 claims          the paper's statements about trained models
 measurements    its published numbers that need none
+variants        one layer with softmax, with LayerNorm, on few tasks
 """
 
+from collections.abc import Iterator
+
+from constructions.claims import Measurement
 from constructions.family import Family
+from constructions.gradient_descent import measurements, variants
 from constructions.gradient_descent.construction import GradientDescent
-from constructions.gradient_descent.measurements import measure
+
+
+def _measure(quick: bool, seed: int) -> Iterator[Measurement]:
+    yield from measurements.measure(quick, seed)
+    if not quick:
+        yield from variants.measure(seed)
+
 
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
@@ -15,7 +26,7 @@ GRADIENT_DESCENT = Family(
     settings={"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1},
     about="linear self-attention runs gradient descent on in-context linear regression",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 1",
-    measure=measure,
+    measure=_measure,
 )
 
 GD_PLUS_PLUS = Family(
