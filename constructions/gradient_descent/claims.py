@@ -77,7 +77,7 @@ def curvature(e: Evidence) -> float:
     return abs(coefficients(e)[1] / 0.179 - 1)
 
 
-_STEPS = ("step size + 10 %", "step size - 10 %")
+_STEPS = ("step size + 10 %", "step size - 10 %", "wrong N")
 _FUNCTIONS = ("one step too many", "centred attention", "query among the keys, W_0 != 0")
 _PAPER = "von Oswald et al. 2022, arXiv 2212.07677"
 

@@ -335,7 +335,7 @@ class GradientDescent(Regression):
         return replace(self, steps=self.steps + 1, **sizes)
 
     def near_misses(self) -> dict[str, NearMiss]:
-        """Wrong step sizes, a step too many, centred attention, the query among the keys."""
+        """Wrong step sizes, N + 2 for N, a step too many, centred attention, the query as a key."""
 
         def of(construction: GradientDescent, **changes: Any) -> NearMiss:
             program = construction._program(**({"mixer": "linear", "keys": "context"} | changes))
@@ -346,6 +346,7 @@ class GradientDescent(Regression):
         others = {
             "step size + 10 %": replace(self, step_size=1.1 * self.step_sizes),
             "step size - 10 %": replace(self, step_size=0.9 * self.step_sizes),
+            "wrong N": replace(self, num_examples=self.num_examples + 2),
             "one step too many": self._one_more(),
         }
         if self.curvatures.any() and self.steps > 1:
