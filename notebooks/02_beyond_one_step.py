@@ -183,7 +183,7 @@ names = [f"${v}_{i}$" for i in range(1, 5) for v in "xy"] + ["query", "dump"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
 for axis, weights, title in zip(axes, attention, ("copy", "erase"), strict=False):
     axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), names, rotation=90)
     axis.set_yticks(range(len(names)), names)
     axis.set(title=title, xlabel="looks at")
 axes[0].set(ylabel="token")
@@ -233,7 +233,7 @@ for name, (c, m), colour in zip(rows, rows.values(), (ORANGE, GREEN, BLUE), stri
     axis.plot(grid, c.predict(m, x, y, grid[None, :, None])[0, :, 0], color=colour, label=name)
 axis.plot(x[0, :, 0], y[0, :, 0], "o", color=GREY, label="context")
 axis.set(xlabel="$x$", ylabel="$y$")
-axis.legend(frameon=False)
+axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 assert value < 0.006
 

@@ -109,12 +109,12 @@ def baselines(inputs, noise):
 
 predictions = baselines(examples.inputs, noise)
 for depth, model in models.items():
-    predictions[f"{depth} layers"] = predict(model, model.compile().model, *examples.inputs)
+    predictions[f"depth {depth}"] = predict(model, model.compile().model, *examples.inputs)
 oracle = task.loss(predictions["oracle"], examples)
 beyond = {n: float((task.loss(p, examples) - oracle).mean()) for n, p in predictions.items()}
 for name, value in beyond.items():
     print(f"{name:15s} adjusted loss {value:.3f}")
-assert beyond["2 layers"] < beyond["constant ridge"] < beyond["1 layers"]
+assert beyond["depth 2"] < beyond["constant ridge"] < beyond["depth 1"]
 
 # %% [markdown]
 # Two layers beat every constant ridge, and with it gradient descent of any depth, which is linear
@@ -149,7 +149,7 @@ shown = {}
 for (depth, model), colour in zip(models.items(), (ORANGE, BLUE, GREEN), strict=False):
     compiled = model.compile().model
     shown[depth] = slopes(lambda b, m=model, c=compiled: predict(m, c, *b.inputs))
-    axis.plot(levels, shown[depth], "o-", ms=3, color=colour, label=f"{depth} layers")
+    axis.plot(levels, shown[depth], "o-", ms=3, color=colour, label=f"depth {depth}")
 axis.axvspan(1, 3, color=GREY, alpha=0.08, lw=0)
 axis.set(xlabel=r"noise $\sigma$ of the context", ylabel="slope of predictions on targets")
 axis.legend(frameon=False)
@@ -165,7 +165,7 @@ assert np.ptp(fixed) < 0.1 < shown[2][1] - shown[2][5]
 # %%
 best = models[2]
 result = best.fit(seeds=range(1 if QUICK else 3), recipe=best.counterpart().quick)
-loss = float(task.loss(predictions["2 layers"], examples).mean())
+loss = float(task.loss(predictions["depth 2"], examples).mean())
 for number, model in enumerate(result.models):
     trained = float(task.loss(predict(best, model, *examples.inputs), examples).mean())
     print(f"seed {number}: loss {trained:.4f}, that of the four numbers {loss:.4f}")

@@ -10,7 +10,7 @@ from constructions import CATALOGUE
 from constructions.evaluator import counts, evaluate
 from constructions.family import verify
 from constructions.transformer import Transformer
-from probes.ledger import STATISTICS
+from probes.ledger import STATISTICS, ledger
 from synthetic.task import Task
 
 
@@ -85,3 +85,5 @@ def test_claims_can_fail(construction):
     for name, (model, base) in near_misses.items():
         shape = jax.eval_shape(base.apply, model, *inputs).shape
         assert shape == jnp.shape(construction.trace(*inputs)["prediction"]), name
+    for row in ledger(construction, batch=2**14):
+        assert row.verdict == "holds", f"{row.claim.name}: {row.reason}"

@@ -12,52 +12,52 @@ from jaxtyping import Array
 from constructions.claims import Claim, Evidence
 from synthetic.ridge import ridge
 
+_ridge = jax.jit(ridge)
+
 _PAPER = "Vladymyrov et al. 2024, arXiv 2402.14180"
 
 
-@jax.jit
-def _ridges(
-    inputs: tuple[Array, Array, Array], noise: Array, constant: Array
-) -> tuple[Array, Array]:
-    """Predictions of ridge regression that knows the noise, and of one that has one strength."""
-    oracle = ridge(*inputs, noise**2)
-    return oracle, ridge(*inputs, jnp.full_like(noise, constant))
+def _ridges(e: Evidence) -> tuple[Array, Array]:
+    """Predictions of ridge regression that knows the noise, and of one that has E sigma^2."""
+    noise = e.examples.target.noise
+    constant = jnp.full_like(noise, e.construction.task.mean_square_noise)
 
+    def both() -> tuple[Array, Array]:
+        x, y, x_query = e.examples.inputs
+        return _ridge(x, y, x_query, noise**2), _ridge(x, y, x_query, constant)
 
-def _given(e: Evidence) -> tuple[Array, Array, Array]:
-    x, y, x_query = e.examples.inputs
-    return x, y, x_query
-
-
-def _beyond_oracle(e: Evidence, prediction: Array) -> float:
-    """The adjusted loss: mean loss less that of the ridge that knows the noise, same examples."""
-    oracle, _ = _ridges(_given(e), e.examples.target.noise, jnp.zeros(()))
-    return e.loss(prediction) - e.loss(oracle)
+    return e.once("ridges", both)
 
 
 def adjusted_loss(e: Evidence) -> float:
-    """Mean loss less that of ridge regression with the true noise, on the same examples."""
-    return _beyond_oracle(e, e.prediction)
+    """Expected loss less that of ridge regression with the true noise.
+
+    That ridge is the posterior mean, so that this is half the mean square distance from it, which
+    scatters less than the difference of two losses on the same examples.
+    """
+    oracle, _ = _ridges(e)
+    return float(jnp.square(e.prediction - oracle).mean() / 2)
 
 
 def against_constant_ridge(e: Evidence) -> float:
     """Adjusted loss over that of ridge regression with E sigma^2, the limit of GD++."""
-    constant = jnp.asarray(e.construction.task.mean_square_noise)
-    _, fixed = _ridges(_given(e), e.examples.target.noise, constant)
-    return _beyond_oracle(e, e.prediction) / _beyond_oracle(e, fixed)
+    oracle, constant = _ridges(e)
+    return adjusted_loss(e) / float(jnp.square(constant - oracle).mean() / 2)
 
 
 def shrinkage(e: Evidence) -> float:
-    """Slope of predictions on targets at high noise over that at low noise (above, below E sigma).
+    """Slope of predictions on targets at low noise less that at high noise (below, above E sigma).
 
-    1 for every method that is linear in the labels.
+    Slopes are relative to those of a constant ridge, which are equal but for chance, and for as
+    little chance the posterior means stand for the targets. 0 in expectation for every method
+    that is linear in the labels.
     """
-    noise, target = (np.asarray(a) for a in (e.examples.target.noise, e.examples.target.value))
-    product = (np.asarray(e.prediction) * target).reshape(len(noise), -1).mean(1)
-    square = np.square(target).reshape(len(noise), -1).mean(1)
-    high = noise > noise.mean()
-    slopes = [product[part].mean() / square[part].mean() for part in (high, ~high)]
-    return float(slopes[0] / slopes[1])
+    noise = np.asarray(e.examples.target.noise)
+    oracle, constant = (np.asarray(a) for a in _ridges(e))
+    product = np.asarray(e.prediction) * oracle
+    low = noise < noise.mean()
+    slopes = (product[part].mean() / (constant * oracle)[part].mean() for part in (low, ~low))
+    return float(np.subtract(*slopes))
 
 
 _PARTS = ("no rescaling", "no momentum")
@@ -68,11 +68,11 @@ CLAIMS = (
         "equal loss",
         "Full matrices P and Q have the loss of the best four numbers a layer.",
         "excess_loss",
-        0.01,
+        0.006,
         "<=",
         f"{_PAPER}, Table 1 (DIAG and FULL)",
-        catches=(*_PARTS, "centred attention"),
-        note="Of the whole loss, whose larger part no one can avoid, here and in what follows.",
+        catches=(*_PARTS, "step size + 10 %", "step size - 10 %", "centred attention"),
+        note="Of the whole loss, whose larger part no one can avoid.",
     ),
     Claim(
         "equal predictions",
@@ -81,7 +81,9 @@ CLAIMS = (
         0.1,
         "<=",
         f"{_PAPER}, section 6",
-        catches=(*_PARTS, "step size + 10 %", "step size - 10 %", "centred attention"),
+        catches=("no rescaling", "centred attention"),
+        note="Near, not equal: the best full matrices are better than the best four numbers a "
+        "layer, and 5 % of the predictions away. So a step size off by 10 %, at 6 to 7 %, passes.",
     ),
     Claim(
         "better than any constant ridge",
@@ -91,17 +93,18 @@ CLAIMS = (
         1.0,
         "<=",
         f"{_PAPER}, Table 1 (ConstRR)",
-        catches=_PARTS,
+        catches=("GD++ part", "no rescaling"),
+        note="At two layers the rescaling of labels alone, without momentum, ends level with it.",
     ),
     Claim(
         "adapts to the noise",
         "It shrinks its predictions more where the context is noisier.",
         shrinkage,
-        0.9,
-        "<=",
+        0.06,
+        ">=",
         f"{_PAPER}, Theorem 5.2 and section 6",
         catches=("GD++ part",),
-        note="Exactly 1 in expectation for all that is linear in the labels, GD++ and a constant "
+        note="Exactly 0 in expectation for all that is linear in the labels, GD++ and a constant "
         "ridge among them.",
     ),
 )
@@ -114,7 +117,7 @@ PUBLISHED = Claim(
     1.1 * 0.202,
     "<=",
     f"{_PAPER}, Table 1 (FULL, 2 layers, sigma in {{1, 3}})",
-    catches=_PARTS,
+    catches=("GD++ part", "no rescaling"),
     published=0.202,
 )
 

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from constructions.claims import Evidence
 from constructions.family import verify
 from constructions.gradient_descent import GradientDescent
+from constructions.noisy_regression import claims
 from constructions.noisy_regression.construction import NoisyRegression
+from synthetic.ridge import ridge
 
 
 def simulate(layers, x, y, q):
@@ -132,3 +135,28 @@ def test_labels_have_one_column():
     with pytest.raises(ValueError, match="y has shape"):
         c.predict(c.compile().model, np.ones((1, 3, 2)), np.ones((1, 3, 2)), np.ones((1, 1, 2)))
     assert jnp.shape(c.predict(c.compile().model, *c.sample(jax.random.key(0), 2))) == (2, 1, 1)
+
+
+def test_statistics_of_the_claims():
+    levels = (0.5, 2.0)
+    c = NoisyRegression(dim_x=3, num_examples=8, layers=[(0, 0, -0.1, 0)], noise_levels=levels)
+    examples, model = c.task.sample(jax.random.key(0), 2**14), c.compile().model
+    noise = examples.target.noise
+
+    def evidence(prediction):
+        e = Evidence(c, model, model, examples, jax.random.key(1))
+        e.__dict__["prediction"] = prediction
+        return e
+
+    oracle = ridge(*examples.inputs, noise**2)
+    linear = ridge(*examples.inputs, 3.0)
+    # the definition of the adjusted loss, whose standard error bounds what may differ
+    difference = np.asarray(c.task.loss(linear, examples) - c.task.loss(oracle, examples))
+    error = difference.std() / np.sqrt(len(difference))
+    assert abs(claims.adjusted_loss(evidence(linear)) - difference.mean()) < 4 * error
+    constant = ridge(*examples.inputs, c.task.mean_square_noise)
+    np.testing.assert_allclose(claims.against_constant_ridge(evidence(constant)), 1, rtol=1e-5)
+    assert claims.adjusted_loss(evidence(oracle)) == pytest.approx(0, abs=1e-10)
+    # what is linear in the labels shrinks alike at all levels, the oracle does not
+    assert abs(claims.shrinkage(evidence(linear))) < 0.01
+    assert claims.shrinkage(evidence(oracle)) > 0.2
