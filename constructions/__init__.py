@@ -16,12 +16,14 @@ gradient_descent     linear attention as gradient descent, and GD++
 separate_tokens      the same where x and y are tokens of their own
 kernel_descent       the same on features of an MLP
 noisy_regression     linear transformers that meet noise of unknown level
+inside_outside       attention between the ends of spans that parses, and masked language models
 
 `CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it.
 """
 
 from constructions.family import Family
 from constructions.gradient_descent import GD_PLUS_PLUS, GRADIENT_DESCENT
+from constructions.inside_outside import INSIDE_OUTSIDE
 from constructions.kernel_descent import KERNEL_DESCENT
 from constructions.noisy_regression import NOISY_REGRESSION
 from constructions.separate_tokens import SEPARATE_TOKENS
@@ -34,6 +36,7 @@ CATALOGUE: dict[str, Family] = {
         SEPARATE_TOKENS,
         KERNEL_DESCENT,
         NOISY_REGRESSION,
+        INSIDE_OUTSIDE,
     )
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from constructions.layer import ACTIVATIONS
 from constructions.mixers import MIXERS
-from constructions.program import SELF, Layer, Program
+from constructions.program import SELF, HeadFamily, Layer, Program
 from constructions.slots import Slot
 
 
@@ -36,7 +36,7 @@ def check(program: Program) -> None:
         writes = [
             (slot, f"{label}, head '{head.name}'", head.queries)
             for head in layer.heads
-            for slot in head.write
+            for slot in head.writes()
             if slot != head.erases
         ]
         _check_writes(program, writes, written, erased, number)
@@ -59,9 +59,9 @@ def _erased(program: Program, layer: Layer, label: str) -> set[Slot]:
     seen: set[Slot] = set()
     whole: set[Slot] = set()
     for head in layer.heads:
-        slot = head.erases
-        if slot is None:
+        if isinstance(head, HeadFamily) or head.erases is None:
             continue
+        slot = head.erases
         _check_declared(program, slot, head.queries, f"{label}, head '{head.name}'")
         if slot in seen:
             raise ProgramError(f"{label}, head '{head.name}': {slot} is erased twice")

@@ -27,8 +27,9 @@ from constructions.config import (
     MlpConfig,
     NormConfig,
     SegmentConfig,
+    TokensConfig,
 )
-from constructions.program import Head, Layer, Mlp, Norm, Program, token_names
+from constructions.program import Head, HeadFamily, Layer, Mlp, Norm, Program, token_names
 from constructions.slots import Affine
 from constructions.soften import soften
 from constructions.transformer import Transformer
@@ -72,17 +73,23 @@ def config_of(program: Program) -> Config:
         segments = [SegmentConfig(tuple(layers), program.loops, tied=True)]
     else:
         segments = [SegmentConfig((layer,), len(list(run))) for layer, run in groupby(layers)]
-    return Config(program.slots.width, tuple(segments), program.token_groups)
+    tables = [next(iter(t.values())) for t in (program.embedding, program.readout) if t]
+    tokens = TokensConfig(*map(len, tables), probabilities="shares") if tables else None
+    return Config(program.slots.width, tuple(segments), program.token_groups, tokens=tokens)
 
 
 def _layer_config(layer: Layer) -> LayerConfig:
-    groups: dict[tuple[str, int, int], list[Head]] = {}
-    for head in layer.heads:
-        groups.setdefault((head.mixer, head.key.size, head.value.size), []).append(head)
+    groups: dict[tuple[str, int, int], list[tuple[int, bool]]] = {}
+    for part in layer.heads:
+        if isinstance(part, HeadFamily):  # sizes are known without writing its heads out
+            groups.setdefault(("linear", part.rows, 1), []).append((part.write.size, True))
+        else:
+            sizes = (part.mixer, part.key.size, part.value.size)
+            groups.setdefault(sizes, []).append((1, _has_bias(part)))
     return LayerConfig(
         heads=tuple(
-            HeadsConfig(mixer, len(heads), k, v, bias=any(map(_has_bias, heads)))
-            for (mixer, k, v), heads in groups.items()
+            HeadsConfig(mixer, sum(n for n, _ in parts), k, v, bias=any(b for _, b in parts))
+            for (mixer, k, v), parts in groups.items()
         ),
         mlp=None if layer.mlp is None else _mlp_config(layer.mlp),
         norm=None if layer.norm is None else _norm_config(layer.norm),
@@ -135,6 +142,12 @@ def fill(program: Program, config: Config) -> dict[str, Any]:
                 _fill_layer(
                     layer, shape, arrays["segments"][s]["layers"][p], r, config, f"layer {number}"
                 )
+    for name in ("embedding", "readout"):
+        for slot, m in getattr(program, name).items():
+            table = arrays.get("tokens", {}).get(name)
+            if table is None or len(table) < len(m):
+                raise ProgramError(f"the {name} has {len(m)} rows, the config {config.tokens}")
+            table[: len(m), slot.columns] = m
     return arrays
 
 
@@ -142,7 +155,7 @@ def _fill_layer(
     layer: Layer, shape: LayerConfig, arrays: Any, r: int, config: Config, where: str
 ) -> None:
     used = [0] * len(shape.heads)
-    for head in layer.heads:
+    for head in layer.single_heads:
         place = _place_head(head, shape.heads, used)
         if place is None:
             raise ProgramError(

@@ -126,6 +126,28 @@ class SegmentConfig:
 
 
 @dataclass(frozen=True)
+class TokensConfig:
+    """Tables around the blocks of a language model; without them a model maps streams to streams.
+
+    Attributes:
+        embedding: rows of the table that turns token numbers into streams.
+        positions: rows of the table that is added by position, 0 for none.
+        readout: rows of the table whose products with the final stream are the scores of words.
+        probabilities: how scores become those: their "softmax", or "shares" of their sum.
+    """
+
+    embedding: int
+    readout: int
+    positions: int = 0
+    probabilities: str = "softmax"
+
+    def shapes(self, width: int) -> Shapes:
+        """Shapes of the tables."""
+        tables = {"embedding": self.embedding, "position": self.positions, "readout": self.readout}
+        return {name: (rows, width) for name, rows in tables.items() if rows}
+
+
+@dataclass(frozen=True)
 class Config:
     """The shape of a `Transformer`.
 
@@ -134,6 +156,7 @@ class Config:
         segments: run in order.
         token_groups: names of the kinds of tokens that heads can tell apart.
         final_norm: a norm of the output.
+        tokens: the tables of a language model.
         precision: of every matrix product, "highest" or "default" (TF32 on recent GPUs).
     """
 
@@ -142,6 +165,7 @@ class Config:
     token_groups: tuple[str, ...] = ("token",)
     final_norm: NormConfig | None = None
     precision: str = "highest"
+    tokens: TokensConfig | None = None
 
     @property
     def depth(self) -> int:
@@ -196,7 +220,8 @@ class Config:
             for s, segment in enumerate(self.segments)
         }
         final = {"final_norm": self.final_norm.shapes(self.width)} if self.final_norm else {}
-        return {"segments": segments} | final
+        tables = {"tokens": self.tokens.shapes(self.width)} if self.tokens else {}
+        return {"segments": segments} | final | tables
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of numbers, strings and lists; `from_json` is its inverse."""
@@ -233,4 +258,5 @@ class Config:
             tuple(data["token_groups"]),
             norm(data["final_norm"]),
             data["precision"],
+            TokensConfig(**data["tokens"]) if data.get("tokens") else None,
         )

@@ -27,7 +27,7 @@ from constructions.compiler import check, config_of
 from constructions.config import WIRING
 from constructions.layer import ACTIVATIONS
 from constructions.mixers import MIXERS
-from constructions.program import Head, Layer, Program
+from constructions.program import Head, HeadFamily, Layer, Program
 from constructions.slots import Affine, Slot
 
 Blocks = dict[tuple[int, int], Array]  # columns (start, stop) -> [batch, token, stop - start]
@@ -56,21 +56,31 @@ class Counts:
 
 def counts(program: Program) -> Counts:
     """Sizes of a program and of the model that it compiles to, which is not built."""
-    heads = [head for layer in program.layers for head in layer.heads]
+    parts = [part for layer in program.layers for part in layer.heads]
+    heads = [part for part in parts if isinstance(part, Head)]
+    families = [part for part in parts if isinstance(part, HeadFamily)]
     mlps = [layer.mlp for layer in program.layers if layer.mlp is not None]
     maps = [e for h in heads for e in (h.query, h.key, h.value)]
     maps += [e for m in mlps for e in (m.hidden, m.gate) if e is not None]
     stored = sum(np.count_nonzero(a) for e in maps for a in (*e.terms.values(), e.constant))
     stored += sum(np.count_nonzero(m) for part in (*heads, *mlps) for m in part.write.values())
+    # of each head of a family: the ones in its query, its value and its write, and its keys
+    stored += sum(f.write.size * (f.rows + 2) for f in families)
+    stored += sum(np.count_nonzero(tensor) for f in families for *_, tensor in f.terms)
+    rows = [max(h.key.size, h.value.size) for h in heads] + [f.rows for f in families]
     return Counts(
         width=program.slots.width,
         layers=program.depth,
-        heads=len(heads),
-        max_heads=max(len(layer.heads) for layer in program.layers),
-        max_head_rows=max((max(h.key.size, h.value.size) for h in heads), default=0),
+        heads=sum(map(_heads_in, parts)),
+        max_heads=max(sum(map(_heads_in, layer.heads)) for layer in program.layers),
+        max_head_rows=max(rows, default=0),
         stored=int(stored),
         dense=_entries(config_of(program).shapes()),
     )
+
+
+def _heads_in(part: Head | HeadFamily) -> int:
+    return part.write.size if isinstance(part, HeadFamily) else 1
 
 
 def _entries(shapes: Any) -> int:
@@ -185,12 +195,16 @@ class _Machine:
             v = v * jax.lax.rsqrt(jnp.square(v).mean(-1, keepdims=True) + layer.norm.eps)
             blocks = _add(blocks, layer.norm.write, self.only(layer.norm.tokens, v))
         alike: dict[Any, list[Head]] = {}
+        single = [head for head in layer.heads if isinstance(head, Head)]
         # erased first, so that what is written into the same columns loses no digits
-        for head in sorted(layer.heads, key=lambda h: h.erases is None):
+        for head in sorted(single, key=lambda h: h.erases is None):
             alike.setdefault(_wiring(head), []).append(head)
         after = blocks
         for heads in alike.values():
             after = self.attend(heads, blocks, after)
+        for part in layer.heads:
+            if isinstance(part, HeadFamily):
+                after = self.attend_family(part, blocks, after)
         if layer.mlp is None:
             return after
         blocks, mlp = after, layer.mlp
@@ -206,9 +220,9 @@ class _Machine:
             return update
         return jnp.where(self.member(tokens, slice(None))[..., None], update, 0)
 
-    def attend(self, heads: list[Head], blocks: Blocks, after: Blocks) -> Blocks:
-        """`after` plus the outputs of heads with equal wiring, which read `blocks`."""
-        head, tokens = heads[0], np.arange(self.groups.shape[-1])
+    def pairs(self, head: Head | HeadFamily) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Tokens that a head may look from and at; one by one (True) if it sees one offset only."""
+        tokens = np.arange(self.groups.shape[-1])
         low, high = head.window
         single = low is not None and low == high and not head.sinks
         queries, keys = tokens, tokens
@@ -221,6 +235,40 @@ class _Machine:
         if single and low is not None:
             queries = queries[np.isin(queries + low, keys)]
             keys = queries + low
+        return queries, keys, single
+
+    def attend_family(self, family: HeadFamily, blocks: Blocks, after: Blocks) -> Blocks:
+        """`after` plus the outputs of a family, whose products of slots are summed first."""
+        queries, keys, single = self.pairs(family)
+        if not (len(queries) and len(keys)):
+            return after
+        qs, ks = _index(queries), _index(keys)
+        acts, seen = self.member(family.queries, qs), self.member(family.keys, ks)
+        shared: dict[int, list[tuple[Slot, Slot, np.ndarray]]] = {}
+        for term in family.terms:
+            shared.setdefault(id(term[2]), []).append(term)
+        for terms in shared.values():
+            left = jnp.stack([_read(blocks, term[0])[:, qs] for term in terms], 2)
+            right = jnp.stack([_read(blocks, term[1])[:, ks] for term in terms], 2)
+            if single:
+                right = jnp.where(jnp.asarray(acts & seen)[..., None, None], right, 0)
+                pairs = _times("bqkx,bqky->bqxy", left, right)
+            else:
+                low, high = family.window
+                offset = keys[None, :] - queries[:, None]
+                near = (low is None or offset >= low) & (high is None or offset <= high)
+                mask = jnp.asarray(acts[..., :, None] & near & seen[..., None, :])
+                mask = jnp.broadcast_to(mask, (len(left), *mask.shape[-2:])).astype(left.dtype)
+                pairs = _times("bqkx,bqky->bqxy", left, _times("bqt,btky->bqky", mask, right))
+            update = _times("bqxy,nxy->bqn", pairs, terms[0][2])
+            after = _add(after, family.write, update, qs)
+        return after
+
+    def attend(self, heads: list[Head], blocks: Blocks, after: Blocks) -> Blocks:
+        """`after` plus the outputs of heads with equal wiring, which read `blocks`."""
+        head, tokens = heads[0], np.arange(self.groups.shape[-1])
+        low, high = head.window
+        queries, keys, single = self.pairs(head)
         if not (len(queries) and len(keys)):
             return after
         qs, ks = _index(queries), _index(keys)

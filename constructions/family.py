@@ -154,6 +154,11 @@ class Construction(ABC):
         """Statements about trained counterparts that the ledger decides."""
         return ()
 
+    @property
+    def examples(self) -> int:
+        """The most inputs that the ledger takes; less where a model is large or scatters little."""
+        return 2**16
+
     @abstractmethod
     def trace(self, *inputs: Array) -> dict[str, Array]:
         """The algorithm itself, independent of any model: {name: [batch, ...]}."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from constructions.slots import Affine, Slot, Slots, constant
+from constructions.slots import Affine, Slot, Slots, concatenate, constant
 
 Window = tuple[int | None, int | None]
 
@@ -113,6 +114,76 @@ class Head:
             for slot in expr.terms:
                 yield part, slot, token_names(groups)
 
+    def writes(self) -> tuple[Slot, ...]:
+        """The slots that it writes."""
+        return tuple(self.write)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadFamily:
+    """One head for each column n of a slot, whose scores are sums of bilinear forms of slots:
+
+        write[n] at i  +=  sum_j s_n(i, j),
+        s_n(i, j)  =  sum_k left_k(i)^T tensor_k[n] right_k(j).
+
+    The same as `heads()`, one `Head` each with value 1; the tensors are stored once.
+
+    Attributes:
+        terms: (left, right, tensor `[heads, left.size, right.size]`), left at the query.
+        write: a slot with as many columns as there are heads.
+        queries, keys, window, name: as in `Head`.
+    """
+
+    terms: Sequence[tuple[Slot, Slot, np.ndarray]]
+    write: Slot
+    queries: str | Sequence[str] | None = None
+    keys: str | Sequence[str] | None = None
+    window: Window = EVERYWHERE
+    name: str = "family"
+
+    mixer, sinks, erases = "linear", (), None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(self.terms))
+        object.__setattr__(self, "queries", token_names(self.queries))
+        object.__setattr__(self, "keys", token_names(self.keys))
+        for left, right, tensor in self.terms:
+            if tensor.shape != (self.write.size, left.size, right.size):
+                raise ValueError(
+                    f"{self.name}: tensor of {left} and {right} has shape {tensor.shape}, "
+                    f"must be {(self.write.size, left.size, right.size)}"
+                )
+
+    def reads(self) -> Iterator[tuple[str, Slot, tuple[str, ...] | None]]:
+        """Every (part, slot, token groups at which it is read)."""
+        for left, right, _ in self.terms:
+            yield "query", left, token_names(self.queries)
+            yield "key", right, token_names(self.keys)
+
+    def writes(self) -> tuple[Slot, ...]:
+        """The slot that it writes."""
+        return (self.write,)
+
+    @property
+    def rows(self) -> int:
+        """Key rows of every head."""
+        return sum(left.size for left, _, _ in self.terms)
+
+    def heads(self) -> Iterator[Head]:
+        """The heads, one for each column of `write`."""
+        query = concatenate(*(left for left, _, _ in self.terms))
+        for n in range(self.write.size):
+            yield Head(
+                query=query,
+                key=concatenate(*(tensor[n] @ right for _, right, tensor in self.terms)),
+                value=constant(1.0),
+                write={self.write: np.eye(self.write.size)[:, n : n + 1]},
+                queries=self.queries,
+                keys=self.keys,
+                window=self.window,
+                name=f"{self.name} {n}",
+            )
+
 
 def erase(slot: Slot, *, queries: str | Sequence[str] | None = None) -> Head:
     """A head that subtracts a slot from itself: attention of every token to itself, value -slot.
@@ -188,15 +259,26 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """A norm (optional), a row of heads that act in parallel, then an MLP (optional)."""
+    """A norm (optional), a row of heads that act in parallel, then an MLP (optional).
 
-    heads: Sequence[Head] = ()
+    `heads` holds single heads and families of them; `single_heads` is all of them one by one.
+    """
+
+    heads: Sequence[Head | HeadFamily] = ()
     mlp: Mlp | None = None
     norm: Norm | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", tuple(self.heads))
+
+    @cached_property
+    def single_heads(self) -> tuple[Head, ...]:
+        """The heads, families written out."""
+        found: list[Head] = []
+        for part in self.heads:
+            found += [part] if isinstance(part, Head) else part.heads()
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -209,6 +291,8 @@ class Program:
         loops: how often the whole list of layers is run, with the same weights (a recurrent, or
             looped, transformer). `depth` counts the layers that are applied.
         token_groups: names of the kinds of tokens; the model is told each token's kind.
+        embedding: of a language model: {slot: matrix [token numbers, slot.size]}.
+        readout: the rows whose products with slots score words: {slot: matrix [words, slot.size]}.
     """
 
     slots: Slots
@@ -216,6 +300,8 @@ class Program:
     loops: int = 1
     token_groups: tuple[str, ...] = ("token",)
     name: str = field(default="program", compare=False)
+    embedding: Mapping[Slot, np.ndarray] = field(default_factory=dict, compare=False)
+    readout: Mapping[Slot, np.ndarray] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -224,6 +310,17 @@ class Program:
             raise ValueError("layers of a program must not be empty")
         if self.loops < 1:
             raise ValueError(f"loops is {self.loops}, must be at least 1")
+        for name in ("embedding", "readout"):
+            table: Mapping[Slot, np.ndarray] = getattr(self, name)
+            if len({len(m) for m in table.values()}) > 1:
+                raise ValueError(f"matrices of the {name} have different numbers of rows")
+            for slot, m in table.items():
+                if m.shape[1:] != (slot.size,):
+                    raise ValueError(
+                        f"{name} of {slot} has shape {m.shape}, must be [rows, {slot.size}]"
+                    )
+        if bool(self.embedding) != bool(self.readout):
+            raise ValueError("a program has an embedding and a readout, or neither")
 
     @property
     def depth(self) -> int:

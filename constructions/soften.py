@@ -86,7 +86,7 @@ def soften(
     if num_keys is not None and num_keys < 1:
         raise ValueError(f"num_keys is {num_keys!r}, must be at least 1")
     for number, layer in enumerate(program.layers, start=1):
-        for head in layer.heads:
+        for head in layer.single_heads:
             if head.mixer != "linear":
                 raise TypeError(
                     f"layer {number}, head '{head.name}' has mixer '{head.mixer}'; "
@@ -102,12 +102,13 @@ def soften(
         slots.keep(slot)
     null = slots.keep(Slot(NULL, 1, program.slots.width, meaning="1 at the null token"))
     layers = [_with_null(layer, program, null, scale, null_score) for layer in program.layers]
-    return Program(slots, layers, program.loops, (*program.token_groups, NULL), program.name)
+    groups = (*program.token_groups, NULL)
+    return replace(program, slots=slots, layers=layers, token_groups=groups)
 
 
 def _centred(layer: Layer, scale: float | int, num_keys: int) -> Layer:
     heads = []
-    for head in layer.heads:
+    for head in layer.single_heads:
         heads += [_one_key(head)] if _is_one_key(head) else _pair(head, scale, num_keys)
     return replace(layer, heads=heads)
 
@@ -122,7 +123,7 @@ def _with_null(
         return part if part is None or part.tokens is not None else replace(part, tokens=own)
 
     heads = []
-    for head in layer.heads:
+    for head in layer.single_heads:
         if head.erases is not None:  # of nothing, at the null token
             heads.append(_one_key(head))
             continue

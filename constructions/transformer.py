@@ -81,6 +81,8 @@ class Transformer(nnx.Module):
         self.segments = nnx.List([Segment(s) for s in arrays["segments"].values()])
         if config.final_norm is not None:
             self.final_norm = Part(arrays["final_norm"])
+        if config.tokens is not None:
+            self.tokens = Part(arrays["tokens"])
 
     def __call__(
         self, stream: Stream, groups: Groups | None = None, *, read: slice | None = None
@@ -94,6 +96,33 @@ class Transformer(nnx.Module):
             read: tokens that are wanted. The last layer computes only those.
         """
         return self._run(stream, groups, read)[0]
+
+    def embed(self, tokens: Int[Array, "batch token"]) -> Stream:
+        """The stream of a language model's tokens: a row of the embedding, and one for the place.
+
+        ValueError where the model has no tables, or fewer positions than there are tokens.
+        """
+        if self.config.tokens is None:
+            raise ValueError("the model has no embedding: its config has no tokens")
+        tables = nnx.to_pure_dict(nnx.state(self.tokens))
+        stream = tables["embedding"][tokens]
+        if not self.config.tokens.positions:
+            return stream
+        if tokens.shape[1] > self.config.tokens.positions:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens, but the model has {self.config.tokens.positions} "
+                "positions"
+            )
+        return stream + tables["position"][: tokens.shape[1]]
+
+    def word_probabilities(self, stream: Stream) -> Float[Array, "batch token word"]:
+        """What a language model says of the word at every token, from its final stream."""
+        if self.config.tokens is None:
+            raise ValueError("the model has no readout: its config has no tokens")
+        readout = nnx.to_pure_dict(nnx.state(self.tokens))["readout"]
+        scores = jnp.einsum("bth,wh->btw", stream, readout, precision=self.config.precision)
+        kind = self.config.tokens.probabilities
+        return jax.nn.softmax(scores) if kind == "softmax" else shares(scores)
 
     def arrays(self) -> dict[str, Any]:
         """The model's arrays, nested as `config.shapes()`; a new dictionary of the same arrays."""
@@ -211,6 +240,13 @@ class _SegmentRun(NamedTuple):
             stream = run_layer(layer, self.config, weights[p], stream, self.groups, end, tap)
             taps.append(tap.found)
         return stream, {site: jnp.stack([found[site] for found in taps]) for site in self.sites}
+
+
+def shares(scores: Float[Array, "*batch word"]) -> Float[Array, "*batch word"]:
+    """Scores over their sum, negative ones as 0; all 0 where none is positive."""
+    scores = jnp.maximum(scores, 0)
+    total = scores.sum(-1, keepdims=True)
+    return scores / jnp.where(total > 0, total, 1)
 
 
 def _check_shapes(shapes: Any, arrays: Any, path: str = "") -> None:

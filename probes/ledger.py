@@ -213,7 +213,7 @@ def ledger(
         construction: whose claims are decided.
         trained: counterparts, one a seed.
         seed: of the inputs and of the random model.
-        batch: inputs per statistic.
+        batch: inputs per statistic, or what the construction has as its `examples` if that is less.
         claims: other claims than the construction's own.
     """
     key, random_key = jax.random.split(jax.random.key(seed))
@@ -226,7 +226,7 @@ def ledger(
         **{f"{TRAINED} {n}": NearMiss(model, construction) for n, model in enumerate(trained)},
     }
     bases = {s.construction for s in subjects.values()}
-    examples = {base: base.task.sample(key, batch) for base in bases}
+    examples = {base: base.task.sample(key, min(batch, base.examples)) for base in bases}
     references = {base: compiled_like(base, random) for base in bases}
     memos: dict[Construction, dict[Any, Any]] = {base: {} for base in bases}
     evidence = {

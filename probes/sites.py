@@ -65,6 +65,8 @@ class Edited(Transformer):
         self.segments = model.segments
         if model.config.final_norm is not None:
             self.final_norm = model.final_norm
+        if model.config.tokens is not None:
+            self.tokens = model.tokens
         older = model.edits if isinstance(model, Edited) else {}
         self.edits = nnx.data(_join(older, edits))
 

@@ -8,6 +8,14 @@ theory                   optima, population losses, plateaus, in closed form
 spectral                 gradient descent and GD++ as filters on the eigenvalues of each context
 wishart                  how rare the small and the large eigenvalues of a Gaussian context are
 ridge                    ridge regression, with and without knowledge of the noise
+grammar                  probabilistic context-free grammars in Chomsky normal form, as arrays
+productions, cnf         grammars as text, and their normal form with its inverse on trees
+grammars                 some of our own, by name
+sentences                sampling them, with their trees
+masked_language          the task of their hidden words
+chart, charts            inside-outside over batches of sentences: marginals, parses, EM
+treebank                 bracketed trees, and the grammars that they induce
+brackets                 parses, and how many of their brackets are right
 bits                     uniform and normal numbers, fast on a CPU, the same bits as `jax.random`
 recipe                   how a model is optimised, as data
 train, step, minimize    fits by stochastic steps, and by L-BFGS on a loss without noise

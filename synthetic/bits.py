@@ -60,11 +60,11 @@ def random_bits(key: Array, rows: int, columns: int) -> UInt32[Array, "rows colu
     partitionable = getattr(jax.config, "jax_threefry_partitionable", True)
     same_stream = partitionable and rows * columns < 2**32
     if str(jax.random.key_impl(key)) != "threefry2x32" or not same_stream:
-        return jax.random.bits(key, (rows, columns))
+        return jax.random.bits(key, (rows, columns), jnp.uint32)
     return lax.platform_dependent(
         key,
         cpu=lambda key: _blocked_bits(key, rows, columns),
-        default=lambda key: jax.random.bits(key, (rows, columns)),
+        default=lambda key: jax.random.bits(key, (rows, columns), jnp.uint32),
     )
 
 

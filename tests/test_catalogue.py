@@ -67,7 +67,9 @@ def test_counterpart_is_of_the_same_class_and_learns(construction):
     counterpart = construction.counterpart()
     model = counterpart.init(jax.random.key(0))
     assert type(model) is Transformer
-    assert model.config.width == construction.compile().model.config.width
+    inputs = construction.sample(jax.random.key(1), 2)
+    predicted = [construction.apply(m, *inputs) for m in (model, construction.compile().model)]
+    assert predicted[0].shape == predicted[1].shape
     result = construction.fit(steps=240, batch=64, chunk=120)
     losses = [record["loss"] for record in result.history]
     assert losses[-1] < losses[0]

@@ -49,7 +49,7 @@ def one_layer(heads: int, mixer: str = "softmax", norm: NormConfig | None = None
     """A layer of these heads, as wide as the tokens, with every weight 0."""
     c = GradientDescent()
     (layer,) = c.program.layers
-    (head,) = layer.heads
+    (head,) = layer.single_heads
     nothing = replace(head, mixer=mixer, write={slot: 0 * m for slot, m in head.write.items()})
     program = replace(c.program, layers=[Layer([nothing] * heads)])
     shape = config_of(program)

@@ -1,0 +1,379 @@
+"""Inside-Outside in a transformer: every span's probabilities, one layer a length.
+
+Zhao, Panigrahi, Ge and Arora 2023 (arXiv 2303.08117) show that attention between the two ends of
+a span can run the Inside-Outside algorithm. This is an exact construction of that kind: linear
+attention at one relative offset a head, no softmax, no MLP and no norm. The tokens are BOS, the
+words (a number for each, and one for a hidden word), EOS. One pass gives P(word | all others) at
+every position, since the outside probability of a word never looks at that word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float
+
+from constructions.claims import Claim, NearMiss, predict
+from constructions.compiler import compile_program
+from constructions.evaluator import evaluate
+from constructions.family import Construction, Counterpart, Embedded, Place
+from constructions.inside_outside.algorithm import inside_outside
+from constructions.inside_outside.claims import CLAIMS, divergence
+from constructions.inside_outside.language_model import language_model
+from constructions.inside_outside.tableau import Layout, layout, tableau
+from constructions.program import Head, HeadFamily, Program
+from constructions.slots import Slot
+from constructions.transformer import Transformer, randomise, shares
+from synthetic import chart
+from synthetic.grammar import Grammar
+from synthetic.grammars import named
+from synthetic.masked_language import MaskedLanguageTask, check_sentences
+from synthetic.train import Recipe
+
+#: Sentences that run in one go.
+AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class InsideOutside(Construction):
+    """The transformer that parses with a grammar.
+
+    Attributes:
+        grammar: a `Grammar`, its JSON form, or the name of one in `synthetic.grammars`. It need
+            not be proper: a grammar restricted to some of its symbols also compiles.
+        max_length: words of the longest sentence, at least 2.
+        scale: factor on what a word's token holds, which cancels in every probability and keeps
+            float32 from underflow; None takes one that about undoes what a rule costs.
+        masking: of the task: the probability that a word is hidden.
+        layers, heads, width: of the counterpart.
+    """
+
+    grammar: Any
+    max_length: int = 12
+    scale: float | None = None
+    masking: float = 0.15
+    layers: int = 2
+    heads: int = 4
+    width: int = 128
+
+    def __post_init__(self) -> None:
+        grammar = self.grammar
+        if isinstance(grammar, str):
+            grammar = named(grammar)
+        elif isinstance(grammar, Mapping):
+            grammar = Grammar.from_json(dict(grammar))
+        if not isinstance(grammar, Grammar):
+            raise ValueError(f"grammar is {grammar!r}, must be a Grammar, its JSON form or a name")
+        object.__setattr__(self, "grammar", grammar)
+        if isinstance(self.max_length, bool) or self.max_length != int(self.max_length):
+            raise ValueError(f"max_length is {self.max_length!r}, must be a whole number")
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}, must be at least 2")
+        object.__setattr__(self, "max_length", int(self.max_length))
+        if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale is {self.scale!r}, must be finite and above 0")
+
+    @property
+    def task(self) -> MaskedLanguageTask:
+        """Masked words of sentences that the grammar makes."""
+        return MaskedLanguageTask(self.grammar, self.max_length, self.masking)
+
+    @property
+    def factors(self) -> np.ndarray:
+        """What each token number's leaf is multiplied by, `[words + 1]`; a mask's by 1."""
+        g = self.grammar
+        scale = self.scale
+        if scale is None:
+            p = g.rules.reshape(len(g.rules), -1)
+            p = p / np.maximum(p.sum(1, keepdims=True), 1e-300)
+            scale = np.exp(-np.mean(np.sum(p * np.log(np.where(p > 0, p, 1)), 1)))
+        best = g.emission.max(0)
+        return np.append(scale / np.where(best > 0, best, 1), 1.0)
+
+    @property
+    def leaves(self) -> np.ndarray:
+        """beta(i, i) at words, MASK, BOS, EOS and PAD, `[words + 4, preterminals]`."""
+        emission = self.grammar.emission
+        seen = np.concatenate([emission.T, emission.sum(1)[None]]) * self.factors[:, None]
+        return np.pad(seen, ((0, 3), (0, 0)))
+
+    @cached_property
+    def program(self) -> Program:
+        """2 max_length layers of linear heads, each at one relative offset."""
+        g = self.grammar
+        return tableau(g.root, g.rules, self.leaves, g.emission, self.max_length)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the values of spans are."""
+        g = self.grammar
+        return layout(len(g.nonterminals), len(g.preterminals), self.max_length)
+
+    def check(self, tokens: Any, lengths: Any, mask: Any = None) -> None:
+        """ValueError for sentences that are longer than the construction, and other bad input."""
+        check_sentences(len(self.grammar.vocabulary), self.max_length, tokens, lengths, mask)
+
+    def trace(self, tokens: ArrayLike, lengths: ArrayLike, mask: ArrayLike) -> dict[str, Array]:
+        """The algorithm; tokens and mask are `[batch, time]`, lengths `[batch]`.
+
+        Returns:
+            inside, outside: beta and alpha of spans of 2 to `max_length` words by first word,
+                `[batch, time, words - 2, nonterminal]`, in units of the construction: times the
+                factors of the words that they are about.
+            leaves, around: of single words, `[batch, time, preterminal]`.
+            span_products, tag_products: beta times alpha.
+            span_marginals, tag_marginals, prediction: as `synthetic.chart` has them; the
+                prediction is its word posterior.
+        """
+        g = self.grammar
+        tokens, lengths, mask = jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask)
+        root, rules, leaves = (jnp.asarray(a, float) for a in (g.root, g.rules, self.leaves))
+        numbers = self.numbers(tokens, lengths, mask)[:, 1:-1]
+        beta, alpha = inside_outside(root, rules, leaves[numbers], lengths, self.max_length)
+        products = {n: alpha[n] * beta[n] for n in beta}
+        longer = range(2, self.max_length + 1)
+        return {
+            "inside": jnp.stack([beta[n] for n in longer], 2),
+            "outside": jnp.stack([alpha[n] for n in longer], 2),
+            "leaves": beta[1],
+            "around": alpha[1],
+            "span_products": jnp.stack([products[n] for n in longer], 2),
+            "tag_products": products[1],
+            **self.marginals(products),
+            "prediction": shares(jnp.einsum("btx,xw->btw", alpha[1], jnp.asarray(g.emission))),
+        }
+
+    def numbers(self, tokens: Array, lengths: Array, mask: Array) -> Array:
+        """Token numbers with BOS, EOS and PAD, `[batch, time + 2]`."""
+        words = len(self.grammar.vocabulary)
+        visible = jnp.where(mask, words, tokens)
+        position, end = jnp.arange(tokens.shape[1] + 2), lengths[:, None] + 1
+        inner = jnp.pad(visible, ((0, 0), (1, 1)))
+        word = (position >= 1) & (position < end)
+        special = words + jnp.where(position == 0, 1, jnp.where(position == end, 2, 3))
+        return jnp.where(word, inner, special)
+
+    def embed(self, model: Transformer, tokens: Array, lengths: Array, mask: Array) -> Embedded:
+        """BOS, the words, EOS, padding; hidden words are all the same token."""
+        numbers = self.numbers(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask))
+        groups = jnp.maximum(numbers - len(self.grammar.vocabulary), 0)
+        return Embedded(model.embed(numbers), groups, slice(1, numbers.shape[1] - 1))
+
+    def apply(
+        self, model: Transformer, tokens: Array, lengths: Array, mask: Array
+    ) -> Float[Array, "batch time word"]:
+        """P(word at t | all other visible words); 0 past the end of a sentence."""
+
+        def run(tokens: Array, lengths: Array, mask: Array) -> Array:
+            stream, groups, read = self.embed(model, tokens, lengths, mask)
+            found = model.word_probabilities(model(stream, groups, read=read))
+            return jnp.where((groups[:, read] == 0)[..., None], found, 0)
+
+        if len(tokens) <= AT_ONCE:
+            return run(tokens, lengths, mask)
+        # the queries of hundreds of heads are much larger than what comes out
+        one = partial(jax.tree.map, lambda a: a[None])
+        return jax.lax.map(
+            lambda given: run(*one(given))[0], (tokens, lengths, mask), batch_size=AT_ONCE
+        )
+
+    def places(self, depth: int, tokens: Array, lengths: Array, mask: Array) -> dict[str, Place]:
+        """The slots of every word; a value of a span is read at its first word."""
+        at, words = self.layout, range(1, jnp.shape(tokens)[1] + 1)
+        longer = range(2, self.max_length + 1)
+
+        def spans(slots: Mapping[int, Slot]) -> Place:
+            first = np.array([slots[n].start for n in longer])[:, None]
+            columns = first + np.arange(len(self.grammar.nonterminals))
+            return Place(np.asarray(depth), np.array(words)[:, None, None], columns)
+
+        return {
+            "inside": spans(at.starts),
+            "outside": spans(at.outside_starts),
+            "leaves": Place.of(at.starts[1], words, depth),
+            "around": Place.of(at.outside_starts[1], words, depth),
+            "span_products": spans(at.products),
+            "tag_products": Place.of(at.products[1], words, depth),
+        }
+
+    def read(
+        self, model: Transformer, tokens: Array, lengths: Array, mask: Array
+    ) -> dict[str, Array]:
+        """The values of `trace`; marginals are products of slots over their sum at the word."""
+        found = super().read(model, tokens, lengths, mask)
+        spans = jnp.moveaxis(found["span_products"], 2, 0)
+        products = dict(enumerate(spans, start=2)) | {1: found["tag_products"]}
+        return found | self.marginals(products)
+
+    def marginals(self, products: Mapping[int, Array]) -> dict[str, Array]:
+        """alpha beta of spans over Z, which is their sum over pre-terminals at any word."""
+        z = products[1].sum(-1)
+        time = z.shape[1]
+        start, end = jnp.arange(time)[:, None], jnp.arange(time)
+        by_words = [products[n] for n in range(2, self.max_length + 1)]
+        longer = jnp.stack(by_words, 2)[:, :, : max(time - 1, 1)]
+        # [batch, i, words - 2, A] to [batch, i, j, A], j = i + words - 1
+        words = jnp.clip(end - start - 1, 0, longer.shape[2] - 1)
+        spans = jnp.take_along_axis(longer, words[None, :, :, None], 2)
+        there = (end > start) & (end - start <= longer.shape[2])
+        spans = jnp.where(there[..., None], spans, 0)
+        over = jnp.where(z > 0, z, jnp.inf)
+        return {
+            "span_marginals": spans / over[:, :, None, None],
+            "tag_marginals": products[1] / over[..., None],
+        }
+
+    def word_posterior(
+        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None
+    ) -> Float[Array, "batch time word"]:
+        """P(word at t | all other visible words), from one pass of a model of this class.
+
+        Args:
+            model: compiled, or trained.
+            tokens: `[batch, time]` integers, without BOS and EOS, padded with anything.
+            lengths: `[batch]`, 1 to `max_length`.
+            mask: `[batch, time]`, True where a word is hidden; None: nowhere.
+
+        Raises:
+            ValueError: a shape, a dtype, a length or a word that does not fit.
+        """
+        return predict(self, model, *self._given(tokens, lengths, mask))
+
+    def span_marginals(
+        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None
+    ) -> Float[Array, "batch first last nonterminal"]:
+        """P(words first..last are one constituent | visible words), of the compiled model.
+
+        Arguments and errors as for `word_posterior`; 0 for spans of one word.
+        """
+        return _read(self, model, *self._given(tokens, lengths, mask))["span_marginals"]
+
+    def tag_marginals(
+        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None
+    ) -> Float[Array, "batch time preterminal"]:
+        """P(pre-terminal of word t | visible words), of the compiled model; as `span_marginals`."""
+        return _read(self, model, *self._given(tokens, lengths, mask))["tag_marginals"]
+
+    def evaluate(self, tokens: Any, lengths: Any, mask: Any = None) -> dict[str, Array]:
+        """The named values by the program's second back end, without dense matrices.
+
+        The same as `read` and `apply` of the compiled model up to rounding, for grammars whose
+        matrices would not fit. Arguments and errors as for `word_posterior`.
+        """
+        tokens, lengths, mask = self._given(tokens, lengths, mask)
+        return _evaluate(self, tokens, lengths, mask)
+
+    def _given(self, tokens: Any, lengths: Any, mask: Any) -> tuple[Array, Array, Array]:
+        """Checked where they are concrete, as arrays."""
+        mask = np.zeros(np.shape(tokens), bool) if mask is None else mask
+        if not any(isinstance(a, Tracer) for a in (tokens, lengths, mask)):
+            self.check(tokens, lengths, mask)
+        return jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask)
+
+    def counterpart(self) -> Counterpart:
+        """A masked language model; its metric is the KL divergence of the exact posterior from it.
+
+        Nothing of the algorithm is in it: softmax heads that see the whole sentence, MLPs, norms,
+        learned embeddings and positions.
+        """
+        words = len(self.grammar.vocabulary)
+        base = language_model(words, self.max_length, self.layers, self.heads, self.width)
+        batch = self.task.sample(jax.random.key(2**20), 512)
+        exact = chart.inside_outside(self.grammar, *batch.inputs).word_posterior
+        recipe = Recipe(
+            steps=4000,
+            batch=128,
+            optimizer="adamw",
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup=200,
+            clip=1.0,
+            weight_decay=0.01,
+        )
+
+        def measure(model: Transformer) -> dict[str, Array]:
+            found = self.apply(model, *batch.inputs)
+            return {"divergence": divergence(exact, found, batch.inputs[2])}
+
+        quick = replace(recipe, steps=300, batch=64)
+        return Counterpart(
+            lambda key: randomise(base, key, 0.05), self.task, recipe, None, measure, quick
+        )
+
+    def near_misses(self) -> dict[str, NearMiss]:
+        """Parses by a grammar that is off, or with half of the outside pass."""
+        g = self.grammar
+
+        def of(program: Program) -> NearMiss:
+            return NearMiss(compile_program(program), self)
+
+        def with_grammar(**changes: Any) -> NearMiss:
+            parts = {"root": g.root, "rules": g.rules, "emission": g.emission} | changes
+            names = (g.nonterminals, g.preterminals, g.vocabulary)
+            other = replace(self, grammar=Grammar(*names, **parts))
+            return of(other.program)
+
+        alike = (g.rules > 0) / np.maximum((g.rules > 0).sum((1, 2), keepdims=True), 1)
+        words = 0.7 * g.emission + 0.3 * g.emission.sum(1, keepdims=True) / g.emission.shape[1]
+        before = [*self.layout.before.values()]
+
+        def left(part: Head | HeadFamily) -> Head | HeadFamily:
+            if isinstance(part, Head):
+                return part
+            kept = [t for t in part.terms if t[0] not in before and t[1] not in before]
+            return replace(part, terms=kept)
+
+        layers = [replace(la, heads=[left(h) for h in la.heads]) for la in self.program.layers]
+        return {
+            "every rule alike": with_grammar(rules=alike),
+            "uniform words": with_grammar(emission=words),
+            "left children only": of(replace(self.program, layers=layers)),
+        }
+
+    @property
+    def examples(self) -> int:
+        """Few: a divergence scatters little, and hundreds of heads take their time."""
+        return 2**11
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """The paper's statements about masked language models that can be decided exactly."""
+        return CLAIMS
+
+    def tolerance(self, dtype: str) -> float:
+        """Every value is a sum of products of non-negative numbers: nothing cancels."""
+        return {"float64": 1e-12, "float32": 1e-4}[dtype]
+
+
+@partial(jax.jit, static_argnums=0)
+def _read(c: InsideOutside, model: Transformer, *inputs: Array) -> dict[str, Array]:
+    return c.read(model, *inputs)
+
+
+@partial(jax.jit, static_argnums=0)
+def _evaluate(c: InsideOutside, tokens: Array, lengths: Array, mask: Array) -> dict[str, Array]:
+    numbers, at = c.numbers(tokens, lengths, mask), c.layout
+    groups = jnp.maximum(numbers - len(c.grammar.vocabulary), 0)
+    word = {at.starts[1].name: jnp.asarray(c.leaves)[numbers]}
+    found = evaluate(c.program, word, groups)
+    own = {n: found[slot.name][:, 1:-1] for n, slot in at.products.items()}
+    around = found[at.outside_starts[1].name][:, 1:-1]
+
+    def spans(slots: Mapping[int, Slot]) -> Array:
+        return jnp.stack([found[slots[n].name][:, 1:-1] for n in range(2, c.max_length + 1)], 2)
+
+    return {
+        "inside": spans(at.starts),
+        "outside": spans(at.outside_starts),
+        "leaves": found[at.starts[1].name][:, 1:-1],
+        "around": around,
+        **c.marginals(own),
+        "prediction": shares(jnp.einsum("btx,xw->btw", around, jnp.asarray(c.grammar.emission))),
+    }

@@ -1,0 +1,74 @@
+"""The trained counterpart: a masked language model in the shape of BERT, of the one class."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from constructions.compiler import FAR
+from constructions.config import (
+    Config,
+    HeadsConfig,
+    LayerConfig,
+    MlpConfig,
+    NormConfig,
+    SegmentConfig,
+    TokensConfig,
+)
+from constructions.inside_outside.tableau import GROUPS
+from constructions.transformer import Transformer
+
+
+def language_model(
+    words: int, max_length: int, layers: int = 2, heads: int = 4, width: int = 128
+) -> Transformer:
+    """A softmax transformer with learned positions and every weight 0.
+
+    Every layer is norm, heads, norm, MLP of four times the width (gelu); scores are divided by the
+    square root of a head's rows; nothing attends to padding.
+
+    Args:
+        words: size of the vocabulary; MASK, BOS, EOS and PAD come on top.
+        max_length: words of the longest sentence.
+        layers, heads, width: width is a multiple of heads.
+
+    Raises:
+        ValueError: a size below 1, or a width that its heads do not divide.
+    """
+    for name, value in (("layers", layers), ("heads", heads), ("width", width)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, must be at least 1")
+    if width % heads:
+        raise ValueError(f"width is {width}, must be a multiple of heads={heads}")
+    rows, norm = width // heads, NormConfig(affine=True)
+    layer = LayerConfig(
+        heads=(HeadsConfig("softmax", heads, rows, rows),),
+        mlp=MlpConfig(4 * width, "gelu", bias=True),
+        norm=norm,
+        mlp_norm=norm,
+    )
+    config = Config(
+        width,
+        (SegmentConfig((layer,), layers),),
+        GROUPS,
+        final_norm=norm,
+        tokens=TokensConfig(words + 4, words, max_length + 2),
+        precision="default",
+    )
+    wiring = {
+        "scale": np.full((layers, heads), rows**-0.5),
+        "window": np.tile([-FAR, FAR], (layers, heads, 1)).astype(np.int32),
+        "query_groups": np.ones((layers, heads, len(GROUPS)), bool),
+        "key_groups": np.tile([g != "pad" for g in GROUPS], (layers, heads, 1)),
+        "sink_groups": np.zeros((layers, heads, len(GROUPS)), bool),
+    }
+
+    def zeros(shapes: object, name: str = "") -> object:
+        if isinstance(shapes, dict):
+            return {key: zeros(value, str(key)) for key, value in shapes.items()}
+        found = wiring.get(name)
+        return jnp.zeros(shapes) if found is None else jnp.asarray(found)  # pyright: ignore
+
+    arrays = zeros(config.shapes())
+    assert isinstance(arrays, dict)
+    return Transformer(config, arrays)

@@ -1,0 +1,187 @@
+"""The Inside-Outside algorithm as a program: one layer for each length of span.
+
+With beta the inside and alpha the outside probabilities of spans of n words, i to j = i + n - 1,
+
+    beta_n[A](i, j)   =  sum_m sum_BC rules[A,B,C] beta_m[B](i, k) beta_{n-m}[C](k+1, j)
+    alpha_n[X](i, j)  =  root[X]                              if the span is the sentence
+        + sum_m sum_AC rules[A,X,C] alpha_{n+m}[A](i, j+m) beta_m[C](j+1, j+m)
+        + sum_m sum_AB rules[A,B,X] alpha_{n+m}[A](i-m, j) beta_m[B](i-m, i-1)
+
+Both ends of a span hold its values. Then every term is a product of a value that i holds and one
+that j holds, a score of linear attention between the two ends: one head a symbol, at one offset.
+Spans that begin behind j or end before i are held there as shifted copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from constructions.program import SELF, Head, HeadFamily, Layer, Program, Window
+from constructions.slots import Slot, Slots, constant
+
+GROUPS = ("word", "bos", "eos", "pad")
+WORDS: dict[str, Any] = {"queries": "word", "keys": "word"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The slots of word i; each mapping is from the number of words of a span to a slot.
+
+    Attributes:
+        starts, ends: beta of the spans that start, and that end, at i; of one word the same slot.
+        behind, before: beta of the spans that start at i + 1, and that end at i - 1.
+        outside_starts, outside_ends: alpha of the spans that start, and that end, at i.
+        products: alpha beta of the spans that start at i; over Z, their marginals.
+        first, last: 1 at the first and at the last word.
+    """
+
+    slots: Slots
+    starts: Mapping[int, Slot]
+    ends: Mapping[int, Slot]
+    behind: Mapping[int, Slot]
+    before: Mapping[int, Slot]
+    outside_starts: Mapping[int, Slot]
+    outside_ends: Mapping[int, Slot]
+    products: Mapping[int, Slot]
+    first: Slot
+    last: Slot
+
+
+def layout(nonterminals: int, preterminals: int, length: int) -> Layout:
+    """Slots for sentences of up to `length` words.
+
+    Layer n - 1 writes what is inside spans of n words, layer 2 length - n what is outside them.
+    """
+    slots = Slots()
+
+    def add(name: str, n: int, born: int, meaning: str) -> Slot:
+        size = nonterminals if n > 1 else preterminals
+        return slots.add(f"{name} {n}", size, tokens="word", born=born, meaning=meaning)
+
+    spans, parts = range(2, length + 1), range(1, length)
+    word = {1: add("inside", 1, 0, "beta(i, i)")}
+    around = {1: add("outside", 1, 2 * length - 1, "alpha(i, i)")}
+    return Layout(
+        slots,
+        word | {n: add("inside from", n, n - 1, "beta(i, i + n - 1)") for n in spans},
+        word | {n: add("inside to", n, n - 1, "beta(i - n + 1, i)") for n in spans},
+        {n: add("inside behind", n, n, "beta(i + 1, i + n)") for n in parts},
+        {n: add("inside before", n, n, "beta(i - n, i - 1)") for n in parts},
+        around | {n: add("outside from", n, 2 * length - n, "alpha(i, i + n - 1)") for n in spans},
+        around | {n: add("outside to", n, 2 * length - n, "alpha(i - n + 1, i)") for n in spans},
+        {n: add("product", n, 2 * length, "alpha beta(i, i + n - 1)") for n in (1, *spans)},
+        *(
+            slots.add(name, 1, tokens="word", born=1, meaning=f"1 at the {name} word")
+            for name in ("first", "last")
+        ),
+    )
+
+
+def tableau(
+    root: np.ndarray, rules: np.ndarray, leaves: np.ndarray, emission: np.ndarray, length: int
+) -> Program:
+    """The program for sentences of up to `length` words.
+
+    Args:
+        root: `[symbols]`, nonterminals then pre-terminals; any numbers.
+        rules: `[nonterminals, symbols, symbols]`.
+        leaves: `[token numbers, preterminals]`: beta(i, i) at a token.
+        emission: `[preterminals, words]`.
+        length: at least 2.
+    """
+    at = layout(len(rules), len(emission), length)
+    part = {"N": slice(0, len(rules)), "P": slice(len(rules), None)}
+    # stored once: [head, left, right] of the parent, of a left child and of a right child
+    parents = {b + c: rules[:, part[b], part[c]] for b, c in product("NP", repeat=2)}
+    lefts = {bc: m.transpose(1, 0, 2) for bc, m in parents.items()}
+    rights = {bc: m.transpose(2, 1, 0) for bc, m in parents.items()}
+    tops = {x: root[part[x]][:, None, None] for x in "NP"}
+    tables = (parents, lefts, rights, tops)
+    turned = {id(m): m.transpose(0, 2, 1) for table in tables for m in table.values()}
+
+    def both_ends(
+        terms: list[tuple[Slot, Slot, np.ndarray]], start: Slot, end: Slot, offset: int, name: str
+    ) -> list[HeadFamily]:
+        """At the start of the span, looking at its end; and at the end, looking at its start."""
+        heads = [HeadFamily(terms, start, window=(offset, offset), name=name, **WORDS)]
+        if start is not end:
+            terms = [(b, a, turned[id(m)]) for a, b, m in terms]
+            heads += [HeadFamily(terms, end, window=(-offset, -offset), name=name, **WORDS)]
+        return heads
+
+    def inside(n: int) -> Layer:
+        terms = [
+            (at.starts[m], at.ends[n - m], parents[_kind(m) + _kind(n - m)]) for m in range(1, n)
+        ]
+        heads = both_ends(terms, at.starts[n], at.ends[n], n - 1, f"inside {n}")
+        copies = [
+            _copy(at.starts[n - 1], at.behind[n - 1], (1, 1)),
+            _copy(at.ends[n - 1], at.before[n - 1], (-1, -1)),
+        ]
+        marks = [_mark(at.first, "bos", (-1, -1)), _mark(at.last, "eos", (1, 1))] if n == 2 else []
+        return Layer([*heads, *copies, *marks], name=f"inside {n}")
+
+    def outside(n: int) -> Layer:
+        terms = [(at.first, at.last, tops[_kind(n)])]
+        for m in range(1, length - n + 1):
+            terms += [
+                (at.outside_starts[n + m], at.behind[m], lefts[_kind(n) + _kind(m)]),
+                (at.before[m], at.outside_ends[n + m], rights[_kind(m) + _kind(n)]),
+            ]
+        heads = both_ends(terms, at.outside_starts[n], at.outside_ends[n], n - 1, f"outside {n}")
+        return Layer(heads, name=f"outside {n}")
+
+    same = {slot.size: _same(slot.size) for slot in at.products.values()}
+    products = [
+        HeadFamily(
+            [(at.outside_starts[n], at.starts[n], same[slot.size])],
+            slot,
+            window=SELF,
+            name=f"product {n}",
+            **WORDS,
+        )
+        for n, slot in at.products.items()
+    ]
+    return Program(
+        at.slots,
+        [
+            *(inside(n) for n in range(2, length + 1)),
+            *(outside(n) for n in range(length, 0, -1)),
+            Layer(products, name="products"),
+        ],
+        token_groups=GROUPS,
+        name="inside-outside",
+        embedding={at.starts[1]: leaves},
+        readout={at.outside_starts[1]: emission.T},
+    )
+
+
+def _kind(n: int) -> str:
+    """Of the symbols of spans of n words: pre-terminals or nonterminals."""
+    return "P" if n == 1 else "N"
+
+
+def _same(size: int) -> np.ndarray:
+    """1 where all three indices are equal."""
+    tensor = np.zeros((size, size, size))
+    tensor[(np.arange(size),) * 3] = 1
+    return tensor
+
+
+def _copy(source: Slot, target: Slot, window: Window) -> Head:
+    one = constant(1.0)
+    write = {target: 1.0}
+    return Head(one, one, source, write, window=window, name=f"copy to {target.name}", **WORDS)
+
+
+def _mark(target: Slot, kind: str, window: Window) -> Head:
+    """1 at the word beside a token of this kind."""
+    one = constant(1.0)
+    return Head(
+        one, one, one, {target: 1.0}, queries="word", keys=kind, window=window, name=target.name
+    )

@@ -1,0 +1,7 @@
+"""Parts of the chart oracle; `synthetic.chart` is what others import.
+
+scaled        vectors with a power of two apart
+tables        inside and outside, width by width
+decode        Viterbi and labelled-recall trees
+em            expected counts, re-estimation, entropy
+"""

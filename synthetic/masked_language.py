@@ -1,0 +1,114 @@
+"""Masked words of a grammar's sentences: a task whose least loss is known exactly.
+
+Every word is hidden with the same probability, independently, and always by the same mask. The
+expected loss is least for the posterior P(word | visible words), which inside-outside computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from synthetic.grammar import Grammar
+from synthetic.sentences import Sampler, sample
+from synthetic.task import Batch
+
+
+@dataclass(frozen=True)
+class MaskedLanguageTask:
+    """Sentences with hidden words; a `Task`. Hashable.
+
+    Attributes:
+        grammar: proper, and not supercritical.
+        max_length: longer sentences are not drawn.
+        rate: probability that a word is hidden, above 0 and at most 1.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    grammar: Grammar
+    max_length: int = 20
+    rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}, must be at least 1")
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rate is {self.rate}, must be above 0 and at most 1")
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        with jax.ensure_compile_time_eval():
+            return Sampler.of(self.grammar)
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        """Draw sentences.
+
+        Returns:
+            `inputs`: tokens `[batch, max_length]` int32, lengths `[batch]`, mask
+                `[batch, max_length]` bool, True where a word is hidden; the tokens are there all
+                the same, and it is for the model not to look. `target`: tokens and mask.
+        """
+        words_key, mask_key = jax.random.split(key)
+        drawn = sample(self._sampler, words_key, batch, self.max_length)
+        there = jnp.arange(self.max_length) < drawn.lengths[:, None]
+        mask = there & jax.random.bernoulli(mask_key, self.rate, drawn.tokens.shape)
+        return Batch((drawn.tokens, drawn.lengths, mask), (drawn.tokens, mask))
+
+    def loss(self, prediction: Float[Array, "batch time word"], batch: Batch) -> Array:
+        """Cross-entropy at hidden words in nats, `[batch]`; the mean is that over hidden words."""
+        tokens, mask = batch.target
+        if prediction.shape[:2] != tokens.shape:
+            raise ValueError(
+                f"prediction must have shape {(*tokens.shape, 'words')}, got {prediction.shape}"
+            )
+        chosen = jnp.take_along_axis(prediction, tokens[..., None], -1)[..., 0]
+        tiny = jnp.finfo(prediction.dtype).tiny
+        nats = jnp.where(mask, -jnp.log(jnp.maximum(chosen, tiny)), 0)
+        return nats.sum(1) / jnp.maximum(mask.sum(1).mean(), 1 / len(mask))
+
+
+def check_sentences(words: int, longest: int, tokens: Any, lengths: Any, mask: Any) -> None:
+    """Raise ValueError unless these are sentences of at most `longest` words of that many kinds.
+
+    Args:
+        words: size of the vocabulary.
+        longest: words of the longest sentence.
+        tokens: `[batch, time]` integers; what stands past a sentence's end is not looked at.
+        lengths: `[batch]` integers.
+        mask: `[batch, time]` bool.
+    """
+    tokens, lengths, mask = (np.asarray(a) for a in (tokens, lengths, mask))
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, must be [batch, time] "
+            "integers"
+        )
+    if lengths.shape != tokens.shape[:1] or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(
+            f"lengths has shape {lengths.shape} and dtype {lengths.dtype}, must be "
+            f"{tokens.shape[:1]} integers"
+        )
+    if mask.shape != tokens.shape or mask.dtype != bool:
+        raise ValueError(
+            f"mask has shape {mask.shape} and dtype {mask.dtype}, must be {tokens.shape} bool"
+        )
+    if not len(tokens):
+        return
+    most = min(longest, tokens.shape[1])
+    if lengths.min() < 1 or lengths.max() > most:
+        raise ValueError(
+            f"lengths are {lengths.min()} to {lengths.max()}, must be 1 to {most}"
+            + (", the construction's max_length" if most == longest else "")
+        )
+    there = np.arange(tokens.shape[1]) < lengths[:, None]
+    used = tokens[there & ~mask]
+    if used.size and (used.min() < 0 or used.max() >= words):
+        raise ValueError(f"tokens are {used.min()} to {used.max()}, must be 0 to {words - 1}")
