@@ -1,7 +1,8 @@
 """Masked words of a grammar's sentences: a task whose least loss is known exactly.
 
-Every word is hidden with the same probability, independently, and always by the same mask. The
-expected loss is least for the posterior P(word | visible words), which inside-outside computes.
+Every word of a sentence is hidden with the same probability, independently, and always by the same
+mask. The expected loss is least for the posterior P(word | visible words), which inside-outside
+computes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class MaskedLanguageTask:
         grammar: proper, and not supercritical.
         max_length: longer sentences are not drawn.
         rate: probability that a word is hidden, above 0 and at most 1.
+        highest: if given, each sentence has a rate of its own, uniform from `rate` to `highest`.
+            More hidden words teach more, and the posterior is the optimum at every rate.
 
     Raises:
         ValueError: a number out of range.
@@ -36,12 +39,15 @@ class MaskedLanguageTask:
     grammar: Grammar
     max_length: int = 20
     rate: float = 0.15
+    highest: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}, must be at least 1")
         if not 0 < self.rate <= 1:
             raise ValueError(f"rate is {self.rate}, must be above 0 and at most 1")
+        if self.highest is not None and not self.rate <= self.highest <= 1:
+            raise ValueError(f"highest is {self.highest}, must be {self.rate} to 1")
 
     @cached_property
     def _sampler(self) -> Sampler:
@@ -56,10 +62,13 @@ class MaskedLanguageTask:
                 `[batch, max_length]` bool, True where a word is hidden; the tokens are there all
                 the same, and it is for the model not to look. `target`: tokens and mask.
         """
-        words_key, mask_key = jax.random.split(key)
+        words_key, mask_key, rate_key = jax.random.split(key, 3)
         drawn = sample(self._sampler, words_key, batch, self.max_length)
         there = jnp.arange(self.max_length) < drawn.lengths[:, None]
-        mask = there & jax.random.bernoulli(mask_key, self.rate, drawn.tokens.shape)
+        rate = jnp.asarray(self.rate)
+        if self.highest is not None:
+            rate = jax.random.uniform(rate_key, (batch, 1), minval=rate, maxval=self.highest)
+        mask = there & jax.random.bernoulli(mask_key, rate, drawn.tokens.shape)
         return Batch((drawn.tokens, drawn.lengths, mask), (drawn.tokens, mask))
 
     def loss(self, prediction: Float[Array, "batch time word"], batch: Batch) -> Array:

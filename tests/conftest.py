@@ -7,10 +7,11 @@ from pathlib import Path
 # Before jax or matplotlib is imported; the commands that tests start inherit both.
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers share a GPU
-# Tests compile far more than they run: compilation takes half of its time without optimisation.
+# Tests compile far more than they run: compilation takes a third of its time without optimisation.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false",
 )
 
 import hypothesis

@@ -13,7 +13,7 @@ from constructions.inside_outside.construction import InsideOutside
 INSIDE_OUTSIDE = Family(
     name="inside-outside",
     construct=InsideOutside,
-    settings={"grammar": "toy", "max_length": 8, "width": 64},
+    settings={"grammar": "toy", "max_length": 8},
     about="attention between the ends of spans computes their inside and outside probabilities",
     source="Zhao et al. 2023, arXiv 2303.08117",
 )

@@ -20,7 +20,7 @@ from constructions.transformer import Transformer
 
 
 def language_model(
-    words: int, max_length: int, layers: int = 2, heads: int = 4, width: int = 128
+    words: int, max_length: int, layers: int = 3, heads: int = 4, width: int = 64
 ) -> Transformer:
     """A softmax transformer with learned positions and every weight 0.
 

@@ -244,7 +244,8 @@ def test_bad_sentences(small, tokens, lengths, mask, message, x64):
         ({"grammar": "latin"}, "latin"),
         ({"scale": 0.0}, "scale is 0.0, must be finite and above 0"),
         ({"masking": 0.0}, "rate is 0.0"),
-        ({"heads": 3}, "width is 128, must be a multiple of heads=3"),
+        ({"heads": 3}, "width is 64, must be a multiple of heads=3"),
+        ({"layers": 0}, "layers is 0, must be at least 1"),
     ],
 )
 def test_bad_settings(settings, message):

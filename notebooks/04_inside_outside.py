@@ -1,0 +1,266 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Can a transformer parse, and does a masked language model do it?
+#
+# **Question.** A grammar with probabilities makes sentences; some words are hidden. What a hidden
+# word may be is known exactly: the Inside-Outside algorithm sums over all trees. Zhao et al. 2023
+# (arXiv 2303.08117) show that attention can run it, and find traces of it in trained masked
+# language models. How does attention do it, and what is in a model that nobody told of trees?
+#
+# **Answer.** One layer for each length of span, in which both ends of a span look at each other. It
+# is exact. A model trained on hidden words comes closer to the exact answer than anything that sees
+# few neighbours, and tags, spans and trees can be read off it better than off its embedding. How
+# much better depends on the probe: much for tags, some for spans and trees.
+
+# %%
+import os
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import nltk
+import numpy as np
+
+from constructions import CATALOGUE
+from probes.spans import span_probe, tag_probe, word_stream
+from probes.trees import tree_probe
+from synthetic import chart
+from synthetic.grammars import named
+from synthetic.sentences import sample
+
+QUICK = bool(os.environ.get("ORRERY_QUICK"))
+ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
+
+# %% [markdown]
+# ## A sentence with two trees
+#
+# Who has the light? A prepositional phrase belongs to the noun before it, or to the verb.
+
+# %%
+toy = named("toy")
+words = "she saw the dog with the light".split()
+tokens, lengths = toy.encode([words])
+readings = list(nltk.InsideChartParser(toy.to_nltk()).parse(words))
+for tree in readings:
+    print(f"probability {tree.prob():.2e}")
+    nltk.Tree.convert(tree).pretty_print()
+
+# %% [markdown]
+# The chart holds for every span the probability that it is a constituent, given the words. It is
+# 1 where both trees agree; where they do not it is the probability of one of them.
+
+# %%
+exact = chart.inside_outside(toy, tokens, lengths)
+spans = np.array(exact.span_marginals[0].max(-1))
+spans[np.arange(7), np.arange(7)] = 1
+total = sum(tree.prob() for tree in readings)
+assert len(readings) == 2 and np.isclose(float(exact.log_z[0]), np.log(total), atol=1e-4)
+
+figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+for first in range(7):
+    for last in range(first, 7):
+        middle, height = (first + last) / 2, last - first
+        value = spans[first, last]
+        diamond = [(middle, height - 1), (middle + 0.5, height)]
+        diamond += [(middle, height + 1), (middle - 0.5, height)]
+        axis.add_patch(plt.Polygon(diamond, fc=plt.cm.Blues(0.85 * value), ec="white", lw=2))
+        if height and value > 5e-3:
+            colour = "white" if value > 0.6 else "black"
+            axis.text(middle, height, f"{value:.2f}", ha="center", va="center", color=colour)
+for place, word in enumerate(words):
+    axis.text(place, 0, word, ha="center", va="center", color="white", fontsize=8)
+axis.set(xlim=(-0.6, 6.6), ylim=(-1.1, 7.1), title="P(span is a constituent)")
+axis.axis("off")
+plt.show()
+
+# %% [markdown]
+# ## The transformer
+#
+# The inside probability of a span sums over the places where it may be split. If the first word of
+# the span holds what starts there and the last word what ends there, every term is a product of
+# something that one holds and something that the other holds: a score of linear attention between
+# the two, at one offset. So layer after layer the spans get longer, and then shorter again for what
+# is outside of them.
+
+# %%
+parser = CATALOGUE["inside-outside"](grammar="toy", max_length=8)
+compiled = parser.compile()
+print(f"{compiled.model.config.depth} layers, width {compiled.model.config.width}")
+print("certificate:", {e.dtype: f"{e.max_rel_error:.1e}" for e in compiled.certificate.errors})
+assert compiled.certificate.passed
+
+hidden = np.zeros(tokens.shape, bool)
+stream, groups, read = parser.embed(compiled.model, tokens, lengths, hidden)
+attention = compiled.model.run(stream, groups, sites=("attention",))[1]["attention"][:, 0]
+attention = np.abs(np.asarray(attention)[:, :, read, read])
+offsets = np.abs(np.subtract.outer(np.arange(7), np.arange(7)))
+
+figure, axes = plt.subplots(2, 6, figsize=(11, 4.4), layout="constrained")
+for n, column in zip(range(2, 8), axes.T, strict=True):
+    for axis, name, layer in zip(column, ("inside", "outside"), (n - 2, 16 - n - 1), strict=True):
+        # two heads of a layer copy from the neighbours; these are left out
+        seen = attention[layer].sum(0) * (offsets == n - 1)
+        outer = np.where(offsets == n - 1, 0.12, 0)
+        axis.imshow(np.where(seen > 0, 0.9, outer), cmap="Blues", vmin=0, vmax=1)
+        axis.set(title=f"{name} {n}", xticks=[], yticks=[])
+        if n == 2:
+            axis.set_yticks(range(7), words)
+    axes[1, n - 2].set_xticks(range(7), words, rotation=90)
+plt.show()
+
+# %% [markdown]
+# Rows look at columns. Light: the offset that the heads of the layer are tied to; dark: where a
+# score is not zero, because some rule makes a span of that many words there (inside), or the
+# sentence needs one there (outside). Marginals of spans are a product of two slots; those of a
+# hidden word are read off its token, which never holds what the word was.
+
+# %%
+found = parser.span_marginals(compiled.model, tokens, lengths)
+print(f"largest difference of a marginal {np.abs(found - exact.span_marginals).max():.1e}")
+assert np.allclose(found, exact.span_marginals, atol=1e-5)
+
+hide = np.zeros(tokens.shape, bool)
+hide[0, 3] = True
+posterior = parser.word_posterior(compiled.model, tokens, lengths, hide)[0, 3]
+wanted = chart.inside_outside(toy, tokens, lengths, hide).word_posterior[0, 3]
+assert np.allclose(posterior, wanted, atol=1e-6)
+likely = np.argsort(-np.asarray(wanted))[: int((wanted > 1e-3).sum())]
+figure, axis = plt.subplots(figsize=(6.4, 3), layout="constrained")
+axis.bar(np.arange(len(likely)) - 0.2, wanted[likely], 0.4, color=GREY, label="chart")
+axis.bar(np.arange(len(likely)) + 0.2, posterior[likely], 0.4, color=ORANGE, label="transformer")
+axis.set_xticks(range(len(likely)), [toy.vocabulary[w] for w in likely])
+axis.set(ylabel="probability", title="she saw the ___ with the light")
+axis.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## How far must one look?
+#
+# A masked language model of two layers sees all words at once; it need not parse. To know how good
+# it is, take as a yardstick the best guess of somebody who sees only $k$ words on either side (and
+# how long the sentence is): the chart again, with all other words hidden.
+
+# %%
+if QUICK:
+    model_of = CATALOGUE["inside-outside"](grammar="toy", max_length=8, layers=1, width=32)
+    steps, sentences_read, sentences_probed, reach = 200, 128, 400, (0, 1, 2, 3, 4, 6)
+else:
+    model_of = CATALOGUE["inside-outside"](grammar="english", max_length=20)
+    steps, sentences_read, sentences_probed, reach = 1500, 256, 1500, (0, 1, 2, 3, 4, 6, 8, 12)
+grammar, time = model_of.grammar, model_of.max_length
+
+
+def hide_some(key, batch):
+    drawn = sample(grammar, key, batch, time)
+    there = jnp.arange(time) < drawn.lengths[:, None]
+    mask = there & jax.random.bernoulli(key, model_of.masking, there.shape)
+    return drawn, mask
+
+
+drawn, mask = hide_some(jax.random.key(1), sentences_read)
+row, place = np.nonzero(np.asarray(mask))
+rows = drawn.tokens[row], drawn.lengths[row]
+
+
+def posterior_within(k):
+    far = np.abs(np.arange(time) - place[:, None]) > k
+    found = chart.inside_outside(grammar, *rows, np.asarray(mask)[row] | far)
+    return found.word_posterior[np.arange(len(row)), place]
+
+
+full = posterior_within(time)
+
+
+def nats(guess):
+    each = jnp.where(full > 0, full * jnp.log(full / jnp.maximum(guess, 1e-30)), 0)
+    return np.asarray(each.sum(-1))
+
+
+yardstick = {k: nats(posterior_within(k)) for k in reach}
+for k, each in yardstick.items():
+    error = each.std() / np.sqrt(len(each))
+    print(f"{k:2d} words on either side: {each.mean():.3f} +- {error:.3f} nats from exact")
+assert yardstick[0].mean() > 2 * yardstick[2].mean() > 4 * yardstick[reach[-1]].mean()
+
+# %%
+counterpart = model_of.counterpart()
+short = {"steps": steps, "warmup": steps // 10}
+result = model_of.fit(seeds=range(1), recipe=replace(counterpart.recipe, **short))
+model = result.models[0]
+guess = model_of.word_posterior(model, drawn.tokens, drawn.lengths, mask)
+trained = nats(guess[row, place])
+print(
+    f"trained, {steps} steps: {trained.mean():.3f} nats from exact, median {np.median(trained):.3f}"
+)
+
+figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+means = [each.mean() for each in yardstick.values()]
+axis.semilogy(
+    reach, np.maximum(means, 1e-4), "o-", color=GREY, label="best guess that sees $k$ words"
+)
+axis.axhline(trained.mean(), color=BLUE, label=f"trained, {steps} steps")
+axis.set(xlabel="words seen on either side, $k$", ylabel="KL from the exact posterior (nats)")
+axis.legend(frameon=False)
+plt.show()
+beaten = [k for k, mean in zip(reach, means, strict=True) if trained.mean() < mean]
+print(f"better than the best guess from {max(beaten, default=-1)} words on either side")
+assert trained.mean() < yardstick[0].mean()
+
+# %% [markdown]
+# ## What is in it?
+#
+# Ridge probes on the stream at words, by layer, on sentences that were not used to fit them. Three
+# targets, all exact: the probabilities of a hidden word's tags, read at that word; the largest
+# marginal of a span, read at its two ends; the relative depth at which neighbours meet in the tree,
+# read at the two, from which a whole tree is decoded. The other columns are what the same probe
+# finds where nothing was learned: in the embedding, in a model at random initialisation, in the
+# place and the sentence's length alone, and in targets that belong to another sentence.
+
+# %%
+drawn, mask = hide_some(jax.random.key(2), sentences_probed)
+inputs = (drawn.tokens, drawn.lengths, mask)
+truth = chart.inside_outside(grammar, *inputs)
+initial = counterpart.init(jax.random.key(3))
+models = {
+    "trained": word_stream(model_of, model, inputs),
+    "random init": word_stream(model_of, initial, inputs),
+}
+key = jax.random.key(4)
+probed = {
+    "tags of hidden words": tag_probe(models, truth.tag_marginals, mask, drawn.lengths, key),
+    "spans": span_probe(models, truth.span_marginals, drawn.lengths, key),
+    "trees": tree_probe(models, drawn, key),
+}
+for name, scores in probed.items():
+    gain, low, high = scores.gain("trained", "embedding")
+    print(f"\n{name}: trained less embedding {gain:+.3f} ({low:+.3f} to {high:+.3f})")
+    print(scores.markdown())
+
+figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+colours = {"trained": BLUE, "embedding": ORANGE, "random init": GREEN}
+for axis, (name, scores) in zip(axes, probed.items(), strict=True):
+    columns = ("trained", "embedding", "random init", "place", "control task", "right-branching")
+    columns = [column for column in columns if column in scores.by_layer]
+    values = [max(scores[column], 0) for column in columns]
+    axis.barh(range(len(columns)), values, color=[colours.get(c, GREY) for c in columns])
+    axis.set_yticks(range(len(columns)), columns)
+    for place_of, value in enumerate(values):
+        axis.text(value + 0.01, place_of, f"{value:.2f}", va="center")
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.12), title=name, xlabel="$R^2$" if scores.score == "R^2" else "F1")
+plt.show()
+tags = probed["tags of hidden words"]
+assert tags["trained"] > max(tags["embedding"], tags["random init"], tags["place"]) + 0.2
+assert tags.gain("trained", "embedding")[1] > 0

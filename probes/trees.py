@@ -1,0 +1,169 @@
+"""Trees out of activations: one number for each pair of neighbours, and back.
+
+Between words t and t + 1 let n_t be the number of nodes above both (the depth of their lowest
+common ancestor, LCA). In a binary tree these numbers determine the tree: the split of a span is
+where its least number is. A probe for them is a probe for trees (Gomez-Rodriguez and Vilares 2018,
+"Constituent parsing as sequence labeling"; Vilares et al. 2020). Relative depths are the changes
+n_t - n_{t-1}, with n_{-1} = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax import Array
+from nltk.tree import Tree
+
+from probes.spans import LayerScores, Rows, arrays, batch_and_time, checked_lengths, fit
+from synthetic.sentences import Sentences, ends
+
+RIGHT_BRANCHING = "right-branching"
+Span = tuple[int, int]
+
+
+def lca_depths(starts: Any, last: Any, lengths: Any) -> np.ndarray:
+    """n_t, `[batch, time - 1]`, padded with -1.
+
+    Args:
+        starts, last: `[batch, nodes]`, first and last word of every node of two words or more,
+            padded with -1, as `Sentences.starts` and `synthetic.sentences.ends` have them.
+        lengths: `[batch]`; time is nodes + 1, the words of the longest binary tree.
+    """
+    starts, last, lengths = (np.asarray(a) for a in (starts, last, lengths))
+    gap = np.arange(starts.shape[1])
+    above = (starts[:, :, None] <= gap) & (last[:, :, None] > gap) & (starts >= 0)[:, :, None]
+    return np.where(gap < lengths[:, None] - 1, above.sum(1), -1)
+
+
+def decode(depths: Any) -> set[Span]:
+    """The binary tree of a sentence as spans (first, last) of two words or more.
+
+    A span is split behind its word with the least depth, the first of equals; what is flat
+    becomes right-branching. Only the order of the depths matters.
+
+    Args:
+        depths: `[words - 1]`, any numbers.
+    """
+    depths = np.asarray(depths)
+    found, waiting = set(), [(0, len(depths))]
+    while waiting:
+        first, last = waiting.pop()
+        if first < last:
+            found.add((first, last))
+            split = first + int(np.argmin(depths[first:last]))
+            waiting += [(first, split), (split + 1, last)]
+    return found
+
+
+def tree_spans(tree: Tree) -> set[Span]:
+    """Spans (first, last) of the nodes over two words or more; unary chains count once."""
+    found = set()
+
+    def walk(node: Any, first: int) -> int:
+        if not isinstance(node, Tree):
+            return first + 1
+        end = first
+        for child in node:
+            end = walk(child, end)
+        if end - first > 1:
+            found.add((first, end - 1))
+        return end
+
+    walk(tree, 0)
+    return found
+
+
+def right_branching(length: int) -> set[Span]:
+    """The spans of the tree that splits off one word after the other."""
+    return {(first, length - 1) for first in range(length - 1)}
+
+
+def span_f1(found: set[Span], gold: set[Span], length: int) -> float:
+    """Unlabelled F1 of a sentence, without the spans of one word and of all words.
+
+    NaN where the gold tree has none left: such a sentence asks nothing.
+    """
+    found, gold = ({s for s in spans if 0 < s[1] - s[0] < length - 1} for spans in (found, gold))
+    return 2 * len(found & gold) / (len(found) + len(gold)) if gold else np.nan
+
+
+def mean_f1(found: Sequence[set[Span]], gold: Sequence[set[Span]], lengths: Sequence[int]) -> float:
+    """The mean of `span_f1` over the sentences where it is defined."""
+    return float(np.nanmean([span_f1(*given) for given in zip(found, gold, lengths, strict=True)]))
+
+
+def tree_probe(
+    models: Mapping[str, Any],
+    sentences: Sentences,
+    key: Array,
+    *,
+    relative: bool = True,
+    words: int = 2,
+) -> LayerScores:
+    """Can the tree of a sentence be read off the model, from neighbours alone?
+
+    A ridge probe predicts the relative depth n_t - n_{t-1} (or n_t itself) from `[h_t, h_{t+1}]`;
+    the predictions of a test sentence, added up, are decoded to a tree. The score is the
+    unlabelled F1, mean over sentences of three words or more, without trivial spans. The control
+    task is to tell the tree of another sentence of the same length.
+
+    It misleads where trees lean to one side: compare with the columns "place" and
+    "right-branching". The tree is the one that the sentence was made with, and a sentence that is
+    ambiguous has others: no model of words reaches 1 on it.
+
+    Args:
+        models: column -> `[layer, batch, time, feature]`, as `probes.spans.word_stream` has it.
+        sentences: with their trees.
+        key: of the split and the control task.
+        relative: predict changes of depth.
+        words: 1 for features `h_t` alone.
+
+    Raises:
+        ValueError: a shape that does not fit, a column that is named like another, no model, or
+            `words` that is neither 1 nor 2.
+    """
+    if words not in (1, 2):
+        raise ValueError(f"words is {words}, must be 1 or 2")
+    batch, time = batch_and_time(models)
+    if RIGHT_BRANCHING in models or sentences.tokens.shape != (batch, time):
+        raise ValueError(
+            f"models are {list(models)} with batch and time {(batch, time)}, must fit tokens "
+            f"{sentences.tokens.shape} and not be named '{RIGHT_BRANCHING}'"
+        )
+    lengths = checked_lengths(np.asarray(sentences.lengths), batch, time)
+    starts, last = np.asarray(sentences.starts), np.asarray(ends(sentences.starts))
+    depths = lca_depths(starts, last, lengths)
+    gold = [
+        set(zip(a[a >= 0].tolist(), z[a >= 0].tolist(), strict=True))
+        for a, z in zip(starts, last, strict=True)
+    ]
+    wanted = np.diff(depths, axis=1, prepend=0) if relative else depths
+    b, t = np.nonzero(depths >= 0)
+
+    def missed(found: np.ndarray, whose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        guess = np.zeros(depths.shape)
+        guess[b, t] = found[:, 0]
+        guess = guess.cumsum(1) if relative else guess
+        decoded = [decode(row[: n - 1]) for row, n in zip(guess, lengths.tolist(), strict=True)]
+        return _misses(decoded, [gold[s] for s in whose], lengths)
+
+    flat = [right_branching(n) for n in lengths.tolist()]
+    return fit(
+        {n: np.concatenate([h[:, b, t + w] for w in range(words)], -1) for n, h in arrays(models)},
+        wanted[b, t, None].astype(float),
+        Rows(b, np.stack([t, lengths[b]], 1), batch),
+        key,
+        judge=missed,
+        score="F1",
+        fixed={RIGHT_BRANCHING: _misses(flat, gold, lengths)},
+    )
+
+
+def _misses(
+    found: Sequence[set[Span]], gold: Sequence[set[Span]], lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """1 - F1 and 1 of each sentence, 0 and 0 where F1 is not defined."""
+    f1 = [span_f1(*given) for given in zip(found, gold, lengths.tolist(), strict=True)]
+    return np.nan_to_num(1 - np.array(f1)), 1.0 - np.isnan(f1)

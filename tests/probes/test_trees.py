@@ -1,0 +1,139 @@
+import jax
+import numpy as np
+import pytest
+from nltk import Tree
+
+from probes.trees import (
+    decode,
+    lca_depths,
+    mean_f1,
+    right_branching,
+    span_f1,
+    tree_probe,
+    tree_spans,
+)
+from synthetic.grammars import named
+from synthetic.sentences import ends, sample, trees
+
+KEY = jax.random.key(0)
+SENTENCES = sample(named("toy"), jax.random.key(1), 400, 9)
+LENGTHS = np.asarray(SENTENCES.lengths)
+DEPTHS = lca_depths(SENTENCES.starts, ends(SENTENCES.starts), LENGTHS)
+
+
+def test_depths_are_those_of_the_lowest_common_ancestors():
+    for tree, depths in zip(trees(named("toy"), SENTENCES), DEPTHS, strict=True):
+        leaves = len(tree.leaves())
+        wanted = [len(tree.treeposition_spanning_leaves(t, t + 2)) + 1 for t in range(leaves - 1)]
+        assert depths[: leaves - 1].tolist() == wanted
+        assert (depths[leaves - 1 :] == -1).all()
+
+
+def test_binary_trees_come_back_from_their_depths():
+    for tree, depths, length in zip(trees(named("toy"), SENTENCES), DEPTHS, LENGTHS, strict=True):
+        own = depths[: length - 1]
+        assert decode(own) == tree_spans(tree)
+        assert decode(2.5 * own - 7) == decode(own)  # only the order counts
+
+
+def test_all_trees_of_five_words():
+    def every(first, last):
+        if first == last:
+            return [first]
+        return [
+            Tree("X", [a, b])
+            for k in range(first, last)
+            for a in every(first, k)
+            for b in every(k + 1, last)
+        ]
+
+    found = set()
+    for tree in every(0, 4):
+        spans = np.array(sorted(tree_spans(tree)))
+        depths = lca_depths(spans[None, :, 0], spans[None, :, 1], np.array([5]))[0]
+        assert decode(depths) == tree_spans(tree)
+        found.add(tuple(depths.tolist()))
+    assert len(found) == 14
+
+
+def test_ties_and_short_sentences():
+    assert decode([1, 1, 1]) == right_branching(4) == {(0, 3), (1, 3), (2, 3)}
+    assert decode([3, 2, 1]) == {(0, 3), (0, 2), (0, 1)}
+    assert decode([]) == right_branching(1) == set()
+    assert decode([5.0]) == right_branching(2) == {(0, 1)}
+
+
+def test_a_flat_tree_and_a_chain():
+    tree = Tree.fromstring("(S (NP (NP (D a) (A b) (N c))) (VP (V d)))")
+    assert tree_spans(tree) == {(0, 2), (0, 3)}
+    depths = lca_depths(np.array([[0, 0, -1]]), np.array([[3, 2, -1]]), np.array([4]))
+    np.testing.assert_array_equal(depths, [[2, 2, 1]])
+    assert decode(depths[0]) == {(0, 3), (0, 2), (1, 2)}
+
+
+def test_f1_by_hand():
+    gold = {(0, 4), (0, 1), (2, 4), (3, 4)}
+    assert span_f1(gold, gold, 5) == 1
+    # (0, 4) is trivial; (2, 4) and (3, 4) are found among three, three are wanted
+    assert span_f1(right_branching(5), gold, 5) == pytest.approx(2 / 3)
+    assert span_f1({(0, 4), (2, 4), (2, 2)}, gold, 5) == pytest.approx(2 * 1 / (1 + 3))
+    assert span_f1({(0, 4)}, gold, 5) == 0
+    assert np.isnan(span_f1({(0, 1)}, {(0, 1)}, 2))
+    two = [right_branching(2), right_branching(5)]
+    assert mean_f1(two, [{(0, 1)}, gold], [2, 5]) == pytest.approx(2 / 3)
+
+
+def planted(seed=0, noise=0.0):
+    """A stream with two layers: noise, then one that holds n_t - n_{t-1} in two words."""
+    rng = np.random.default_rng(seed)
+    stream = rng.normal(size=(2, 400, 9, 6)).astype(np.float32)
+    change = np.diff(DEPTHS, axis=1, prepend=0)
+    share = rng.normal(size=change.shape)  # neither word has it alone
+    stream[1, :, :-1, 2] = change - share
+    stream[1, :, 1:, 4] = share + noise * rng.normal(size=share.shape)
+    return stream
+
+
+def test_planted_trees_are_found_and_noise_has_none():
+    noise = np.random.default_rng(5).normal(size=(1, 400, 9, 6)).astype(np.float32)
+    found = tree_probe({"planted": planted(), "noise": noise}, SENTENCES, KEY)
+    assert found.layers["planted"] == 1 and found["planted"] == pytest.approx(1, abs=1e-6)
+    assert found.correlation["planted"] > 0.999
+    chance = found["right-branching"]
+    assert found["noise"] < chance + 0.1 and found["embedding"] < chance + 0.1
+    assert found["control task"] < chance + 0.1 and found["place"] < chance + 0.1
+    assert abs(found.correlation["noise"]) < 0.2
+    assert found.gain("planted", "noise")[1] > 0.2
+
+
+def test_the_columns_without_a_probe_are_as_without_a_probe():
+    found = tree_probe({"planted": planted()}, SENTENCES, KEY)
+    gold = [tree_spans(tree) for tree in trees(named("toy"), SENTENCES)]
+    flat = mean_f1([right_branching(n) for n in LENGTHS.tolist()], gold, LENGTHS.tolist())
+    assert found["right-branching"] == pytest.approx(flat, abs=0.1)
+    difference, low, high = found.gain("planted", "right-branching")
+    assert difference == pytest.approx(found["planted"] - found["right-branching"])
+    assert low < difference < high
+
+
+def test_one_word_is_not_enough_for_what_two_hold():
+    alone = tree_probe({"planted": planted()}, SENTENCES, KEY, words=1)
+    assert alone["planted"] < 0.95
+
+
+def test_absolute_depths():
+    stream = np.zeros((1, 400, 9, 3), np.float32)
+    stream[0, :, :-1, 1] = DEPTHS
+    assert tree_probe({"m": stream}, SENTENCES, KEY, relative=False)["m"] == pytest.approx(1)
+    assert tree_probe({"m": stream}, SENTENCES, KEY, words=1, relative=False)["m"] == 1
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="words is 3, must be 1 or 2"):
+        tree_probe({"m": planted()}, SENTENCES, KEY, words=3)
+    with pytest.raises(ValueError, match="must fit tokens"):
+        tree_probe({"m": planted()[:, :20]}, SENTENCES, KEY)
+    with pytest.raises(ValueError, match="not be named 'right-branching'"):
+        tree_probe({"right-branching": planted()}, SENTENCES, KEY)
+    with pytest.raises(ValueError, match="must be some, and none of"):
+        tree_probe({}, SENTENCES, KEY)
