@@ -22,8 +22,8 @@ from synthetic.task import Batch
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 DAMPINGS = (1.0, 0.75)
-#: The levels in the loss curves are means over this many draws of this many inputs.
-DRAWS, INPUTS = 12, 2**14
+#: The levels in the loss curves are means over this many draws of a quarter of the examples.
+DRAWS = 12
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ def curves(run: Run, reference: Transformer, seed: int) -> Curves:
         values = [np.atleast_1d(np.asarray(record[name], float)) for record in run.history]
         return np.stack(values, axis=1).tolist()
 
+    inputs = run.construction.examples // 4
     draws = np.array([
-        mean_losses(run.construction, (reference, *run.models), seed + n, INPUTS)
+        mean_losses(run.construction, (reference, *run.models), seed + n, inputs)
         for n in range(DRAWS)
     ])  # fmt: skip
     level, *trained = draws.mean(0).tolist()

@@ -90,5 +90,5 @@ def test_claims_can_fail(construction):
     expected = jax.eval_shape(construction.trace, *inputs)["prediction"].shape
     for name, (model, base) in near_misses.items():
         assert jax.eval_shape(base.apply, model, *inputs).shape == expected, name
-    for row in ledger(construction, batch=min(2**11, construction.examples // 8)):
+    for row in ledger(construction, batch=min(2**13, construction.examples // 8)):
         assert row.verdict == "holds", f"{row.claim.name}: {row.reason}"

@@ -111,6 +111,8 @@ def test_probe(tool: str, run: Path, tmp_path: Path, capsys: Any) -> None:
 def test_claims_are_the_ledgers(monkeypatch: Any, tmp_path: Path, run: Path, capsys: Any) -> None:
     loaded = load_run(run)
     monkeypatch.setattr("constructions.runs.fit_family", lambda *_, **__: loaded)
+    # both ledgers take no more inputs than a construction has as its examples
+    monkeypatch.setattr("constructions.family.Construction.examples", 2**10)
     measurements = [
         Measurement("one number", "It is 2.", "fig. 1", 2.0, 2.01, 0.01),
         Measurement("another", "It is 3.", "fig. 2", 3.0, 2.0, tolerance=0.1, better="<="),

@@ -83,7 +83,7 @@ def rows():
     wide = compile_program(construction.program, config=shape.with_heads(5, 5))
     keys = jax.random.split(jax.random.key(3), 2)
     twins = [transform(wide, key, construction.gauge()) for key in keys]
-    return {row.claim.name: row for row in ledger(construction, twins, batch=2**15)}
+    return {row.claim.name: row for row in ledger(construction, twins, batch=2**12)}
 
 
 def test_the_construction_in_another_basis_satisfies_every_claim(rows):

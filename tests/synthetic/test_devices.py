@@ -111,7 +111,8 @@ def on_four_devices() -> None:
 
 
 def test_four_devices_equal_one() -> None:
-    process = python("t.on_four_devices()", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    process = python("t.on_four_devices()", XLA_FLAGS=flags)
     plain, several = trained(), trained(seeds=[5, 6])
     found = answer(process)
     equal(found["split"], plain)
@@ -151,7 +152,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
             JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(index),
-            XLA_FLAGS="",
         )
         for index in (0, 1)
     ]
