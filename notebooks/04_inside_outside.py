@@ -19,9 +19,10 @@
 # language models. How does attention do it, and what is in a model that nobody told of trees?
 #
 # **Answer.** One layer for each length of span, in which both ends of a span look at each other. It
-# is exact. A model trained on hidden words comes closer to the exact answer than anything that sees
-# few neighbours, and tags, spans and trees can be read off it better than off its embedding. How
-# much better depends on the probe: much for tags, some for spans and trees.
+# is exact. A small model after 1500 steps is far from exact: about as good as the best guess
+# from one word on either side. Still the tags of hidden words can be read off it, and they are in
+# nothing that was not trained. Spans and trees can be read off it a little better than off its
+# embedding: most of what such probes find, the words alone already tell.
 
 # %%
 import os
@@ -50,7 +51,7 @@ ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
 
 # %%
 toy = named("toy")
-words = "she saw the dog with the light".split()
+words = ["she", "saw", "the", "dog", "with", "the", "light"]
 tokens, lengths = toy.encode([words])
 readings = list(nltk.InsideChartParser(toy.to_nltk()).parse(words))
 for tree in readings:
@@ -95,11 +96,12 @@ plt.show()
 # is outside of them.
 
 # %%
-parser = CATALOGUE["inside-outside"](grammar="toy", max_length=8)
+parser = CATALOGUE["inside-outside"](grammar="toy", max_length=7 if QUICK else 8)
 compiled = parser.compile()
 print(f"{compiled.model.config.depth} layers, width {compiled.model.config.width}")
-print("certificate:", {e.dtype: f"{e.max_rel_error:.1e}" for e in compiled.certificate.errors})
-assert compiled.certificate.passed
+if not QUICK:  # of all that is here the longest to compile
+    print("certificate:", {e.dtype: f"{e.max_rel_error:.1e}" for e in compiled.certificate.errors})
+    assert compiled.certificate.passed
 
 hidden = np.zeros(tokens.shape, bool)
 stream, groups, read = parser.embed(compiled.model, tokens, lengths, hidden)
@@ -109,7 +111,9 @@ offsets = np.abs(np.subtract.outer(np.arange(7), np.arange(7)))
 
 figure, axes = plt.subplots(2, 6, figsize=(11, 4.4), layout="constrained")
 for n, column in zip(range(2, 8), axes.T, strict=True):
-    for axis, name, layer in zip(column, ("inside", "outside"), (n - 2, 16 - n - 1), strict=True):
+    for axis, name, layer in zip(
+        column, ("inside", "outside"), (n - 2, 2 * parser.max_length - 1 - n), strict=True
+    ):
         # two heads of a layer copy from the neighbours; these are left out
         seen = attention[layer].sum(0) * (offsets == n - 1)
         outer = np.where(offsets == n - 1, 0.12, 0)
@@ -185,7 +189,7 @@ full = posterior_within(time)
 
 def nats(guess):
     each = jnp.where(full > 0, full * jnp.log(full / jnp.maximum(guess, 1e-30)), 0)
-    return np.asarray(each.sum(-1))
+    return np.maximum(each.sum(-1), 0)  # rounding
 
 
 yardstick = {k: nats(posterior_within(k)) for k in reach}
@@ -215,10 +219,13 @@ axis.set(xlabel="words seen on either side, $k$", ylabel="KL from the exact post
 axis.legend(frameon=False)
 plt.show()
 beaten = [k for k, mean in zip(reach, means, strict=True) if trained.mean() < mean]
-print(f"better than the best guess from {max(beaten, default=-1)} words on either side")
+print(f"better than the best guess that sees {max(beaten, default=-1)} words on either side")
 assert trained.mean() < yardstick[0].mean()
 
 # %% [markdown]
+# A hidden word depends on words far away: with three on either side a tenth of a nat is still
+# missing, and it takes eight to get below 0.03. The model, after so few steps, is not there.
+#
 # ## What is in it?
 #
 # Ridge probes on the stream at words, by layer, on sentences that were not used to fit them. Three
@@ -264,3 +271,13 @@ plt.show()
 tags = probed["tags of hidden words"]
 assert tags["trained"] > max(tags["embedding"], tags["random init"], tags["place"]) + 0.2
 assert tags.gain("trained", "embedding")[1] > 0
+
+# %% [markdown]
+# The tags of hidden words are the clean result: nothing of them is in the embedding, which sees a
+# mask and its position, nor in random mixtures of the neighbours, and two thirds of their variance
+# can be read off the last layer. For spans the gain over the embedding is 0.10 in $R^2$, for trees
+# 0.08 in F1; the intervals exclude 0, but two word embeddings side by side reach 0.29 and 0.69
+# before any attention. A probe for trees that is not compared with the embedding says little about
+# parsing. The scores are also bounded from above: one word in seven is hidden, and the tree that
+# made an ambiguous sentence cannot be told from its words. One seed, and a model that has not
+# converged: `orrery claims inside-outside` has more steps and more seeds.

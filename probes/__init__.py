@@ -2,6 +2,7 @@
 
 sites                          read and edit named values of a model
 linear, table                  what can be read off the stream, with controls
+spans, trees                   tags, spans and trees in the stream, beside the exact chart
 interchange, attribution       what a model uses: exchanged values, their first-order estimate
 patching                       the machinery that those two share
 similarity                     predictions, sensitivities, activations

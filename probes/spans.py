@@ -241,8 +241,6 @@ def fit(
     else:
         order = _exchange(rows.place[:, :-1], seed)
     both = np.stack([targets, targets[order]]).astype(np.float32)[:, :, None]
-    first = next(iter(features))
-    given = {**features, EMBEDDING: features[first][:1], PLACE: _one_hot(rows.place)[None]}
     by_layer, layers, correlation, misses = {}, {}, {}, {}
 
     def summed(sums: list[tuple[np.ndarray, np.ndarray]], column: str) -> None:
@@ -262,14 +260,24 @@ def fit(
         norms = np.prod([np.sqrt((a**2).sum()) for a in chosen])
         correlation[column] = float((chosen[0] * chosen[1]).sum() / norms) if norms else np.nan
 
-    for column, x in given.items():
+    def predictions(x: np.ndarray) -> np.ndarray:
+        """Of the targets and of the exchanged ones, `[2, layer, row, target]`."""
         probes = ridge(jnp.asarray(x, jnp.float32)[:, :, None], jnp.asarray(both), parts)
         weight, bias = np.asarray(probes.weight, float), np.asarray(probes.bias, float)
         found = np.einsum("lrf,lsft->slrt", x, weight, optimize=True)
-        found += bias.swapaxes(0, 1)[:, :, None]
+        return found + bias.swapaxes(0, 1)[:, :, None]
+
+    embedded = None
+    for column, x in features.items():
+        found = predictions(x)
         judged(column, found[0], targets, own)
-        if column == first:
+        if embedded is None:
+            embedded = found[0, :1]
             judged(CONTROL, found[1], targets[order], other)
+    if embedded is None:
+        raise ValueError("features has no column, must have one at least")
+    judged(EMBEDDING, embedded, targets, own)
+    judged(PLACE, predictions(_one_hot(rows.place)[None])[0], targets, own)
     for column, sums in (fixed or {}).items():
         summed([sums], column)
         correlation[column] = np.nan

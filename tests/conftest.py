@@ -8,14 +8,14 @@ from pathlib import Path
 # Before jax or matplotlib is imported; the commands that tests start inherit both.
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers share a GPU
-# Tests compile far more than they run, and compile faster without optimisation. A flag that XLA does
-# not know stops the process, so each is set only for versions that are known to have it.
-_FLAGS = {
-    "0.10.": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-    "0.12.": "--xla_backend_optimization_level=0",
-}
+# Tests compile far more than they run, and compile faster without optimisation. A flag that XLA
+# does not know stops the process, so each is set only for versions that are known to have it.
 os.environ.setdefault(
-    "XLA_FLAGS", next((f for v, f in _FLAGS.items() if version("jaxlib").startswith(v)), "")
+    "XLA_FLAGS",
+    {
+        "0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "0.12": "--xla_backend_optimization_level=0",
+    }.get(version("jaxlib")[:4], ""),
 )
 
 import hypothesis

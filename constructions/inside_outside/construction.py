@@ -304,7 +304,7 @@ class InsideOutside(Construction):
 
         # many hidden words teach more than few, and the optimum is the same
         task = replace(self.task, highest=max(0.5, self.masking))
-        quick = replace(recipe, steps=700)
+        quick = replace(recipe, steps=500)
         return Counterpart(
             lambda key: randomise(base, key, 0.05), task, recipe, None, measure, quick
         )
@@ -342,7 +342,7 @@ class InsideOutside(Construction):
     @property
     def examples(self) -> int:
         """Few: a divergence scatters little, and hundreds of heads take their time."""
-        return int(np.clip(2**33 // counts(self.program).dense, 2**8, 2**11))
+        return int(np.clip(2**32 // counts(self.program).dense, 2**8, 2**11))
 
     @property
     def claims(self) -> tuple[Claim, ...]:
