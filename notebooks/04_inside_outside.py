@@ -152,7 +152,7 @@ plt.show()
 # %% [markdown]
 # ## How far must one look?
 #
-# A masked language model of two layers sees all words at once; it need not parse. To know how good
+# A masked language model of three layers sees all words at once; it need not parse. To know how good
 # it is, take as a yardstick the best guess of somebody who sees only $k$ words on either side (and
 # how long the sentence is): the chart again, with all other words hidden.
 
@@ -162,14 +162,15 @@ if QUICK:
     steps, sentences_read, sentences_probed, reach = 200, 128, 400, (0, 1, 2, 3, 4, 6)
 else:
     model_of = CATALOGUE["inside-outside"](grammar="english", max_length=20)
-    steps, sentences_read, sentences_probed, reach = 1500, 256, 1500, (0, 1, 2, 3, 4, 6, 8, 12)
+    steps, sentences_read, sentences_probed, reach = 6000, 256, 1500, (0, 1, 2, 3, 4, 6, 8, 12)
 grammar, time = model_of.grammar, model_of.max_length
 
 
 def hide_some(key, batch):
-    drawn = sample(grammar, key, batch, time)
+    words_key, mask_key = jax.random.split(key)
+    drawn = sample(grammar, words_key, batch, time)
     there = jnp.arange(time) < drawn.lengths[:, None]
-    mask = there & jax.random.bernoulli(key, model_of.masking, there.shape)
+    mask = there & jax.random.bernoulli(mask_key, model_of.masking, there.shape)
     return drawn, mask
 
 

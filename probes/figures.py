@@ -242,10 +242,11 @@ def _roll_out(data: RollOut) -> Picture:
     )
     for damping, own, theirs in zip(data.dampings, built, trained, strict=True):
         lost = int((~(theirs.max(1) < 100 * own[0])).sum())
-        close = np.abs(theirs / own - 1)[:, : np.argmin(own) + 1]
+        least = int(np.nanargmin(own))  # what diverges ends in NaN
+        close = np.abs(theirs[:, : least + 1] / own[: least + 1] - 1)
         caption += (
             f" With damping {number(damping)} the construction's loss goes from {four(own[0])} to "
-            f"{four(own.min())} at {int(np.argmin(own))} applications"
+            f"{four(own[least])} at {least} applications"
         )
         if not own.max() < 100 * own[0]:
             caption += " and diverges"

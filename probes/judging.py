@@ -172,7 +172,7 @@ class Demo:
 
     out: Path = Path("reports")
     seed: int = 0
-    seeds: int = 5
+    seeds: int = 3
 
     def run(self) -> int:
         """Run the command; the exit status."""
