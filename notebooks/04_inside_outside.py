@@ -152,9 +152,9 @@ plt.show()
 # %% [markdown]
 # ## How far must one look?
 #
-# A masked language model of three layers sees all words at once; it need not parse. To know how good
-# it is, take as a yardstick the best guess of somebody who sees only $k$ words on either side (and
-# how long the sentence is): the chart again, with all other words hidden.
+# A masked language model of three layers sees all words at once; it need not parse. To know how
+# good it is, take as a yardstick the best guess of somebody who sees only $k$ words on either side
+# (and how long the sentence is): the chart again, with all other words hidden.
 
 # %%
 if QUICK:
