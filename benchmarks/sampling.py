@@ -18,7 +18,7 @@ from synthetic.grammar import Grammar
 from synthetic.grammars import named
 from synthetic.sentences import Sampler, sample
 
-LONGEST, BATCH, PEER = 20, 8192, 2000
+LONGEST, BATCH, PEER = 20, 65536, 2000
 
 
 class Peer:
@@ -78,7 +78,7 @@ def main() -> None:
     start = time.perf_counter()
     sample(sampler, key, BATCH, LONGEST).tokens.block_until_ready()
     compiled = time.perf_counter() - start
-    seconds = paired({"peer": slow, "sample": fast}, rounds=9)
+    seconds = paired({"peer": slow, "sample": fast}, rounds=15)
     per_word = {name: [s / n for s, n in zip(t, words[name][1:], strict=True)]
                 for name, t in seconds.items()}  # fmt: skip
     report(
