@@ -31,6 +31,8 @@ class MaskedLanguageTask:
         rate: probability that a word is hidden, above 0 and at most 1.
         highest: if given, each sentence has a rate of its own, uniform from `rate` to `highest`.
             More hidden words teach more, and the posterior is the optimum at every rate.
+        final: if given, the rate goes from `rate` to `final` in the course of a fit, linearly, and
+            is `final` elsewhere. Not together with `highest`.
 
     Raises:
         ValueError: a number out of range.
@@ -40,6 +42,7 @@ class MaskedLanguageTask:
     max_length: int = 20
     rate: float = 0.15
     highest: float | None = None
+    final: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
@@ -48,6 +51,12 @@ class MaskedLanguageTask:
             raise ValueError(f"rate is {self.rate}, must be above 0 and at most 1")
         if self.highest is not None and not self.rate <= self.highest <= 1:
             raise ValueError(f"highest is {self.highest}, must be {self.rate} to 1")
+        if self.final is not None and not 0 < self.final <= 1:
+            raise ValueError(f"final is {self.final}, must be above 0 and at most 1")
+        if self.final is not None and self.highest is not None:
+            raise ValueError(
+                f"final is {self.final} and highest {self.highest}, must be one of them"
+            )
 
     @cached_property
     def _sampler(self) -> Sampler:
@@ -62,10 +71,16 @@ class MaskedLanguageTask:
                 `[batch, max_length]` bool, True where a word is hidden; the tokens are there all
                 the same, and it is for the model not to look. `target`: tokens and mask.
         """
+        return self.sample_during(key, batch, jnp.asarray(1.0))
+
+    def sample_during(self, key: Array, batch: int, progress: Float[Array, ""]) -> Batch:
+        """As `sample`, at a rate between `rate` and `final`."""
         words_key, mask_key, rate_key = jax.random.split(key, 3)
         drawn = sample(self._sampler, words_key, batch, self.max_length)
         there = jnp.arange(self.max_length) < drawn.lengths[:, None]
         rate = jnp.asarray(self.rate)
+        if self.final is not None:
+            rate = rate + (self.final - rate) * progress
         if self.highest is not None:
             rate = jax.random.uniform(rate_key, (batch, 1), minval=rate, maxval=self.highest)
         mask = there & jax.random.bernoulli(mask_key, rate, drawn.tokens.shape)

@@ -28,3 +28,12 @@ class Task(Protocol):
     def loss(self, prediction: Any, batch: Batch) -> Array:
         """Loss of every example, `[batch]`; its mean is what `fit` minimises."""
         ...
+
+
+@runtime_checkable
+class Curriculum(Task, Protocol):
+    """A task whose batches change in the course of a fit."""
+
+    def sample_during(self, key: Array, batch: int, progress: Array) -> Batch:
+        """As `sample`, at the share `progress` of a fit's steps, 0 (first) to 1 (last)."""
+        ...

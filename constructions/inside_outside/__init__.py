@@ -5,10 +5,12 @@ tableau         the hand-built weights: one layer for each length of span
 construction    both together, with what a user asks of them
 language_model  the shape of the trained counterpart
 claims          the paper's statements about it
+measurements    its statements about sizes, and ours
 """
 
 from constructions.family import Family
 from constructions.inside_outside.construction import InsideOutside
+from constructions.inside_outside.measurements import measure
 
 INSIDE_OUTSIDE = Family(
     name="inside-outside",
@@ -16,6 +18,7 @@ INSIDE_OUTSIDE = Family(
     settings={"grammar": "toy", "max_length": 8},
     about="attention between the ends of spans computes their inside and outside probabilities",
     source="Zhao et al. 2023, arXiv 2303.08117",
+    measure=measure,
 )
 
 __all__ = ["INSIDE_OUTSIDE", "InsideOutside"]

@@ -1,6 +1,7 @@
 """`fit` against a training loop written out by hand, and its behaviour when things go wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,6 +233,28 @@ def test_metrics_excess_and_progress(capsys: pytest.CaptureFixture[str]) -> None
     assert f"excess {last['excess']:.4g}" in capsys.readouterr().err
     print_progress({"step": 1, "steps": 2, "steps_per_second": 3.0, "loss": [0.5, 0.25, 1.0]})
     assert "loss 0.25 to 1" in capsys.readouterr().err
+
+
+class Rising(NamedTuple):
+    """Its loss is the share of the fit that is behind, whatever the model says."""
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        raise AssertionError("a fit asks for the batch of its own time")
+
+    def sample_during(self, key: Array, batch: int, progress: Array) -> Batch:
+        return Batch((jnp.zeros((batch, 3)),), jnp.full(batch, progress))
+
+    def loss(self, prediction: Any, batch: Batch) -> Array:
+        return batch.target + 0 * prediction[:, 0]
+
+
+def test_a_curriculum_is_told_how_far_the_fit_is() -> None:
+    recipe = replace(SMALL, steps=5, chunk=1, checkpoint_every=1)
+    for seeds in (None, (0, 1)):
+        history = fit(init, Rising(), recipe, seeds=seeds).history
+        losses = [np.max(record["loss"]) for record in history]
+        np.testing.assert_allclose(losses, [0, 0.25, 0.5, 0.75, 1])
+    assert fit(init, Rising(), recipe, steps=1).history[0]["loss"] == 0
 
 
 def test_own_optax_transformation() -> None:

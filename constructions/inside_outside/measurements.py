@@ -1,0 +1,86 @@
+"""What Zhao et al. 2023 state of the construction's size, beside what ours takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from constructions.claims import Measurement
+from constructions.evaluator import counts
+from constructions.inside_outside.construction import InsideOutside
+from synthetic import chart
+from synthetic.grammar import Grammar
+
+_PAPER = "Zhao et al. 2023, arXiv 2303.08117, introduction"
+# The symbols that the paper keeps, and the length of a sentence of the Penn Treebank.
+_SYMBOLS, _PRETERMINALS, _WORDS = 20, 70, 25
+
+
+def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
+    """Measures layers, heads and width at the paper's sizes, and the least loss of the example.
+
+    Args:
+        quick: no difference; no row takes a fit.
+        seed: of the sentences.
+    """
+    program = InsideOutside(_of_size(_SYMBOLS, _PRETERMINALS), _WORDS).program
+    found = counts(program)
+    yield Measurement(
+        f"layers for {_WORDS} words",
+        "Inside-outside takes 2 L layers for sentences of L words.",
+        _PAPER,
+        float(2 * _WORDS),
+        float(found.layers),
+        tolerance=0.0,
+        note="One a length for inside, one a length for outside; ours ends with one of products "
+        "and needs none for the inside of single words.",
+    )
+    yield Measurement(
+        f"heads a layer, {_SYMBOLS} nonterminals",
+        "A layer has a head for each of the nonterminals.",
+        _PAPER,
+        float(_SYMBOLS),
+        float(counts(replace(program, layers=program.layers[:-2])).max_heads),
+        note="Ours has one at either end of a span, so that every score is between the two ends; "
+        "inside layers have two more that copy, and the first another two that mark the ends of "
+        f"the sentence. The last but one has a head for each of {_PRETERMINALS} pre-terminals. The "
+        f"last has one for every symbol and length, {found.max_heads} in all, for probes alone.",
+    )
+    yield Measurement(
+        f"numbers a word, {_SYMBOLS} nonterminals, {_WORDS} words",
+        "A word holds 2 N L numbers.",
+        _PAPER,
+        float(2 * _SYMBOLS * _WORDS),
+        float(found.width),
+        note="Ours holds the spans from and to a word, copies for its neighbours and products: "
+        f"7 N (L - 1) - 2 N + 5 P + 2, here with P = {_PRETERMINALS} pre-terminals.",
+    )
+    c = InsideOutside("english", 8)
+    batch = c.task.sample(jax.random.key(seed), 256)
+    exact = chart.inside_outside(c.grammar, *batch.inputs).word_posterior
+    ours = c.evaluate(*batch.inputs)["prediction"]
+    yield Measurement(
+        "loss above the least",
+        "Inside-outside attains the least loss that a masked language model can have.",
+        f"{_PAPER.split(',')[0]}, section 3",
+        0.0,
+        float(c.task.loss(ours, batch).mean() - c.task.loss(exact, batch).mean()),
+        error=1e-6,
+        note="In nats, against the posterior of the chart on the same sentences, in float32.",
+    )
+
+
+def _of_size(nonterminals: int, preterminals: int) -> Grammar:
+    """Any grammar with so many symbols: they alone decide the sizes."""
+    symbols = nonterminals + preterminals
+    return Grammar(
+        tuple(f"N{n}" for n in range(nonterminals)),
+        tuple(f"P{n}" for n in range(preterminals)),
+        ("word",),
+        root=np.full(symbols, 1 / symbols),
+        rules=np.full((nonterminals, symbols, symbols), 1 / symbols**2),
+        emission=np.ones((preterminals, 1)),
+    )
