@@ -22,6 +22,8 @@ import numpy as np
 from nltk.tree import Tree
 
 from synthetic import chart
+from synthetic.charts import sparse
+from synthetic.charts.sparse import RuleList
 from synthetic.grammar import Grammar
 from synthetic.treebank import TOPS, Induced, chain, is_tag
 
@@ -139,7 +141,7 @@ def right_branching(sentence: Sentence, label: str = "S") -> Tree:
 
 
 def symbol_recall(
-    grammar: Grammar | Induced,
+    grammar: Grammar | Induced | RuleList,
     span_marginals: np.ndarray,
     tag_marginals: np.ndarray,
     sentences: Sequence[Sentence],
@@ -169,7 +171,7 @@ def symbol_recall(
 
 
 def label_recall(
-    grammar: Grammar | Induced,
+    grammar: Grammar | Induced | RuleList,
     span_marginals: np.ndarray,
     tag_marginals: np.ndarray,
     sentences: Sequence[Sentence],
@@ -211,7 +213,7 @@ class Parsed(NamedTuple):
 
 
 def parse(
-    grammar: Grammar,
+    grammar: Grammar | RuleList,
     sentences: Sequence[Sentence],
     decode: Callable[..., list[Tree]] = label_recall,
     batch: int = 16,
@@ -219,7 +221,8 @@ def parse(
     """Trees of sentences from the chart's marginals, `batch` sentences at a time; tags are read.
 
     Args:
-        grammar: as `induce` gives them.
+        grammar: as `induce` gives them; a list of rules is parsed with sentence by sentence, by
+            `charts.sparse`, which any number of symbols fits.
         sentences: of any lengths.
         decode: `label_recall`, `symbol_recall`, or another with their first four arguments.
         batch: a chart keeps `8 batch time^2 |N|` numbers or so.
@@ -227,6 +230,9 @@ def parse(
     Raises:
         ValueError: a sentence is empty, or has a tag that is not in the vocabulary.
     """
+    if isinstance(grammar, RuleList):
+        words = [grammar.encode([tag for _, tag in sentence]) for sentence in sentences]
+        return _parse_by_rules(grammar, words, sentences, decode)
     weights, unparsed, trees = grammar.weights(), [], []
     tokens, lengths = grammar.encode([[tag for _, tag in sentence] for sentence in sentences])
     for start in range(0, len(sentences), batch):
@@ -238,6 +244,20 @@ def parse(
         log_z, spans, tags, _ = (np.asarray(x)[: len(part)] for x in found)
         trees += decode(grammar, spans, tags, part)
         unparsed += [start + n for n in np.flatnonzero(~np.isfinite(log_z)).tolist()]
+    return Parsed(trees, unparsed)
+
+
+def _parse_by_rules(
+    rules: RuleList,
+    words: Sequence[Sequence[int]],
+    sentences: Sequence[Sentence],
+    decode: Callable[..., list[Tree]],
+) -> Parsed:
+    trees, unparsed = [], []
+    for n, (numbers, sentence) in enumerate(zip(words, sentences, strict=True)):
+        log_z, spans, tags = sparse.inside_outside(rules, numbers)
+        trees += decode(rules, spans[None], tags[None], [sentence])
+        unparsed += [] if np.isfinite(log_z) else [n]
     return Parsed(trees, unparsed)
 
 

@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 from nltk.tree import Tree
 
+from synthetic.charts.sparse import RuleList
 from synthetic.grammar import Grammar
 
 Direction = Literal["right", "left"]
@@ -255,21 +256,32 @@ class Induced:
     @cached_property
     def grammar(self) -> Grammar:
         """Probabilities `rules[A, B, C] / counts[A]`, dense: 8 |N| (|N| + |P|)^2 bytes."""
+        return self.rule_list.grammar()
+
+    @cached_property
+    def rule_list(self) -> RuleList:
+        """The same by its rules, which `charts.sparse` parses with: for any number of symbols."""
         symbols = {s: n for n, s in enumerate(self.nonterminals + self.preterminals)}
         words = {word: n for n, word in enumerate(self.vocabulary)}
-        size = len(self.nonterminals)
-        root = np.zeros(len(symbols))
-        rules = np.zeros((size, len(symbols), len(symbols)))
+        root = np.array([self.roots.get(symbol, 0) for symbol in symbols])
         emission = np.zeros((len(self.preterminals), len(words)))
-        for symbol, n in symbols.items():
-            root[n] = self.roots.get(symbol, 0) / sum(self.roots.values())
-        for (a, b, c), count in self.rules.items():
-            if a in symbols and b in symbols and c in symbols:
-                rules[symbols[a], symbols[b], symbols[c]] = count / self.counts[a]
         for n, symbol in enumerate(self.preterminals):
             emission[n, words[symbol.rsplit(CHAIN, 1)[-1]]] = 1.0
-        names = (self.nonterminals, self.preterminals, self.vocabulary)
-        return Grammar(*names, root=root, rules=rules, emission=emission)
+        rules = {r: n for r, n in self.rules.items() if symbols.keys() >= {*r}}
+        parent, left, right = (
+            np.array([[symbols[x] for x in r] for r in rules], int).reshape(-1, 3).T
+        )
+        return RuleList(
+            self.nonterminals,
+            self.preterminals,
+            self.vocabulary,
+            root / sum(self.roots.values()),
+            parent,
+            left,
+            right,
+            np.array([n / self.counts[a] for (a, _, _), n in rules.items()]),
+            emission,
+        )
 
 
 def induce(

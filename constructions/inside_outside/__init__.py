@@ -3,6 +3,7 @@
 algorithm       the two recursions, as plain array code
 tableau         the hand-built weights: one layer for each length of span
 construction    both together, with what a user asks of them
+low_rank        fewer heads: a projection of what spans pass on
 language_model  the shape of the trained counterpart
 claims          the paper's statements about it
 measurements    its statements about sizes, and ours

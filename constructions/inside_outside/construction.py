@@ -27,6 +27,7 @@ from constructions.family import Construction, Counterpart, Embedded, Place
 from constructions.inside_outside.algorithm import inside_outside
 from constructions.inside_outside.claims import CLAIMS, divergence
 from constructions.inside_outside.language_model import language_model
+from constructions.inside_outside.low_rank import LowRank, low_rank
 from constructions.inside_outside.tableau import Layout, layout, tableau
 from constructions.program import Head, HeadFamily, Program
 from constructions.slots import Slot
@@ -53,6 +54,9 @@ class InsideOutside(Construction):
             float32 from underflow; None takes one that about undoes what a rule costs.
         masking: of the task: the probability that a word is hidden.
         layers, heads, width: of the counterpart.
+        reduction: a `LowRank`, or its JSON form, that spans of two words or more pass through, so
+            that its rank takes the place of the number of nonterminals in the program; None for
+            the exact one. The method `low_rank` makes one.
     """
 
     grammar: Any
@@ -62,6 +66,7 @@ class InsideOutside(Construction):
     layers: int = 3
     heads: int = 4
     width: int = 64
+    reduction: Any = None
 
     def __post_init__(self) -> None:
         grammar = self.grammar
@@ -79,6 +84,18 @@ class InsideOutside(Construction):
         object.__setattr__(self, "max_length", int(self.max_length))
         if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale is {self.scale!r}, must be finite and above 0")
+        reduction, labels = self.reduction, len(grammar.nonterminals)
+        if isinstance(reduction, Mapping):
+            reduction = LowRank.from_json(reduction)
+            object.__setattr__(self, "reduction", reduction)
+        if not isinstance(reduction, LowRank | None):
+            raise ValueError(
+                f"reduction is {reduction!r}, must be a LowRank, its JSON form or None"
+            )
+        if reduction is not None and len(reduction.decode) != labels:
+            raise ValueError(
+                f"reduction is of {len(reduction.decode)} nonterminals, the grammar has {labels}"
+            )
 
     @property
     def task(self) -> MaskedLanguageTask:
@@ -107,14 +124,29 @@ class InsideOutside(Construction):
     @cached_property
     def program(self) -> Program:
         """2 max_length layers of linear heads, each at one relative offset."""
-        g = self.grammar
-        return tableau(g.root, g.rules, self.leaves, g.emission, self.max_length)
+        root, rules = self.passed
+        form = None if self.reduction is None else self.reduction.products
+        emission = self.grammar.emission
+        return tableau(root, rules, self.leaves, emission, self.max_length, form)
+
+    @property
+    def passed(self) -> tuple[np.ndarray, np.ndarray]:
+        """`root` and `rules` of what spans pass on: symbols, or the directions of the reduction."""
+        g, reduction = self.grammar, self.reduction
+        if reduction is None:
+            return g.root, g.rules
+        return reduction.root(g.root), reduction.rules(g.rules)
+
+    @property
+    def rank(self) -> int:
+        """Numbers that a span of two words or more passes on."""
+        return len(self.grammar.nonterminals) if self.reduction is None else self.reduction.rank
 
     @property
     def layout(self) -> Layout:
         """Where the values of spans are."""
         g = self.grammar
-        return layout(len(g.nonterminals), len(g.preterminals), self.max_length)
+        return layout(self.rank, len(g.preterminals), self.max_length, len(g.nonterminals))
 
     def check(self, tokens: Any, lengths: Any, mask: Any = None) -> None:
         """ValueError for sentences that are longer than the construction, and other bad input."""
@@ -126,18 +158,25 @@ class InsideOutside(Construction):
         Returns:
             inside, outside: beta and alpha of spans of 2 to `max_length` words by first word,
                 `[batch, time, words - 2, nonterminal]`, in units of the construction: times the
-                factors of the words that they are about.
+                factors of the words that they are about. With a reduction what is passed on of
+                them, `[batch, time, words - 2, rank]`.
             leaves, around: of single words, `[batch, time, preterminal]`.
-            span_products, tag_products: beta times alpha.
+            span_products, tag_products: beta times alpha, by label.
             span_marginals, tag_marginals, prediction: as `synthetic.chart` has them; the
-                prediction is its word posterior.
+                prediction is its word posterior. With a reduction marginals may be negative, and
+                are all 0 where Z is not positive; the prediction takes what is negative as 0.
         """
-        g = self.grammar
+        g, reduction = self.grammar, self.reduction
         tokens, lengths, mask = jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask)
-        root, rules, leaves = (jnp.asarray(a, float) for a in (g.root, g.rules, self.leaves))
+        root, rules, leaves = (jnp.asarray(a, float) for a in (*self.passed, self.leaves))
         numbers = self.numbers(tokens, lengths, mask)[:, 1:-1]
         beta, alpha = inside_outside(root, rules, leaves[numbers], lengths, self.max_length)
         products = {n: alpha[n] * beta[n] for n in beta}
+        if reduction is not None:
+            encode, decode = (jnp.asarray(a, float) for a in (reduction.encode, reduction.decode))
+            times = partial(jnp.matmul, precision="highest")
+            for n in range(2, self.max_length + 1):
+                products[n] = times(alpha[n], encode) * times(beta[n], decode.T)
         longer = range(2, self.max_length + 1)
         return {
             "inside": jnp.stack([beta[n] for n in longer], 2),
@@ -191,7 +230,7 @@ class InsideOutside(Construction):
 
         def spans(slots: Mapping[int, Slot]) -> Place:
             first = np.array([slots[n].start for n in longer])[:, None]
-            columns = first + np.arange(len(self.grammar.nonterminals))
+            columns = first + np.arange(slots[2].size)
             return Place(np.asarray(depth), np.array(words)[:, None, None], columns)
 
         return {
@@ -213,8 +252,12 @@ class InsideOutside(Construction):
         return found | self.marginals(products)
 
     def marginals(self, products: Mapping[int, Array]) -> dict[str, Array]:
-        """alpha beta of spans over Z, which is their sum over pre-terminals at any word."""
+        """alpha beta of spans over Z, which is their sum over pre-terminals at any word.
+
+        All 0 where Z is not positive, which a reduction can bring about.
+        """
         z = products[1].sum(-1)
+        z = jnp.where((z < 0).any(1, keepdims=True), 0, z)  # signs that differ are rounding
         time = z.shape[1]
         start, end = jnp.arange(time)[:, None], jnp.arange(time)
         by_words = [products[n] for n in range(2, self.max_length + 1)]
@@ -269,6 +312,23 @@ class InsideOutside(Construction):
         """
         tokens, lengths, mask = self._given(tokens, lengths, mask)
         return _evaluate(self, tokens, lengths, mask)
+
+    def low_rank(self, tokens: Any, lengths: Any, rank: int) -> InsideOutside:
+        """This construction with `rank` heads a direction for the nonterminals of a layer.
+
+        Its reduction is the balanced truncation (`constructions.inside_outside.low_rank`) of what
+        the exact construction finds in training sentences.
+
+        Args:
+            tokens, lengths: as for `word_posterior`.
+            rank: 1 to the number of nonterminals.
+
+        Raises:
+            ValueError: a sentence does not fit, or none has a parse; `rank` is out of range.
+        """
+        exact = replace(self, reduction=None)
+        tokens, lengths, _ = (np.asarray(a) for a in exact._given(tokens, lengths, None))
+        return replace(self, reduction=low_rank(exact.evaluate, tokens, lengths, rank))
 
     def _given(self, tokens: Any, lengths: Any, mask: Any) -> tuple[Array, Array, Array]:
         """Checked where they are concrete, as arrays."""

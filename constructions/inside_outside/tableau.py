@@ -36,7 +36,7 @@ class Layout:
         starts, ends: beta of the spans that start, and that end, at i; of one word the same slot.
         behind, before: beta of the spans that start at i + 1, and that end at i - 1.
         outside_starts, outside_ends: alpha of the spans that start, and that end, at i.
-        products: alpha beta of the spans that start at i; over Z, their marginals.
+        products: alpha beta of the spans that start at i, by label; over Z, their marginals.
         first, last: 1 at the first and at the last word.
     """
 
@@ -52,15 +52,16 @@ class Layout:
     last: Slot
 
 
-def layout(nonterminals: int, preterminals: int, length: int) -> Layout:
+def layout(nonterminals: int, preterminals: int, length: int, labels: int | None = None) -> Layout:
     """Slots for sentences of up to `length` words.
 
     Layer n - 1 writes what is inside spans of n words, layer 2 length - n what is outside them.
+    Products have a column for each of the `labels`, which are the nonterminals if that is None.
     """
     slots = Slots()
 
-    def add(name: str, n: int, born: int, meaning: str) -> Slot:
-        size = nonterminals if n > 1 else preterminals
+    def add(name: str, n: int, born: int, meaning: str, symbols: int = nonterminals) -> Slot:
+        size = symbols if n > 1 else preterminals
         return slots.add(f"{name} {n}", size, tokens="word", born=born, meaning=meaning)
 
     spans, parts = range(2, length + 1), range(1, length)
@@ -74,7 +75,10 @@ def layout(nonterminals: int, preterminals: int, length: int) -> Layout:
         {n: add("inside before", n, n, "beta(i - n, i - 1)") for n in parts},
         around | {n: add("outside from", n, 2 * length - n, "alpha(i, i + n - 1)") for n in spans},
         around | {n: add("outside to", n, 2 * length - n, "alpha(i - n + 1, i)") for n in spans},
-        {n: add("product", n, 2 * length, "alpha beta(i, i + n - 1)") for n in (1, *spans)},
+        {
+            n: add("product", n, 2 * length, "alpha beta(i, i + n - 1)", labels or nonterminals)
+            for n in (1, *spans)
+        },
         *(
             slots.add(name, 1, tokens="word", born=1, meaning=f"1 at the {name} word")
             for name in ("first", "last")
@@ -83,7 +87,12 @@ def layout(nonterminals: int, preterminals: int, length: int) -> Layout:
 
 
 def tableau(
-    root: np.ndarray, rules: np.ndarray, leaves: np.ndarray, emission: np.ndarray, length: int
+    root: np.ndarray,
+    rules: np.ndarray,
+    leaves: np.ndarray,
+    emission: np.ndarray,
+    length: int,
+    products: np.ndarray | None = None,
 ) -> Program:
     """The program for sentences of up to `length` words.
 
@@ -93,8 +102,12 @@ def tableau(
         leaves: `[token numbers, preterminals]`: beta(i, i) at a token.
         emission: `[preterminals, words]`.
         length: at least 2.
+        products: of each label the form of alpha and beta that its products slots hold,
+            `[labels, nonterminals, nonterminals]`; None: those of alpha_A beta_A.
     """
-    at = layout(len(rules), len(emission), length)
+    if products is None:
+        products = _same(len(rules))
+    at = layout(len(rules), len(emission), length, len(products))
     part = {"N": slice(0, len(rules)), "P": slice(len(rules), None)}
     # stored once: [head, left, right] of the parent, of a left child and of a right child
     parents = {b + c: rules[:, part[b], part[c]] for b, c in product("NP", repeat=2)}
@@ -136,10 +149,10 @@ def tableau(
         heads = both_ends(terms, at.outside_starts[n], at.outside_ends[n], n - 1, f"outside {n}")
         return Layer(heads, name=f"outside {n}")
 
-    same = {slot.size: _same(slot.size) for slot in at.products.values()}
-    products = [
+    forms = {"P": _same(len(emission)), "N": products}
+    last = [
         HeadFamily(
-            [(at.outside_starts[n], at.starts[n], same[slot.size])],
+            [(at.outside_starts[n], at.starts[n], forms[_kind(n)])],
             slot,
             window=SELF,
             name=f"product {n}",
@@ -152,7 +165,7 @@ def tableau(
         [
             *(inside(n) for n in range(2, length + 1)),
             *(outside(n) for n in range(length, 0, -1)),
-            Layer(products, name="products"),
+            Layer(last, name="products"),
         ],
         token_groups=GROUPS,
         name="inside-outside",
