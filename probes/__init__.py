@@ -1,8 +1,9 @@
 """How alike are a construction and a trained model? Every tool says when it misleads.
 
 sites                          read and edit named values of a model
-linear, table                  what can be read off the stream, with controls
-spans, trees                   tags, spans and trees in the stream, beside the exact chart
+linear, nonlinear, table       what can be read off the stream, with controls
+spans, trees, rows             tags, spans and trees in the stream, beside the exact chart
+span_interchange, span_pairs   whether a constituent is passed on as one thing
 interchange, attribution       what a model uses: exchanged values, their first-order estimate
 patching                       the machinery that those two share
 similarity                     predictions, sensitivities, activations

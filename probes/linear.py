@@ -206,7 +206,7 @@ def _ridge(features: Array, targets: Array, parts: tuple[Array, ...]) -> Ridge:
 
     def layer(x: Array) -> tuple[Array, Array, Array, Array]:
         rows = [x[part].reshape(-1, x.shape[-1]) for part in parts]
-        rows, mean, std = _standardise(rows)
+        rows, mean, std = standardise(rows)
         n = len(rows[0])
         values, vectors = jnp.linalg.eigh(dot(rows[0].T, rows[0]) / n, symmetrize_input=True)
         values = jnp.maximum(values, 0)
@@ -302,7 +302,7 @@ def logistic_probe(
 def _logistic(
     x: Array, labels: Array, parts: tuple[Array, ...], *, classes: int, steps: int
 ) -> tuple[Array, ...]:
-    rows, mean, std = _standardise([x[part].reshape(-1, x.shape[-1]) for part in parts])
+    rows, mean, std = standardise([x[part].reshape(-1, x.shape[-1]) for part in parts])
     grid = jnp.asarray([1e-5, 1e-3, 1e-1], x.dtype)
 
     def logits(w: tuple[Array, Array], part: int) -> Array:
@@ -343,7 +343,7 @@ def _logistic(
     return jax.lax.map(task, labels)
 
 
-def _standardise(rows: list[Array]) -> tuple[list[Array], Array, Array]:
+def standardise(rows: list[Array]) -> tuple[list[Array], Array, Array]:
     """All parts with the mean and standard deviation of the first."""
     mean, std = rows[0].mean(0), rows[0].std(0)
     # a column that only rounding errors move must not be blown up into a feature

@@ -1,112 +1,21 @@
 """What masked language models know of spans and tags: probes for what the exact chart says.
 
-Ridge probes (`probes.linear`) at every layer of several models, on sentences that differ in length;
-all that belongs to a sentence is in one of the parts train, validation and test. Beside the models
-stand columns that say how little a good score may mean:
-
-    embedding      layer 0 of the first model: the words, before they see each other
-    place          no model: one-hot positions (and width, and the sentence's length)
-    control task   the first model, on targets that were exchanged between sentences of one length
-
-A model at random initialisation is a model like others; pass it as one. `probes.trees` uses the
-same machinery for whole trees.
+Linear and two-layer probes at every layer of several models, beside the controls of `probes.rows`.
+`probes.trees` uses the same machinery for whole trees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from constructions.family import Construction
 from constructions.transformer import Transformer
-from probes.linear import ridge, split
+from probes.rows import LayerScores, Rows, arrays, batch_and_time, checked_lengths, fit
 from probes.sites import Inputs, Subject, activations
-
-EMBEDDING, PLACE, CONTROL = COLUMNS = ("embedding", "place", "control task")
-
-#: From predictions `[row, target]` and the sentences whose targets they are for, `[sentence]`, to
-#: misses and units, `[sentence]` each: see `LayerScores`.
-Judge = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-class Rows(NamedTuple):
-    """What is probed for: one row a place in a sentence.
-
-    Attributes:
-        sentence: `[row]`, its number; ascending.
-        place: `[row, coordinate]`, where it is, the length of the sentence last.
-        sentences: how many there are.
-    """
-
-    sentence: np.ndarray
-    place: np.ndarray
-    sentences: int
-
-
-@dataclass(frozen=True, eq=False)
-class LayerScores:
-    """Held-out scores of one probe at every layer of several models.
-
-    A score is 1 - sum(misses) / sum(units) over the sentences of a part. For R^2 these are sums of
-    squares, around the prediction and around the mean; for F1 they are 1 - F1 and 1.
-
-    Attributes:
-        score: what it is, "R^2" or "F1".
-        by_layer: column -> `[layer]`, on test sentences.
-        layers: column -> the layer with the best score on validation sentences.
-        correlation: column -> Pearson's, of targets and predictions on test sentences at that
-            layer; pooled over centred targets. NaN for constant ones.
-        misses: column -> `[2, sentence]`, misses and units of the test sentences at that layer.
-    """
-
-    score: str
-    by_layer: Mapping[str, np.ndarray]
-    layers: Mapping[str, int]
-    correlation: Mapping[str, float]
-    misses: Mapping[str, np.ndarray]
-
-    def __getitem__(self, column: str) -> float:
-        """The score on test sentences, at the layer that is best on validation sentences."""
-        return float(self.by_layer[column][self.layers[column]])
-
-    def gain(self, column: str, over: str, seed: int = 0) -> tuple[float, float, float]:
-        """How much better one column is than another, and a 95 % interval.
-
-        The interval is that of 2000 resamples of the test sentences: it covers the choice of these,
-        not the training of the model nor of the probe.
-        """
-        rng = np.random.default_rng(seed)
-        size = self.misses[column].shape[1]
-        counts = np.concatenate(
-            [np.ones((1, size)), rng.multinomial(size, np.full(size, 1 / size), 2000)]
-        )
-        sums = {name: self.misses[name] @ counts.T for name in (column, over)}
-        values = {name: 1 - misses / units for name, (misses, units) in sums.items()}
-        differences = values[column] - values[over]
-        low, high = np.quantile(differences[1:], (0.025, 0.975))
-        return float(differences[0]), float(low), float(high)
-
-    def markdown(self) -> str:
-        """The table as text: columns down, layers across, the chosen layer marked."""
-        depth = max(map(len, self.by_layer.values()))
-        lines = [[self.score, *(f"layer {n}" for n in range(depth)), "correlation"]]
-        for column, values in self.by_layer.items():
-            shown = [f"{v:.3f}" + "*" * (n == self.layers[column]) for n, v in enumerate(values)]
-            r = self.correlation[column]
-            shown += [""] * (depth - len(values)) + ["" if np.isnan(r) else f"{r:.3f}"]
-            lines.append([column, *shown])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths])
-        return "\n".join(
-            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        )
 
 
 def word_stream(construction: Construction, model: Subject, inputs: Inputs) -> np.ndarray:
@@ -128,6 +37,7 @@ def span_probe(
     key: Array,
     *,
     labels: bool = False,
+    probe: str = "linear",
 ) -> LayerScores:
     """Can the probability that words i..j are a constituent be read off words i and j?
 
@@ -141,9 +51,11 @@ def span_probe(
         lengths: `[batch]`.
         key: of the split and the control task.
         labels: the targets are all of mu(., i, j), not the largest one.
+        probe: "linear", or "two-layer".
 
     Raises:
-        ValueError: a shape that does not fit, a column that is named like a control, no model.
+        ValueError: a shape that does not fit, a column that is named like a control, no model,
+            another probe.
     """
     marginals, lengths = np.asarray(marginals), np.asarray(lengths)
     batch, time = batch_and_time(models)
@@ -161,11 +73,18 @@ def span_probe(
         found if labels else found.max(-1, keepdims=True),
         rows,
         key,
+        probe=probe,
     )
 
 
 def tag_probe(
-    models: Mapping[str, Any], tags: Any, mask: Any, lengths: Any, key: Array
+    models: Mapping[str, Any],
+    tags: Any,
+    mask: Any,
+    lengths: Any,
+    key: Array,
+    *,
+    probe: str = "linear",
 ) -> LayerScores:
     """Can the probabilities of a hidden word's tag be read off the model at that word?
 
@@ -177,6 +96,7 @@ def tag_probe(
         mask: `[batch, time]` bool, True where a word is hidden.
         lengths: `[batch]`.
         key: of the split and the control task.
+        probe: "linear", or "two-layer".
 
     Raises:
         ValueError: as `span_probe`.
@@ -190,137 +110,4 @@ def tag_probe(
     b, t = np.nonzero(mask & (np.arange(time) < lengths[:, None]))
     rows = Rows(b, np.stack([t, lengths[b]], 1), batch)
     features = {name: h[:, b, t] for name, h in arrays(models)}
-    return fit(features, tags[b, t], rows, key, whole=False)
-
-
-def squares(found: np.ndarray, targets: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of squares of each sentence, around the prediction and around 0."""
-
-    def by_sentence(values: np.ndarray) -> np.ndarray:
-        return np.bincount(rows.sentence, (values**2).sum(1), rows.sentences)
-
-    return by_sentence(targets - found), by_sentence(targets)
-
-
-def fit(
-    features: Mapping[str, np.ndarray],
-    targets: np.ndarray,
-    rows: Rows,
-    key: Array,
-    *,
-    whole: bool = True,
-    judge: Judge | None = None,
-    score: str = "R^2",
-    fixed: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
-) -> LayerScores:
-    """Ridge probes for all columns and layers.
-
-    Args:
-        features: column -> `[layer, row, feature]`.
-        targets: `[row, target]`.
-        rows: where they are.
-        key: of the split and the control task.
-        whole: sentences of one length have the same places, so that the control task exchanges
-            their targets as a whole. False: it exchanges rows between sentences, of one place.
-        judge: what is missed in each sentence; None: squares of what is left of the targets less
-            their mean on training sentences, so that the score is R^2.
-        score: its name.
-        fixed: further columns without a probe, as `judge` returns them.
-    """
-    cut, shuffle = jax.random.split(key)
-    parts = split(cut, len(targets), rows.sentence)
-    _, validation, test = (np.unique(rows.sentence[part]) for part in parts)
-    seed = np.asarray(jax.random.bits(shuffle, (4,)))
-    own = other = np.arange(rows.sentences)
-    if whole:
-        begin = np.searchsorted(rows.sentence, own)
-        lengths = np.zeros((rows.sentences, 1), int)
-        lengths[rows.sentence, 0] = rows.place[:, -1]
-        other = _exchange(lengths, seed)
-        order = np.arange(len(targets)) + (begin[other] - begin)[rows.sentence]
-    else:
-        order = _exchange(rows.place[:, :-1], seed)
-    both = np.stack([targets, targets[order]]).astype(np.float32)[:, :, None]
-    by_layer, layers, correlation, misses = {}, {}, {}, {}
-
-    def summed(sums: list[tuple[np.ndarray, np.ndarray]], column: str) -> None:
-        totals = np.array(sums)  # [layer, 2, sentence]
-        scores = [1 - np.divide(*totals[:, :, part].sum(-1).T) for part in (validation, test)]
-        layers[column] = int(np.argmax(scores[0]))
-        by_layer[column] = scores[1]
-        misses[column] = totals[layers[column]][:, test]
-
-    def judged(column: str, found: np.ndarray, wanted: np.ndarray, whose: np.ndarray) -> None:
-        if judge is None:
-            centre = wanted[parts.train].mean(0)
-            summed([squares(f - centre, wanted - centre, rows) for f in found], column)
-        else:
-            summed([judge(f, whose) for f in found], column)
-        chosen = [a[parts.test] - a[parts.test].mean(0) for a in (found[layers[column]], wanted)]
-        norms = np.prod([np.sqrt((a**2).sum()) for a in chosen])
-        correlation[column] = float((chosen[0] * chosen[1]).sum() / norms) if norms else np.nan
-
-    def predictions(x: np.ndarray) -> np.ndarray:
-        """Of the targets and of the exchanged ones, `[2, layer, row, target]`."""
-        probes = ridge(jnp.asarray(x, jnp.float32)[:, :, None], jnp.asarray(both), parts)
-        weight, bias = np.asarray(probes.weight, float), np.asarray(probes.bias, float)
-        found = np.einsum("lrf,lsft->slrt", x, weight, optimize=True)
-        return found + bias.swapaxes(0, 1)[:, :, None]
-
-    embedded = None
-    for column, x in features.items():
-        found = predictions(x)
-        judged(column, found[0], targets, own)
-        if embedded is None:
-            embedded = found[0, :1]
-            judged(CONTROL, found[1], targets[order], other)
-    if embedded is None:
-        raise ValueError("features has no column, must have one at least")
-    judged(EMBEDDING, embedded, targets, own)
-    judged(PLACE, predictions(_one_hot(rows.place)[None])[0], targets, own)
-    for column, sums in (fixed or {}).items():
-        summed([sums], column)
-        correlation[column] = np.nan
-    return LayerScores(score, by_layer, layers, correlation, misses)
-
-
-def _exchange(place: np.ndarray, seed: np.ndarray) -> np.ndarray:
-    """A random permutation of rows among those of the same place; one of its kind stays."""
-    rng = np.random.default_rng(seed)
-    _, kind = np.unique(place, axis=0, return_inverse=True)
-    kind = kind.ravel()
-    order = np.empty(len(kind), int)
-    order[np.lexsort((rng.random(len(kind)), kind))] = np.lexsort((rng.random(len(kind)), kind))
-    return order
-
-
-def _one_hot(place: np.ndarray) -> np.ndarray:
-    """Each coordinate by itself, `[row, feature]`."""
-    return np.concatenate([c[:, None] == np.unique(c) for c in place.T], 1).astype(np.float32)
-
-
-def arrays(models: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
-    """Columns and activations."""
-    return [(name, np.asarray(h)) for name, h in models.items()]
-
-
-def batch_and_time(models: Mapping[str, Any]) -> tuple[int, int]:
-    """Those that all models agree on; ValueError where they do not."""
-    if not models or set(models) & set(COLUMNS):
-        raise ValueError(f"models are named {list(models)}, must be some, and none of {COLUMNS}")
-    shapes = {name: np.shape(h) for name, h in models.items()}
-    first = next(iter(shapes.values()))
-    for name, shape in shapes.items():
-        if len(shape) != 4 or shape[1:3] != first[1:3]:
-            raise ValueError(
-                f"models['{name}'] has shape {shape}, must be [layer, batch, time, feature] with "
-                "one batch and time for all"
-            )
-    return first[1], first[2]
-
-
-def checked_lengths(lengths: np.ndarray, batch: int, time: int) -> np.ndarray:
-    """ValueError unless there is one for each sentence, in 1..time."""
-    if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > time:
-        raise ValueError(f"lengths must be {batch} numbers in 1..{time}, got {lengths}")
-    return lengths
+    return fit(features, tags[b, t], rows, key, probe=probe, whole=False)

@@ -16,10 +16,11 @@ import numpy as np
 from jax import Array
 from nltk.tree import Tree
 
-from probes.spans import LayerScores, Rows, arrays, batch_and_time, checked_lengths, fit
+from probes.rows import LayerScores, Rows, arrays, batch_and_time, checked_lengths, fit
+from synthetic.brackets import best_splits
 from synthetic.sentences import Sentences, ends
 
-RIGHT_BRANCHING = "right-branching"
+RIGHT_BRANCHING, ORACLE = "right-branching", "oracle"
 Span = tuple[int, int]
 
 
@@ -80,6 +81,42 @@ def right_branching(length: int) -> set[Span]:
     return {(first, length - 1) for first in range(length - 1)}
 
 
+def expected_trees(marginals: Any, lengths: Any) -> list[set[Span]]:
+    """The binary tree of each sentence with most expected right spans (Goodman 1996).
+
+        best(i, j)  =  P(words i..j are a constituent) + max_k [best(i, k) + best(k + 1, j)]
+
+    Two binary trees of one sentence have equally many spans, so that this is also the tree of
+    greatest expected unlabelled F1: nothing that knows the visible words alone can do better on
+    average. Its spans beside the sampled tree's are the column "oracle" of `tree_probe`.
+
+    Args:
+        marginals: `[batch, time, time, nonterminal]`, mu(A, i, j), exact: of `synthetic.chart`.
+        lengths: `[batch]`.
+
+    Raises:
+        ValueError: a shape that does not fit, or a length out of range.
+    """
+    # in float64: sums that are equal to rounding should stay so
+    marginals = np.asarray(marginals, float)
+    if marginals.ndim != 4 or marginals.shape[1] != marginals.shape[2]:
+        raise ValueError(
+            f"marginals has shape {marginals.shape}, must be [batch, time, time, nonterminal]"
+        )
+    lengths = checked_lengths(np.asarray(lengths), *marginals.shape[:2])
+    trees = []
+    for splits, length in zip(best_splits(marginals.sum(-1)), lengths.tolist(), strict=True):
+        found, waiting = set(), [(0, length - 1)]
+        while waiting:
+            first, last = waiting.pop()
+            if first < last:
+                found.add((first, last))
+                split = int(splits[first, last])
+                waiting += [(first, split), (split + 1, last)]
+        trees.append(found)
+    return trees
+
+
 def span_f1(found: set[Span], gold: set[Span], length: int) -> float:
     """Unlabelled F1 of a sentence, without the spans of one word and of all words.
 
@@ -101,17 +138,20 @@ def tree_probe(
     *,
     relative: bool = True,
     words: int = 2,
+    probe: str = "linear",
+    marginals: Any = None,
 ) -> LayerScores:
     """Can the tree of a sentence be read off the model, from neighbours alone?
 
-    A ridge probe predicts the relative depth n_t - n_{t-1} (or n_t itself) from `[h_t, h_{t+1}]`;
+    A probe predicts the relative depth n_t - n_{t-1} (or n_t itself) from `[h_t, h_{t+1}]`;
     the predictions of a test sentence, added up, are decoded to a tree. The score is the
     unlabelled F1, mean over sentences of three words or more, without trivial spans. The control
     task is to tell the tree of another sentence of the same length.
 
     It misleads where trees lean to one side: compare with the columns "place" and
     "right-branching". The tree is the one that the sentence was made with, and a sentence that is
-    ambiguous has others: no model of words reaches 1 on it.
+    ambiguous has others: no model of words reaches 1 on it. What the exact posterior reaches is
+    the column "oracle".
 
     Args:
         models: column -> `[layer, batch, time, feature]`, as `probes.spans.word_stream` has it.
@@ -119,18 +159,27 @@ def tree_probe(
         key: of the split and the control task.
         relative: predict changes of depth.
         words: 1 for features `h_t` alone.
+        probe: "linear", or "two-layer".
+        marginals: `[batch, time, time, nonterminal]`, of the words that the models saw, for the
+            column "oracle"; see `expected_trees`. None: there is none.
 
     Raises:
-        ValueError: a shape that does not fit, a column that is named like another, no model, or
-            `words` that is neither 1 nor 2.
+        ValueError: a shape that does not fit, a column that is named like another, no model,
+            another probe, or `words` that is neither 1 nor 2.
     """
     if words not in (1, 2):
         raise ValueError(f"words is {words}, must be 1 or 2")
     batch, time = batch_and_time(models)
-    if RIGHT_BRANCHING in models or sentences.tokens.shape != (batch, time):
+    reserved = {RIGHT_BRANCHING, ORACLE}
+    if reserved & set(models) or sentences.tokens.shape != (batch, time):
         raise ValueError(
             f"models are {list(models)} with batch and time {(batch, time)}, must fit tokens "
-            f"{sentences.tokens.shape} and not be named '{RIGHT_BRANCHING}'"
+            f"{sentences.tokens.shape} and not be named '{RIGHT_BRANCHING}' or '{ORACLE}'"
+        )
+    if marginals is not None and np.shape(marginals)[:3] != (batch, time, time):
+        raise ValueError(
+            f"marginals has shape {np.shape(marginals)}, must be "
+            f"{(batch, time, time, 'nonterminal')}"
         )
     lengths = checked_lengths(np.asarray(sentences.lengths), batch, time)
     starts, last = np.asarray(sentences.starts), np.asarray(ends(sentences.starts))
@@ -149,15 +198,18 @@ def tree_probe(
         decoded = [decode(row[: n - 1]) for row, n in zip(guess, lengths.tolist(), strict=True)]
         return _misses(decoded, [gold[s] for s in whose], lengths)
 
-    flat = [right_branching(n) for n in lengths.tolist()]
+    trees = {RIGHT_BRANCHING: [right_branching(n) for n in lengths.tolist()]}
+    if marginals is not None:
+        trees[ORACLE] = expected_trees(marginals, lengths)
     return fit(
         {n: np.concatenate([h[:, b, t + w] for w in range(words)], -1) for n, h in arrays(models)},
         wanted[b, t, None].astype(float),
         Rows(b, np.stack([t, lengths[b]], 1), batch),
         key,
+        probe=probe,
         judge=missed,
         score="F1",
-        fixed={RIGHT_BRANCHING: _misses(flat, gold, lengths)},
+        fixed={name: _misses(found, gold, lengths) for name, found in trees.items()},
     )
 
 

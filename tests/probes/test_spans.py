@@ -6,7 +6,8 @@ from constructions import CATALOGUE
 from constructions.inside_outside.language_model import language_model
 from constructions.transformer import randomise
 from probes.linear import ridge_probe
-from probes.spans import Rows, fit, span_probe, tag_probe, word_stream
+from probes.rows import Rows, fit
+from probes.spans import span_probe, tag_probe, word_stream
 
 KEY = jax.random.key(0)
 BATCH, TIME = 300, 6
@@ -56,6 +57,25 @@ def test_place_explains_what_depends_on_place_and_the_control_task_keeps_it():
     assert span_probe({"m": STREAM}, mu, LENGTHS, KEY)["m"] < 0.1
 
 
+def test_two_layers_find_what_is_not_linear():
+    product = STREAM[1, :, :, None, 0] * STREAM[1, :, None, :, 1]
+    mu = np.where(marginals()[..., :1] > 900, 1e3, product[..., None])
+    linear = span_probe({"m": STREAM}, mu, LENGTHS, KEY)
+    found = span_probe({"m": STREAM}, mu, LENGTHS, KEY, probe="two-layer")
+    assert linear["m"] < 0.1 and found["m"] > 0.85
+    for column in ("embedding", "control task", "place"):
+        assert abs(found[column]) < 0.06, column
+    # of the exchanged targets nothing is learned; own ones would do worse than nothing on them
+    assert abs(found.by_layer["control task"][1]) < 0.1
+    assert found.sensitivity("m") == found["m"] - found.by_layer["m"][0] > 0.8
+    assert found.sensitivity("embedding") == 0
+    assert f"{found.sensitivity('m'):.3f}" in found.markdown().splitlines()[2]
+    tags = np.where(MASK[..., None], STREAM[1, :, :, :2] * STREAM[1, :, :, 2:4], 1e3)
+    hidden = tag_probe({"m": STREAM}, tags, MASK, LENGTHS, KEY, probe="two-layer")
+    assert hidden["m"] > 0.6 and hidden["control task"] < 0.06
+    assert tag_probe({"m": STREAM}, tags, MASK, LENGTHS, KEY)["m"] < 0.1
+
+
 def test_hidden_words_alone_are_probed():
     w = np.random.default_rng(3).normal(size=(8, 4))
     tags = np.where(MASK[..., None], STREAM[1] @ w, 1e3)
@@ -95,5 +115,7 @@ def test_bad_input():
         span_probe({"m": STREAM, "n": STREAM[:, :9]}, mu, LENGTHS, KEY)
     with pytest.raises(ValueError, match=r"lengths must be 300 numbers in 1\.\.6"):
         span_probe({"m": STREAM}, mu, LENGTHS + 1, KEY)
+    with pytest.raises(ValueError, match="probe is 'cubic', must be one of linear, two-layer"):
+        span_probe({"m": STREAM}, mu, LENGTHS, KEY, probe="cubic")
     with pytest.raises(ValueError, match="mask has shape"):
         tag_probe({"m": STREAM}, mu[:, :, 0], MASK[:9], LENGTHS, KEY)

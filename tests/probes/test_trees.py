@@ -5,6 +5,7 @@ from nltk import Tree
 
 from probes.trees import (
     decode,
+    expected_trees,
     lca_depths,
     mean_f1,
     right_branching,
@@ -12,6 +13,7 @@ from probes.trees import (
     tree_probe,
     tree_spans,
 )
+from synthetic import chart
 from synthetic.grammars import named
 from synthetic.sentences import ends, sample, trees
 
@@ -36,17 +38,19 @@ def test_binary_trees_come_back_from_their_depths():
         assert decode(2.5 * own - 7) == decode(own)  # only the order counts
 
 
-def test_all_trees_of_five_words():
-    def every(first, last):
-        if first == last:
-            return [first]
-        return [
-            Tree("X", [a, b])
-            for k in range(first, last)
-            for a in every(first, k)
-            for b in every(k + 1, last)
-        ]
+def every(first, last):
+    """All binary trees over words first..last."""
+    if first == last:
+        return [first]
+    return [
+        Tree("X", [a, b])
+        for k in range(first, last)
+        for a in every(first, k)
+        for b in every(k + 1, last)
+    ]
 
+
+def test_all_trees_of_five_words():
     found = set()
     for tree in every(0, 4):
         spans = np.array(sorted(tree_spans(tree)))
@@ -83,6 +87,36 @@ def test_f1_by_hand():
     assert mean_f1(two, [{(0, 1)}, gold], [2, 5]) == pytest.approx(2 / 3)
 
 
+def test_expected_trees_are_the_best_of_all_trees():
+    marginals = np.random.default_rng(7).random((20, 6, 6, 3))
+    lengths = np.array([2, 3, 4, 5, 6] * 4)
+    probability = marginals.sum(-1)
+    for found, mu, length in zip(
+        expected_trees(marginals, lengths), probability, lengths.tolist(), strict=True
+    ):
+        options = [tree_spans(tree) for tree in every(0, length - 1)]
+        wanted = max(options, key=lambda spans: sum(mu[span] for span in spans))
+        assert found == wanted
+    assert expected_trees(marginals[:2], np.array([1, 2])) == [set(), {(0, 1)}]
+
+
+def test_the_oracle_does_as_well_as_it_expects_and_worse_where_words_are_hidden():
+    english = named("english")
+    drawn = sample(english, jax.random.key(3), 1500, 7)
+    lengths = np.asarray(drawn.lengths)
+    gold = [tree_spans(tree) for tree in trees(english, drawn)]
+    scores = []
+    for rate in (0.0, 0.5):
+        hidden = np.random.default_rng(1).random(drawn.tokens.shape) < rate
+        mu = np.asarray(chart.inside_outside(english, drawn.tokens, lengths, hidden).span_marginals)
+        found = expected_trees(mu, lengths)
+        own = [[s for s in t if s[1] - s[0] < n - 1] for t, n in zip(found, lengths, strict=True)]
+        hoped = [np.mean([m[s].sum() for s in t]) for m, t in zip(mu, own, strict=True) if t]
+        scores.append(mean_f1(found, gold, lengths.tolist()))
+        assert scores[-1] == pytest.approx(np.mean(hoped), abs=0.02)
+    assert 0.95 < scores[0] < 1 and scores[1] < scores[0] - 0.05
+
+
 def planted(seed=0, noise=0.0):
     """A stream with two layers: noise, then one that holds n_t - n_{t-1} in two words."""
     rng = np.random.default_rng(seed)
@@ -116,6 +150,26 @@ def test_the_columns_without_a_probe_are_as_without_a_probe():
     assert low < difference < high
 
 
+def test_the_oracle_is_a_column_where_marginals_are_given():
+    exact = chart.inside_outside(named("toy"), SENTENCES.tokens, LENGTHS).span_marginals
+    found = tree_probe({"planted": planted()}, SENTENCES, KEY, marginals=exact)
+    assert 0.85 < found["oracle"] < 1 and found.gain("planted", "oracle")[0] > 0
+    assert "oracle" not in tree_probe({"planted": planted()}, SENTENCES, KEY).by_layer
+    gold = np.zeros((400, 9, 9, 1))
+    last = np.asarray(ends(SENTENCES.starts))
+    row, node = np.nonzero(last >= 0)
+    gold[row, np.asarray(SENTENCES.starts)[row, node], last[row, node]] = 1
+    assert tree_probe({"p": planted()}, SENTENCES, KEY, marginals=gold)["oracle"] == 1
+
+
+def test_two_layers_for_trees():
+    stream = planted()
+    stream[1, :, :, 2] = np.sign(stream[1, :, :, 2]) * stream[1, :, :, 2] ** 2
+    linear = tree_probe({"planted": stream}, SENTENCES, KEY)["planted"]
+    found = tree_probe({"planted": stream}, SENTENCES, KEY, probe="two-layer")["planted"]
+    assert found > linear + 0.03
+
+
 def test_one_word_is_not_enough_for_what_two_hold():
     alone = tree_probe({"planted": planted()}, SENTENCES, KEY, words=1)
     assert alone["planted"] < 0.95
@@ -133,7 +187,14 @@ def test_bad_input():
         tree_probe({"m": planted()}, SENTENCES, KEY, words=3)
     with pytest.raises(ValueError, match="must fit tokens"):
         tree_probe({"m": planted()[:, :20]}, SENTENCES, KEY)
-    with pytest.raises(ValueError, match="not be named 'right-branching'"):
-        tree_probe({"right-branching": planted()}, SENTENCES, KEY)
+    for name in ("right-branching", "oracle"):
+        with pytest.raises(ValueError, match="not be named 'right-branching' or 'oracle'"):
+            tree_probe({name: planted()}, SENTENCES, KEY)
+    with pytest.raises(ValueError, match=r"marginals has shape \(400, 8, 8, 5\)"):
+        tree_probe({"m": planted()}, SENTENCES, KEY, marginals=np.zeros((400, 8, 8, 5)))
+    with pytest.raises(ValueError, match=r"marginals has shape \(3, 4, 4\)"):
+        expected_trees(np.zeros((3, 4, 4)), np.full(3, 4))
+    with pytest.raises(ValueError, match=r"lengths must be 3 numbers in 1\.\.4"):
+        expected_trees(np.zeros((3, 4, 4, 2)), np.full(3, 5))
     with pytest.raises(ValueError, match="must be some, and none of"):
         tree_probe({}, SENTENCES, KEY)
