@@ -20,7 +20,7 @@ from synthetic.masked_language import MaskedLanguageTask
 from synthetic.train import fit
 
 SEEDS = (0, 1, 2)
-STEPS = 7200
+STEPS = 6000
 ON_CPU = jax.default_backend() == "cpu"
 LONGEST = 8 if ON_CPU else 20
 #: Layers, heads and width of the sweep, and the steps of each fit.
@@ -29,7 +29,7 @@ SWEEP = (
     if ON_CPU
     else [(1, 12, 768), (3, 12, 768), (6, 12, 768), (12, 12, 768), (12, 3, 768), (12, 24, 768)]
 )
-SWEEP_STEPS = 3000 if ON_CPU else 100_000
+SWEEP_STEPS = 1800 if ON_CPU else 100_000
 
 
 def tag_entropy(construction: InsideOutside) -> float:

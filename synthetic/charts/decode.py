@@ -78,10 +78,14 @@ def viterbi(weights: Weights, tokens: Array, lengths: Array, mask: Array) -> Vit
         pairs = jnp.full((batch, time, symbols, symbols), -jnp.inf, leaf.dtype)
         pairs, _ = lax.scan(widen, pairs, m - 1)
         pairs = pairs.reshape(batch, time, -1)
+        number = jnp.arange(symbols**2)
 
         def choose(rule: Array) -> tuple[Array, Array]:
             scores = pairs + rule.reshape(-1)
-            return scores.max(-1), scores.argmax(-1)
+            most = scores.max(-1)
+            # The first of the largest: an argmax that vector instructions can do.
+            first = jnp.where(scores == most[..., None], number, symbols**2 - 1).min(-1)
+            return most, first
 
         values, pair = (jnp.moveaxis(a, 0, -1) for a in lax.map(choose, rules))
         first, second = pair // symbols, pair % symbols
