@@ -1,0 +1,69 @@
+"""The exact solution of all times at once, chunk by chunk, by products of matrices alone.
+
+In front of a chunk the inverse is one matrix, R_c = (H_c + ridge)^-1. Inside it the formula of
+Sherman and Morrison takes it from pair to pair,
+
+    R_t = R_c - sum_{c < j <= t} w_j w_j^T,     w_j = R_{j-1} k_j / sqrt(1 + k_j^T R_{j-1} k_j),
+
+and no recursion is needed to find the w_j: with K the keys of the chunk, Woodbury gives
+R_t = R_c - R_c K_t^T (I + K_t R_c K_t^T)^-1 K_t R_c for its first t keys, and the leading blocks of
+one Cholesky factor, L_S L_S^T = S = I + K R_c K^T, factor all of these at once. So W = L_S^-1 K R_c
+has the rows w_j, and
+
+    x_t = b_t R_c - sum_{j <= t} (b_t . w_j) w_j
+
+is linear attention with w as keys and values: the mesa layer is two linear attentions. A ridge that
+stays while the pairs decay is no such sequence, so there is no forget gate.
+
+The difference loses epsilon times the condition number of H_t + ridge, and one refinement all but
+the square of that. Where even this is much, `safeguard` sees it.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from constructions.mesa_mixer.problem import Problem, Settings, diagonal, multiply
+from constructions.mesa_mixer.products import Tokens, dot
+from constructions.mesa_mixer.safeguard import Marks, squared
+from constructions.mesa_mixer.triangular import inverse_cholesky
+
+Prepared = tuple[Float[Array, "chunk batch head dim dim"], Tokens]
+
+
+def prepare(problem: Problem) -> Prepared:
+    """R_c and W of every chunk."""
+    key = problem.key
+    if problem.input_gate is not None:
+        key = key * jnp.sqrt(problem.input_gate)[..., None]
+    root = inverse_cholesky(problem.gram + diagonal(problem.ridge), problem.ridge[:, 0])
+    # With R_c = root^T root, S is a Gram matrix and stays one in floating point.
+    seen = dot(key, root.mT)
+    identity = jnp.eye(key.shape[-2], dtype=key.dtype)
+    one = jnp.ones(key.shape[-2], key.dtype)
+    schur = inverse_cholesky(dot(seen, seen.mT) + identity, one)
+    return dot(root.mT, root), dot(dot(schur, seen), root)
+
+
+def solve(
+    problem: Problem, prepared: Prepared, right: Tokens, settings: Settings
+) -> tuple[Tokens, Marks | None]:
+    """x_t = R_t b_t, and x <- x + R (b - (H + ridge) x), `settings.refinements` times.
+
+    With E = 1 - R (H + ridge) the change by a refinement is E x, so that its size tells what is
+    left, E^2 x, before it is added.
+    """
+    start, update = prepared
+    lower = problem.decay.within
+
+    def inverse(b: Tokens) -> Tokens:
+        return dot(b, start) - dot(dot(b, update.mT) * lower, update)
+
+    x, failed = inverse(right), None
+    for _ in range(settings.refinements):
+        left = right - multiply(problem, x)
+        change = inverse(left)
+        small = squared(change) <= 1000 * jnp.finfo(x.dtype).eps * squared(x)
+        failed = ~(small & (squared(left) <= squared(right) / 4))
+        x = x + change
+    return x, failed

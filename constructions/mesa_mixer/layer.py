@@ -1,0 +1,154 @@
+"""The mesa layer as a function of queries, keys and values."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from constructions.mesa_mixer import cholesky, chunked, conjugate_gradients, recursive
+from constructions.mesa_mixer.arguments import checked
+from constructions.mesa_mixer.implicit import Method, read_out
+from constructions.mesa_mixer.problem import Settings, problem_of
+from constructions.mesa_mixer.products import decay_of, join, split
+
+METHODS = {
+    "chunked": Method(chunked.prepare, chunked.solve, forgets=False),
+    "scan": Method(recursive.prepare, recursive.solve, forgets=False),
+    "cholesky": Method(cholesky.prepare, cholesky.solve, forgets=True),
+    "conjugate-gradients": Method(
+        conjugate_gradients.prepare, conjugate_gradients.solve, forgets=True
+    ),
+}
+
+
+def mesa(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    regularization: ArrayLike,
+    *,
+    input_gate: ArrayLike | None = None,
+    forget_gate: ArrayLike | None = None,
+    method: str = "auto",
+    chunk: int | None = None,
+    refinements: int = 1,
+    steps: int | None = None,
+    tolerance: float | None = None,
+) -> Array:
+    """What ridge regression on all pairs (k_s, v_s) so far predicts for the query.
+
+        o_t = G_t (H_t + ridge)^-1 q_t
+        G_t = sum_{s <= t} zeta_ts beta_s v_s k_s^T,    H_t = sum_{s <= t} zeta_ts beta_s k_s k_s^T
+
+    with zeta_ts the product of the forget gates in (s, t]; the pair at t is included and the ridge
+    does not decay (von Oswald et al. 2023, arXiv 2309.05858, eq. 4-8, whose 1 / lambda is the ridge
+    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit,
+    in reverse mode and once, and as cheap as the layer; nothing of size time x dim^2 is stored.
+
+    The default method is the chunked one without, conjugate gradients with a forget gate:
+
+    - "chunked": exact, all times at once by products of matrices, then refined. No forget gate.
+    - "scan": exact, token by token with a state of constant size, in many short steps. No forget
+      gate.
+    - "conjugate-gradients": all times at once, until `tolerance` is reached or `steps` are over.
+    - "cholesky": one factor per time. The reference: dim^3 work per token.
+
+    Args:
+        query: `[batch, time, head, dim]`.
+        key: `[batch, time, head, dim]`.
+        value: `[batch, time, head, value_dim]`.
+        regularization: the ridge, `[head]` or `[head, dim]` (a diagonal), positive.
+        input_gate: beta, `[batch, time, head]`, at least 0; ones if not given.
+        forget_gate: gamma, `[batch, time, head]`, in (0, 1]; ones if not given.
+        method: one of the above, or "auto".
+        chunk: tokens in a chunk; by default 32, or 64 where dim is more than 32.
+        refinements: steps x <- x + (H + ridge)^-1 (q - (H + ridge) x) of "chunked" and "scan". The
+            first takes off what float32 loses in the inverse, the next bring little. With none,
+            no method looks at its residual either (see `safeguard`).
+        steps: the most steps of "conjugate-gradients"; 4 dim + 20 by default, for in floating point
+            ill-conditioned systems take more than dim.
+        tolerance: residual at which they end, relative to the right side; the dtype's epsilon by
+            default.
+
+    Returns:
+        `[batch, time, head, value_dim]`, in the dtype that the arguments promote to; computed in
+        float32 or more.
+
+    Raises:
+        ValueError: shapes or dtypes are other than these, a value is out of range (of concrete
+            arrays only), the method is unknown or has no forget gate.
+    """
+    dtype = jnp.result_type(query, key, value)
+    axes = ("batch", "time", "head")
+    arrays = checked(query, key, value, regularization, input_gate, forget_gate, axes)
+    dim, forget = arrays[0].shape[-1], arrays[-1]
+    if method == "auto":
+        method = "chunked" if forget is None else "conjugate-gradients"
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, must be one of {['auto', *METHODS]}")
+    if forget is not None and not METHODS[method].forgets:
+        able = [name for name, one in METHODS.items() if one.forgets]
+        raise ValueError(f"method is {method!r}, must be one of {able} with a forget_gate")
+    chunk = (32 if dim <= 32 else 64) if chunk is None else chunk
+    steps = 4 * dim + 20 if steps is None else steps
+    numbers = {"chunk": (chunk, 1), "refinements": (refinements, 0), "steps": (steps, 1)}
+    for name, (number, least) in numbers.items():
+        if number < least:
+            raise ValueError(f"{name} is {number}, must be at least {least}")
+    if tolerance is None:
+        tolerance = float(jnp.finfo(arrays[0].dtype).eps)
+    elif not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}, must be at least 0")
+    chunk = min(chunk, arrays[0].shape[1])
+    return _mesa(method, chunk, Settings(refinements, steps, tolerance), *arrays).astype(dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _mesa(
+    method: str,
+    chunk: int,
+    settings: Settings,
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    input_gate: Array | None,
+    forget_gate: Array | None,
+) -> Array:
+    output = read_out(
+        METHODS[method],
+        settings,
+        split(query, chunk),
+        split(key, chunk),
+        split(value, chunk),
+        ridge[:, None],
+        None if input_gate is None else split(input_gate, chunk),
+        None if forget_gate is None else split(forget_gate, chunk, fill=1.0),
+    )
+    return join(jnp.asarray(output), query.shape[1])
+
+
+@jax.jit
+def mesa_queries(query: Array, key: Array, regularization: Array) -> Array:
+    """q*_t = (H_t + ridge)^-1 q_t, with which the mesa layer is linear attention.
+
+    Its output is o_t = sum_{s <= t} (k_s . q*_t) v_s, so that k_s . q*_t are attention weights. By
+    the chunked method, refined once.
+
+    Args:
+        query, key: `[batch, time, head, dim]`.
+        regularization: `[head]`, positive.
+
+    Returns:
+        `[batch, time, head, dim]`.
+    """
+    method, size = METHODS["chunked"], min(32, query.shape[1])
+    ridge = jnp.broadcast_to(regularization[:, None, None], (query.shape[2], 1, query.shape[3]))
+    keys = split(key, size)
+    chunks, *_, chunk, _ = keys.shape
+    problem = problem_of(keys, ridge, None, None, decay_of(None, chunks, chunk, key.dtype))
+    settings = Settings(refinements=1, steps=1, tolerance=0.0)
+    solved, _ = method.solve(problem, method.prepare(problem), split(query, size), settings)
+    return join(solved, query.shape[1])

@@ -1,0 +1,364 @@
+"""The mesa layer against direct solves, its methods against each other, gradients, decoding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from constructions.mesa_mixer import METHODS, mesa, mesa_start, mesa_step
+from constructions.mesa_mixer.triangular import inverse_cholesky
+
+GATED = [name for name, method in METHODS.items() if method.forgets]
+NAMES = ("query", "key", "value", "regularization", "input_gate", "forget_gate")
+CASES = [(name, gates) for name in METHODS for gates in ("", "input")] + [
+    (name, gates) for name in GATED for gates in ("forget", "both")
+]
+
+
+def draw(seed=0, batch=2, time=13, heads=3, dim=5, value_dim=4, gates="both", diagonal=True):
+    """Random arguments of `mesa`, those that are not asked for left out."""
+    rng = np.random.default_rng(seed)
+    arguments = {
+        "query": rng.normal(size=(batch, time, heads, dim)),
+        "key": rng.normal(size=(batch, time, heads, dim)),
+        "value": rng.normal(size=(batch, time, heads, value_dim)),
+        "regularization": rng.uniform(0.1, 2, (heads, dim) if diagonal else heads),
+    }
+    input_gate = rng.uniform(0, 2, (batch, time, heads))
+    input_gate[0, 2:3] = 0
+    forget_gate = rng.uniform(0.2, 1, (batch, time, heads))
+    forget_gate[:, 4:5] = 1
+    if gates in ("input", "both"):
+        arguments["input_gate"] = input_gate
+    if gates in ("forget", "both"):
+        arguments["forget_gate"] = forget_gate
+    return {name: jnp.asarray(x) for name, x in arguments.items()}
+
+
+def direct(query, key, value, regularization, input_gate=None, forget_gate=None):
+    """The definition: sums over pairs and one numpy solve for every time of every head."""
+    query, key, value, ridge = map(np.asarray, (query, key, value, regularization))
+    batch, time, heads, dim = query.shape
+    beta = np.ones(query.shape[:-1]) if input_gate is None else np.asarray(input_gate)
+    gamma = np.ones(query.shape[:-1]) if forget_gate is None else np.asarray(forget_gate)
+    output = np.zeros(value.shape)
+    for b, t, h in np.ndindex(batch, time, heads):
+        moment, gram = np.zeros((value.shape[-1], dim)), np.zeros((dim, dim))
+        for s in range(t + 1):
+            weight = beta[b, s, h] * np.prod(gamma[b, s + 1 : t + 1, h])
+            moment += weight * np.outer(value[b, s, h], key[b, s, h])
+            gram += weight * np.outer(key[b, s, h], key[b, s, h])
+        ridge_matrix = np.diag(np.broadcast_to(ridge[h], dim))
+        output[b, t, h] = moment @ np.linalg.solve(gram + ridge_matrix, query[b, t, h])
+    return output
+
+
+def differentiable(query, key, value, regularization, input_gate=None, forget_gate=None):
+    """The definition for autodiff, time by time."""
+    ridge = regularization if regularization.ndim == 2 else regularization[:, None]
+    ridge = ridge[..., None] * jnp.eye(query.shape[-1])
+    gram, moment, output = 0, 0, []
+    for t in range(query.shape[1]):
+        k, v = key[:, t], value[:, t]
+        beta = 1 if input_gate is None else input_gate[:, t, :, None, None]
+        gamma = 1 if forget_gate is None else forget_gate[:, t, :, None, None]
+        gram = gamma * gram + beta * k[..., :, None] * k[..., None, :]
+        moment = gamma * moment + beta * v[..., :, None] * k[..., None, :]
+        solution = jnp.linalg.solve(gram + ridge, query[:, t, :, :, None])
+        output.append((moment @ solution)[..., 0])
+    return jnp.stack(output, 1)
+
+
+def relative(x, y):
+    return float(np.abs(np.asarray(x) - np.asarray(y)).max() / np.abs(np.asarray(y)).max())
+
+
+def loss_of(function, arguments, **options):
+    """A loss whose gradient reaches every output with another weight, and its arguments' values."""
+    weight = jax.random.normal(jax.random.key(7), arguments["value"].shape)
+
+    def loss(values):
+        return (function(**dict(zip(arguments, values, strict=True)), **options) * weight).sum()
+
+    return loss, list(arguments.values())
+
+
+@pytest.mark.parametrize(("method", "gates"), CASES)
+def test_equals_a_direct_solve(x64, method, gates):
+    arguments = draw(gates=gates, diagonal=gates != "input")
+    # no refinement: it and the safeguard behind it would make up for a wrong method
+    output = mesa(**arguments, method=method, chunk=4, refinements=0)
+    assert output.dtype == jnp.float64
+    assert relative(output, direct(**arguments)) < 1e-11
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1, 1), (1, 11, 2, 3, 7), (3, 9, 1, 7, 2)],
+)
+@pytest.mark.parametrize("gates", ["input", "both"])
+def test_methods_agree_on_any_shape(x64, shape, gates):
+    arguments = draw(1, *shape, gates=gates)
+    expected = direct(**arguments)
+    for method in GATED if gates == "both" else METHODS:
+        output = mesa(**arguments, method=method)
+        assert output.shape == arguments["value"].shape
+        assert relative(output, expected) < 1e-11
+
+
+def test_default_chunks_of_a_longer_time(x64):
+    arguments = draw(10, 1, 70, 1, 3, 3, gates="")
+    assert relative(mesa(**arguments), direct(**arguments)) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("method", "gates"), [(m, "both" if m in GATED else "input") for m in METHODS] + [("auto", "")]
+)
+def test_gradients_equal_autodiff_of_the_definition(x64, method, gates):
+    arguments = draw(2, gates=gates)
+    loss, values = loss_of(mesa, arguments, method=method, chunk=4)
+    expected = jax.grad(loss_of(differentiable, arguments)[0])(values)
+    for name, found, right in zip(arguments, jax.grad(loss)(values), expected, strict=True):
+        assert relative(found, right) < 1e-11, name
+
+
+@pytest.mark.parametrize("gates", ["input", "both"])
+def test_gradients_equal_finite_differences(x64, gates):
+    arguments = draw(3, time=7, gates=gates, diagonal=False)
+    arguments["forget_gate" if gates == "both" else "input_gate"] *= 0.9  # room for both signs
+    arguments["input_gate"] += 0.1
+    loss, values = loss_of(mesa, arguments, chunk=3)
+    gradient, loss = jax.grad(loss)(values), jax.jit(loss)
+    rng = np.random.default_rng(0)
+    for place, name in enumerate(arguments):
+        way = rng.normal(size=values[place].shape)
+
+        def moved(size, place=place, way=way):
+            return [x + size * way if i == place else x for i, x in enumerate(values)]
+
+        slope = (loss(moved(1e-5)) - loss(moved(-1e-5))) / 2e-5
+        found = float((gradient[place] * way).sum())
+        assert float(slope) == pytest.approx(found, rel=1e-6, abs=1e-7), name
+
+
+def test_gradient_of_small_forget_gates_keeps_its_digits():
+    """In float32, where a difference of sums over all pairs over the gate would be noise."""
+    arguments = draw(4, time=12)
+    gate = arguments["forget_gate"].at[:, 6].set(1e-6)
+    arguments = {n: x.astype(jnp.float32) for n, x in arguments.items()} | {
+        "forget_gate": gate.astype(jnp.float32)
+    }
+    loss, values = loss_of(mesa, arguments, chunk=4)
+    found = jax.grad(loss)(values)[-1]
+    with jax.enable_x64(True):
+        exact = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arguments.items()}
+        weight = jax.random.normal(jax.random.key(7), exact["value"].shape, jnp.float32)
+        expected = jax.grad(
+            lambda g: (differentiable(**exact | {"forget_gate": g}) * weight).sum()
+        )(exact["forget_gate"])
+    assert relative(found[:, 6], expected[:, 6]) < 1e-4
+
+
+@pytest.mark.parametrize(("method", "gates"), [(m, "both" if m in GATED else "") for m in METHODS])
+def test_looks_at_no_later_token(x64, method, gates):
+    arguments = draw(5, gates=gates)
+    later = {n: x.at[:, 7:].add(0.3) for n, x in arguments.items() if n not in NAMES[3:]}
+    gates_later = {n: x.at[:, 7:].set(0.5) for n, x in arguments.items() if n in NAMES[4:]}
+    before = mesa(**arguments, method=method, chunk=4)
+    after = mesa(**arguments | later | gates_later, method=method, chunk=4)
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert relative(before[:, 7:], after[:, 7:]) > 0.1
+
+
+@pytest.mark.parametrize("gates", ["", "input", "forget", "both"])
+def test_decoding_equals_the_layer(x64, gates):
+    arguments = draw(6, gates=gates)
+    ridge = arguments.pop("regularization")
+    state, outputs = mesa_start(2, 5, 4, ridge), []
+    for t in range(arguments["query"].shape[1]):
+        now = {name: x[:, t] for name, x in arguments.items()}
+        state, output = mesa_step(state, regularization=ridge, **now)
+        outputs.append(output)
+    expected = direct(regularization=ridge, **arguments)
+    assert relative(jnp.stack(outputs, 1), expected) < 1e-11
+
+
+def test_decoding_with_and_without_forgetting_in_turns(x64):
+    arguments = draw(7)
+    ridge, gate = arguments.pop("regularization"), arguments["forget_gate"]
+    arguments["forget_gate"] = gate.at[:, 1::2].set(1)
+    state, outputs = mesa_start(2, 5, 4, ridge), []
+    for t in range(gate.shape[1]):
+        now = {name: x[:, t] for name, x in arguments.items()}
+        if t % 2:
+            del now["forget_gate"]
+        state, output = mesa_step(state, regularization=ridge, **now)
+        outputs.append(output)
+    expected = direct(regularization=ridge, **arguments)
+    assert relative(jnp.stack(outputs, 1), expected) < 1e-11
+
+
+def dynamics(time, dim=10):
+    """Tokens of a rotating state with noise of .01: keys are the states before the queries."""
+    rng = np.random.default_rng(0)
+    transition = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    state = [rng.uniform(-1, 1, dim)]
+    for _ in range(time):
+        state.append(transition @ state[-1] + 0.01 * rng.normal(size=dim))
+    state = np.asarray(state, np.float32)[None, :, None]
+    return state[:, 1:], state[:, :-1], state[:, 1:]
+
+
+@pytest.mark.parametrize(("ridge", "out", "slope"), [(1.0, 1e-6, 1e-5), (1e-3, 1e-4, 1e-3)])
+def test_float32_errors(ridge, out, slope, time=1024):
+    tokens = dynamics(time)
+    arguments = dict(zip(NAMES, (*map(jnp.asarray, tokens), jnp.full(1, ridge)), strict=False))
+    weight = jax.random.normal(jax.random.key(1), tokens[0].shape)
+
+    def loss(query, key, value, arguments, weight):
+        output = mesa(query, key, value, arguments["regularization"])
+        return (output * weight).sum(), output
+
+    run = jax.grad(loss, (0, 1, 2), has_aux=True)
+    found, output = run(*(arguments[n] for n in NAMES[:3]), arguments, weight)
+    with jax.enable_x64(True):
+        exact = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arguments.items()}
+        expected = jax.grad(
+            lambda q, k, v: (mesa(q, k, v, exact["regularization"], method="scan") * weight).sum(),
+            (0, 1, 2),
+        )(*(exact[n] for n in NAMES[:3]))
+    query, key, value = (np.asarray(x, np.float64) for x in tokens)
+    gram = np.cumsum(key[..., :, None] * key[..., None, :], 1) + ridge * np.eye(10)
+    moment = np.cumsum(value[..., :, None] * key[..., None, :], 1)
+    right = (moment @ np.linalg.solve(gram, query[..., None]))[..., 0]
+
+    def error(x, y):
+        return np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
+
+    assert error(output, right) < out
+    for one, other in zip(found, expected, strict=True):
+        assert error(one, np.asarray(other)) < slope
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["repeated", "condition"])
+def test_degenerate_keys_stay_finite(method, dtype, kind):
+    rng = np.random.default_rng(0)
+    key = rng.normal(size=(1, 40, 1, 8))
+    if kind == "repeated":
+        key[:] = 30 * key[:, :1]
+    if kind == "condition":
+        key *= np.logspace(0, -8, 8)
+        key *= 1e3
+    key = key.astype(dtype)
+    plain = {"query": key, "key": key, "value": key[..., ::-1], "regularization": [1e-3]}
+    with jax.enable_x64(dtype == "float64"):
+        arguments = {name: jnp.asarray(x, dtype) for name, x in plain.items()}
+        loss, values = loss_of(mesa, arguments, method=method, chunk=20)
+        value, gradient = jax.value_and_grad(loss)(values)
+        assert np.isfinite(value)
+        assert all(np.isfinite(np.asarray(g)).all() for g in gradient)
+        output = mesa(**arguments, method=method, chunk=20)
+    plain = {name: np.asarray(x, np.float64) for name, x in plain.items()}
+    assert relative(output, direct(**plain)) < 0.05  # without safeguards hundreds, or NaN
+
+
+def test_long_decoding_in_float32_does_not_drift():
+    query, key, value = dynamics(3000)
+    tokens = [jnp.asarray(x[0]) for x in (query, key, value)]
+    ridge = jnp.full(1, 1e-3)
+
+    def step(state, xs):
+        state, output = mesa_step(state, *(x[None] for x in xs), ridge)
+        return state, output[0]
+
+    _, output = jax.lax.scan(step, mesa_start(1, 10, 10, ridge), tuple(tokens))
+    key, value, query = (np.asarray(x[0, :, 0], np.float64) for x in (key, value, query))
+    right = (value.T @ key) @ np.linalg.solve(key.T @ key + 1e-3 * np.eye(10), query[-1])
+    assert relative(output[-1, 0], right) < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 4, 7, 16])
+def test_inverse_cholesky(x64, n):
+    a = np.random.default_rng(n).normal(size=(3, n, n))
+    matrix = a @ a.swapaxes(-1, -2) + 0.1 * np.eye(n)
+    inverse = inverse_cholesky(jnp.asarray(matrix), jnp.full(n, 0.1))
+    np.testing.assert_allclose(inverse, np.linalg.inv(np.linalg.cholesky(matrix)), atol=1e-11)
+
+
+def test_half_precision_is_computed_in_float32():
+    arguments = draw(8, gates="input")
+    half = {name: x.astype(jnp.bfloat16) for name, x in arguments.items()}
+    full = {name: x.astype(jnp.float32) for name, x in half.items()}
+    output = mesa(**half)
+    assert output.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(output, mesa(**full).astype(jnp.bfloat16))
+
+
+def test_transforms(x64):
+    arguments = draw(9)
+    values = [arguments[name] for name in NAMES]
+    mapped = jax.vmap(
+        lambda q, k, v, r, b, g: mesa(q, k, v, r, input_gate=b, forget_gate=g, chunk=4),
+        (0, 0, 0, None, 0, 0),
+    )(*(x if n == 3 else x[:, None] for n, x in enumerate(values)))
+    np.testing.assert_allclose(mapped[:, 0], mesa(**arguments, chunk=4), rtol=1e-12, atol=1e-14)
+
+
+BAD = [
+    ({"regularization": jnp.zeros(3)}, r"regularization has 0.0, every entry must be positive"),
+    ({"regularization": -jnp.ones((3, 5))}, r"regularization has -1.0, .* positive and finite"),
+    ({"regularization": jnp.full(3, jnp.inf)}, r"regularization has inf, .* finite"),
+    ({"regularization": jnp.full(3, jnp.nan)}, r"regularization has nan, .* finite"),
+    ({"regularization": jnp.ones(5)}, r"regularization has shape \(5,\), .*\(3,\)"),
+    ({"key": jnp.ones((2, 13, 3, 4))}, r"key has shape \(2, 13, 3, 4\), .*\(2, 13, 3, 5\)"),
+    ({"value": jnp.ones((2, 12, 3, 4))}, r"value has shape \(2, 12, 3, 4\)"),
+    ({"value": jnp.ones((2, 13, 3, 0))}, r"value has shape \(2, 13, 3, 0\)"),
+    (
+        {"query": jnp.ones((2, 13, 5))},
+        r"query has shape \(2, 13, 5\), .*\[batch, time, head, dim\]",
+    ),
+    ({"query": jnp.ones((2, 0, 3, 5))}, r"query has shape \(2, 0, 3, 5\), .* no axis empty"),
+    ({"query": jnp.ones((2, 13, 3, 5), int)}, r"query has dtype int32, must be floating"),
+    ({"input_gate": jnp.ones((2, 13))}, r"input_gate has shape \(2, 13\), .*\(2, 13, 3\)"),
+    ({"input_gate": -jnp.ones((2, 13, 3))}, r"input_gate has -1.0, .* at least 0"),
+    ({"forget_gate": jnp.zeros((2, 13, 3))}, r"forget_gate has 0.0, .* in \(0, 1\]"),
+    ({"forget_gate": jnp.full((2, 13, 3), 1.5)}, r"forget_gate has 1.5, .* in \(0, 1\]"),
+    ({"method": "qr"}, r"method is 'qr', must be one of \['auto', 'chunked'"),
+    ({"method": "scan"}, r"method is 'scan', must be one of \['cholesky', 'conj.*forget_gate"),
+    ({"method": "chunked"}, r"method is 'chunked', must be one of \['cholesky'"),
+    ({"chunk": 0}, r"chunk is 0, must be at least 1"),
+    ({"steps": 0}, r"steps is 0, must be at least 1"),
+    ({"refinements": -1}, r"refinements is -1, must be at least 0"),
+    ({"tolerance": -1.0}, r"tolerance is -1.0, must be at least 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_errors_name_argument_value_and_range(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        mesa(**draw() | change)
+    assert "\n" not in str(error.value)
+
+
+def test_errors_of_decoding():
+    ridge = jnp.ones(3)
+    for sizes, name in (((0, 5, 4), "batch"), ((2, 0, 4), "dim"), ((2, 5, 0), "value_dim")):
+        with pytest.raises(ValueError, match=f"{name} is 0, must be at least 1"):
+            mesa_start(*sizes, ridge)
+    with pytest.raises(ValueError, match="regularization has -1.0"):
+        mesa_start(2, 5, 4, -ridge)
+    with pytest.raises(ValueError, match=r"regularization has shape \(\)"):
+        mesa_start(2, 5, 4, jnp.ones(()))
+    state, token = mesa_start(2, 5, 4, ridge), jnp.ones((2, 3, 5))
+    with pytest.raises(ValueError, match=r"state is of shape \(2, 3, 5, 4\), .*\(2, 3, 5, 5\)"):
+        mesa_step(state, token, token, token, ridge)
+    with pytest.raises(ValueError, match=r"query has shape \(2, 5\), .*\[batch, head, dim\]"):
+        mesa_step(state, token[:, 0], token[:, 0], token[:, 0], ridge)
+
+
+def test_values_are_not_looked_at_in_traced_arrays():
+    arguments = draw(gates="")
+    output = jax.jit(mesa)(**arguments | {"regularization": jnp.zeros(3)})
+    assert output.shape == arguments["value"].shape
