@@ -17,6 +17,7 @@ separate_tokens      the same where x and y are tokens of their own
 kernel_descent       the same on features of an MLP
 noisy_regression     linear transformers that meet noise of unknown level
 inside_outside       attention between the ends of spans that parses, and masked language models
+mesa                 in-context least squares on sequences; mesa_mixer is the layer that it takes
 
 `CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it.
 """
@@ -25,6 +26,7 @@ from constructions.family import Family
 from constructions.gradient_descent import GD_PLUS_PLUS, GRADIENT_DESCENT
 from constructions.inside_outside import INSIDE_OUTSIDE
 from constructions.kernel_descent import KERNEL_DESCENT
+from constructions.mesa import MESA_POLYNOMIAL, MESA_RIDGE
 from constructions.noisy_regression import NOISY_REGRESSION
 from constructions.separate_tokens import SEPARATE_TOKENS
 
@@ -37,6 +39,8 @@ CATALOGUE: dict[str, Family] = {
         KERNEL_DESCENT,
         NOISY_REGRESSION,
         INSIDE_OUTSIDE,
+        MESA_RIDGE,
+        MESA_POLYNOMIAL,
     )
 }
 

@@ -217,6 +217,8 @@ def _fill_head(head: Head, arrays: Any, at: tuple[int, int], config: Config) -> 
     for slot, m in head.write.items():
         arrays["output"][at][slot.columns, : head.value.size] += m
     arrays["scale"][at] = head.scale
+    if head.regularization is not None:
+        arrays["log_regularization"][at] = np.log(head.regularization)
     low, high = head.window
     arrays["window"][at] = (-FAR if low is None else low, FAR if high is None else high)
     for name, groups in (("query_groups", head.queries), ("key_groups", head.keys)):

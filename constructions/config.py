@@ -18,7 +18,10 @@ WIRING = ("scale", "window", "query_groups", "key_groups", "sink_groups")
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """A row of equal heads: `heads` of them, with `key_dim` and `value_dim` rows each."""
+    """A row of equal heads: `heads` of them, with `key_dim` and `value_dim` rows each.
+
+    Mesa heads have an array more, the logarithm of each one's regularisation.
+    """
 
     mixer: str
     heads: int
@@ -40,6 +43,8 @@ class HeadsConfig:
             "key_groups": (h, token_groups),
             "sink_groups": (h, token_groups),
         }
+        if self.mixer == "mesa":
+            shapes["log_regularization"] = (h,)
         if self.bias:
             shapes |= {"query_bias": (h, k), "key_bias": (h, k), "value_bias": (h, v)}
             shapes |= {"output_bias": (width,)}

@@ -278,6 +278,8 @@ class _Machine:
         scale = jnp.asarray([h.scale for h in heads], q.dtype)
         acts, seen = self.member(head.queries, qs), self.member(head.keys, ks)
         mix = MIXERS[head.mixer]
+        if head.mixer == "mesa":
+            q = _precondition(heads, q, k, (keys <= queries[:, None]) & seen[..., None, :])
         if single:
             s = _times("bqnk,bqnk->bqn", q, k) * scale
             mask = jnp.broadcast_to((acts & seen)[..., None], s.shape)
@@ -299,6 +301,16 @@ class _Machine:
             mixed = jnp.broadcast_to(mixed, (*mixed.shape[:2], len(heads), mixed.shape[-1]))
             after = _add(after, slot, _times("bqnv,nsv->bqs", mixed, m), qs)
         return after
+
+
+def _precondition(heads: list[Head], q: Array, k: Array, seen: Array | np.ndarray) -> Array:
+    """Queries of mesa heads times (sum k k^T + regularization)^-1, each Gram matrix written out."""
+    mask = jnp.broadcast_to(jnp.asarray(seen), (len(q), *seen.shape[-2:])).astype(q.dtype)
+    gram = _times("bqt,btnkl->bqnkl", mask, k[..., :, None] * k[..., None, :])
+    each = np.array([h.regularization for h in heads], float)[:, None, None]
+    ridge = jnp.asarray(each * np.eye(k.shape[-1]), q.dtype)
+    q = jnp.broadcast_to(q, (*q.shape[:2], len(heads), q.shape[-1]))
+    return jnp.linalg.solve(gram + ridge, q[..., None])[..., 0]
 
 
 def _repeat(function: Callable[[Blocks], Blocks], times: int, blocks: Blocks) -> Blocks:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from constructions.config import Config, HeadsConfig, LayerConfig, MlpConfig, NormConfig
+from constructions.mesa_mixer import mesa, mesa_queries
 from constructions.mixers import MIXERS
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -97,15 +98,22 @@ def _heads(
 ) -> Array:
     """sum_n P^n a^n W_V^n x for the tokens in `queries`."""
     einsum = partial(jnp.einsum, precision=config.precision)
-    attention = []
+    attention: list[Any] = []
     for number, heads in enumerate(layer.heads):
         w = weights[number]
+        if heads.mixer == "mesa" and not tap.wants("attention"):
+            attention.append(None)  # weights between tokens are not needed
+            continue
         q = _affine(einsum, "bth,nkh->btnk", queries, w["query"], w.get("query_bias"))
         if _absorbs(heads, queries, x):
             q = einsum("bqnk,nkh->bqnh", q, w["key"])
             scores = einsum("bqnh,bth->bnqt", q, x)
         else:
             k = _affine(einsum, "bth,nkh->btnk", x, w["key"], w.get("key_bias"))
+            if heads.mixer == "mesa":
+                q = _affine(einsum, "bth,nkh->btnk", x, w["query"], w.get("query_bias"))
+                q = mesa_queries(q, _seen(w, groups, k), jnp.exp(w["log_regularization"]))
+                q = q[:, chosen]
             scores = einsum("bqnk,btnk->bnqt", q, k)
         scores = scores * w["scale"][:, None, None]
         attention.append(MIXERS[heads.mixer](scores, _mask(w, groups, chosen)))
@@ -116,7 +124,9 @@ def _heads(
     mixed = []
     for number, (heads, a) in enumerate(zip(layer.heads, attention, strict=True)):
         w = weights[number]
-        if _absorbs(heads, queries, x):
+        if a is None:
+            mixed.append(_regress(einsum, w, x, groups)[:, chosen])
+        elif _absorbs(heads, queries, x):
             mixed.append(einsum("bqnh,nvh->bqnv", einsum("bnqt,bth->bqnh", a, x), w["value"]))
         else:
             v = _affine(einsum, "bth,nvh->btnv", x, w["value"], w.get("value_bias"))
@@ -142,7 +152,25 @@ def _absorbs(heads: HeadsConfig, queries: Array, x: Array) -> bool:
     # multiplications a head, W_Q and P left aside as they are the same
     projected = t * width * rows + q * t * rows
     absorbed = q * width * rows + 2 * q * t * width
-    return not heads.bias and absorbed < projected
+    return not heads.bias and heads.mixer != "mesa" and absorbed < projected
+
+
+def _regress(einsum: Any, w: Mapping[str, Array], x: Array, groups: Array) -> Array:
+    """sum_j a_ij v_j of mesa heads at all tokens, `[batch, token, head, row]`."""
+    q, k, v = (
+        _affine(einsum, "bth,nkh->btnk", x, w[name], w.get(f"{name}_bias"))
+        for name in ("query", "key", "value")
+    )
+    mixed = mesa(q, _seen(w, groups, k), v, jnp.exp(w["log_regularization"]))
+    acts = jnp.moveaxis(w["query_groups"][:, groups], 0, -1)
+    return jnp.where(acts[..., None], mixed, 0) * w["scale"][:, None]
+
+
+def _seen(w: Mapping[str, Array], groups: Array, keys: Array) -> Array:
+    """`keys`, `[batch, token, head, row]`, with 0 at tokens that a head does not attend to."""
+    seen = w["key_groups"][:, groups]
+    seen = jnp.moveaxis(seen, 0, -1)  # [(batch,) token, head]
+    return jnp.where(seen[..., None], keys, 0)
 
 
 def _mask(w: Mapping[str, Array], groups: Array, chosen: slice) -> Array:

@@ -2,7 +2,8 @@
 
 A mixer maps scores `[..., query, key]` and a mask of the same shape (True where a query may look)
 to attention weights a_ij; the head's output is sum_j a_ij v_j. A query that may look nowhere gets
-zero. New mixers are added to `MIXERS` under their field's name.
+zero. A mesa head is a linear one whose queries were multiplied by the inverse Gram matrix of the
+keys so far, `constructions.mesa_mixer`. New mixers are added to `MIXERS` under their field's name.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from constructions.mesa_mixer import mesa
 
 Scores = Float[Array, "*batch query key"]
 Mask = Bool[Array, "*#batch query key"]
@@ -39,8 +42,11 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
 
 
+__all__ = ["MIXERS", "centred", "linear", "mesa", "softmax"]
+
 MIXERS: dict[str, Callable[[Scores, Mask], Scores]] = {
     "linear": linear,
     "centred": centred,
     "softmax": softmax,
+    "mesa": linear,
 }

@@ -62,7 +62,9 @@ class Head:
     """One attention head: slot_w += M_w sum_j a_ij value(e_j), over the slots w that it writes.
 
     The weights a_ij come from the scores scale * query(e_i) . key(e_j) through the mixer: the
-    scores themselves for `linear`, their softmax over j for `softmax` (no hidden 1/sqrt(d)).
+    scores themselves for `linear`, their softmax over j for `softmax` (no hidden 1/sqrt(d)). For
+    `mesa` they are linear in the query (sum_{j <= i} k_j k_j^T + regularization)^-1 q_i, so that
+    the head is ridge regression from keys to values so far, at the query; its window is causal.
 
     Attributes:
         query, key, value: affine maps of the slots; query and key have equally many rows.
@@ -73,6 +75,7 @@ class Head:
             a head that looks at the next token has (1, 1).
         sinks: token groups that are attended to at any offset, in `keys` or not.
         scale: factor on the scores.
+        regularization: of a mesa head, above 0; None for other mixers.
         erases: a slot that this head clears (see `erase`).
         name: for messages and figures.
     """
@@ -87,6 +90,7 @@ class Head:
     window: Window = EVERYWHERE
     sinks: Sequence[str] = ()
     scale: float = 1.0
+    regularization: float | None = None
     erases: Slot | None = None
     name: str = "head"
 
@@ -102,6 +106,16 @@ class Head:
         low, high = self.window
         if low is not None and high is not None and low > high:
             raise ValueError(f"{self.name}: window {self.window} is empty")
+        ridge = self.regularization
+        if self.mixer != "mesa":
+            if ridge is not None:
+                raise ValueError(
+                    f"{self.name}: regularization is {ridge}, but its mixer is no mesa"
+                )
+        elif ridge is None or not 0 < ridge < np.inf:
+            raise ValueError(f"{self.name}: regularization is {ridge}, must be finite and above 0")
+        elif self.window != CAUSAL or self.sinks:
+            raise ValueError(f"{self.name}: a mesa head has window {CAUSAL} and no sinks")
 
     def reads(self) -> Iterator[tuple[str, Slot, tuple[str, ...] | None]]:
         """Every (part, slot, token groups at which it is read)."""

@@ -45,10 +45,14 @@ def transform(model: Transformer, key: Array, gauge: Gauge | None = None) -> Tra
 
 
 def change_key_basis(model: Transformer, key: Array) -> Transformer:
-    """W_K -> R W_K, W_Q -> R^-T W_Q with a random R of GL(key_dim) for every head; any mixer."""
+    """W_K -> R W_K, W_Q -> R^-T W_Q with a random R of GL(key_dim) for every head; any mixer.
+
+    R is orthogonal for mesa heads, whose regularisation sees lengths.
+    """
 
     def edit(heads: HeadsConfig, w: Arrays, key: Array) -> tuple[HeadsConfig, Arrays]:
-        r, inverse = _bases(key, w["key"].shape[:2], heads.key_dim, w["key"].dtype)
+        least = 1.0 if heads.mixer == "mesa" else 0.5
+        r, inverse = _bases(key, w["key"].shape[:2], heads.key_dim, w["key"].dtype, least)
         new = {"key": r @ w["key"], "query": jnp.swapaxes(inverse, -1, -2) @ w["query"]}
         if heads.bias:
             new["key_bias"] = _apply(r, w["key_bias"])
@@ -183,8 +187,10 @@ def _allow(heads: HeadsConfig, mixers: tuple[str, ...], what: str) -> None:
         raise TypeError(f"{what} needs heads with mixer {' or '.join(mixers)}, got {heads.mixer}")
 
 
-def _bases(key: Array, batch: tuple[int, ...], size: int, dtype: Any) -> tuple[Array, Array]:
-    """Random matrices `[*batch, size, size]` with singular values in [1/2, 2], and inverses.
+def _bases(
+    key: Array, batch: tuple[int, ...], size: int, dtype: Any, least: float = 0.5
+) -> tuple[Array, Array]:
+    """Random matrices `[*batch, size, size]`, singular values in [least, 1/least], and inverses.
 
     R = H diag(d) H' with reflections H = 1 - 2 v v^T / |v|^2, so that R^-1 = H' diag(1/d) H.
     """
@@ -192,7 +198,7 @@ def _bases(key: Array, batch: tuple[int, ...], size: int, dtype: Any) -> tuple[A
     v = jax.random.normal(directions, (2, *batch, size), dtype)
     v = v / jnp.linalg.norm(v, axis=-1, keepdims=True)
     left, right = jnp.eye(size, dtype=dtype) - 2 * v[..., :, None] * v[..., None, :]
-    d = jax.random.uniform(middle, (*batch, 1, size), dtype, minval=0.5, maxval=2.0)
+    d = jax.random.uniform(middle, (*batch, 1, size), dtype, minval=least, maxval=1 / least)
     return (left * d) @ right, (right / d) @ left
 
 

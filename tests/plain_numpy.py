@@ -23,7 +23,7 @@ def mix(mixer, scores):
     scores = np.asarray(scores, float)
     if len(scores) == 0:
         return scores
-    if mixer == "linear":
+    if mixer in ("linear", "mesa"):
         return scores
     if mixer == "centred":
         return scores - sum(scores) / len(scores)
@@ -32,13 +32,17 @@ def mix(mixer, scores):
     return np.array(weights) / math.fsum(weights)
 
 
-def attend(mixer, query, key, value, scale, sees):
+def attend(mixer, query, key, value, scale, sees, ridge):
     """sum_j a_ij value_j for rows `[token, rows]` of one example, and the weights `[i, j]`."""
     tokens = len(query)
     out, weights = np.zeros(value.shape), np.zeros((tokens, tokens))
     for i in range(tokens):
         keys = [j for j in range(tokens) if sees(i, j)]
-        a = mix(mixer, [scale * sum(query[i] * key[j]) for j in keys])
+        q = query[i]
+        if mixer == "mesa":
+            gram = sum((np.outer(key[j], key[j]) for j in keys), ridge * np.eye(len(q)))
+            q = np.linalg.inv(gram) @ q
+        a = mix(mixer, [scale * sum(q * key[j]) for j in keys])
         for j, weight in zip(keys, a, strict=True):
             weights[i, j] = weight
             out[i] += weight * value[j]
@@ -119,9 +123,9 @@ def _layer(layer, weights, stream, groups, token_groups):
                         seen or w["sink_groups"][n][kinds[j]]
                     )
 
-                mixed, a = attend(
-                    group.mixer, rows("query"), rows("key"), rows("value"), w["scale"][n], sees
-                )
+                ridge = np.exp(w["log_regularization"][n]) if group.mixer == "mesa" else None
+                qkv = (rows(name) for name in ("query", "key", "value"))
+                mixed, a = attend(group.mixer, *qkv, w["scale"][n], sees, ridge)
                 attention.append(a)
                 outputs.append(np.stack([w["output"][n] @ m for m in mixed]))
                 update += outputs[-1]
@@ -195,7 +199,7 @@ def interpret(program, values, groups):
                     np.stack([evaluate(expr, state, b, i) for i in range(tokens)])
                     for expr in (head.query, head.key, head.value)
                 )
-                mixed, _ = attend(head.mixer, q, k, v, head.scale, sees)
+                mixed, _ = attend(head.mixer, q, k, v, head.scale, sees, head.regularization)
                 for slot, m in head.write.items():
                     after[slot][b] += mixed @ np.asarray(m).T
         state = after

@@ -49,6 +49,10 @@ RELU = LayerConfig(
     mlp=MlpConfig(2, "relu"),
     mlp_norm=NormConfig("layer", read=(1, 4), write=(0, 3), affine=True),
 )
+MESA = LayerConfig(
+    heads=(HeadsConfig("mesa", 2, 3, 2, bias=True), HeadsConfig("softmax", 1, 2, 2)),
+    mlp=MlpConfig(3, "relu"),
+)
 EMPTY = LayerConfig(norm=NormConfig("layer", read=(0, 3), write=(3, 6)))
 
 CONFIGS = {
@@ -61,6 +65,7 @@ CONFIGS = {
         KINDS,
         NormConfig("rms"),
     ),
+    "mesa": Config(WIDTH, (SegmentConfig((MESA,), 2), SegmentConfig((PLAIN,))), KINDS),
     "no weights": Config(WIDTH, (SegmentConfig((EMPTY,), 2), SegmentConfig((PLAIN, EMPTY), 2))),
 }
 
@@ -71,7 +76,11 @@ def arrays_of(config, seed=0, dtype=np.float64):
 
     def draw(tree, name=""):
         if isinstance(tree, dict):
-            return {key: draw(value, str(key)) for key, value in tree.items()}
+            drawn = {key: draw(value, str(key)) for key, value in tree.items()}
+            if "log_regularization" in tree:  # a mesa head sees all tokens so far
+                drawn["window"] = jnp.broadcast_to(jnp.int32([-(2**30), 0]), tree["window"])
+                drawn["sink_groups"] = jnp.zeros(tree["sink_groups"], bool)
+            return drawn
         if name == "window":
             low = rng.integers(-4, 2, tree[:-1])
             return jnp.asarray(np.stack([low, low + rng.integers(0, 5, low.shape)], -1), jnp.int32)

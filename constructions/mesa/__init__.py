@@ -1,0 +1,32 @@
+"""In-context least squares on sequences (von Oswald et al. 2023, arXiv 2309.05858).
+
+tokens          raw states in, the layer that binds each to the one before, predictions out
+ridge           ridge regression on all of the sequence so far, by one mesa head
+polynomial      preconditioned gradient descent, any polynomial, by linear heads
+claims          the paper's statements about trained layers
+measurements    its published losses, and ours
+"""
+
+from constructions.family import Family
+from constructions.mesa.measurements import measure
+from constructions.mesa.polynomial import MesaPolynomial
+from constructions.mesa.ridge import MesaRidge
+
+MESA_RIDGE = Family(
+    name="mesa-ridge",
+    construct=MesaRidge,
+    settings={"dim": 4, "length": 16, "tokens": "constructed"},
+    about="one mesa head predicts the next state by ridge regression on all states so far",
+    source="von Oswald et al. 2023, arXiv 2309.05858, section 5",
+    measure=measure,
+)
+
+MESA_POLYNOMIAL = Family(
+    name="mesa-polynomial",
+    construct=MesaPolynomial,
+    settings={"dim": 8, "length": 40, "tokens": "constructed", "coefficients": (0.041,)},
+    about="linear attention takes a gradient step, with any polynomial as preconditioner",
+    source="von Oswald et al. 2023, arXiv 2309.05858, Prop. 1 and 2",
+)
+
+__all__ = ["MESA_POLYNOMIAL", "MESA_RIDGE", "MesaPolynomial", "MesaRidge"]

@@ -1,0 +1,273 @@
+r"""Preconditioned gradient descent by linear attention alone, with any polynomial.
+
+With G_t and H_t as in `ridge`, one gradient step from W = 0 predicts eta G_t s_t; the ridge
+solution G_t (H_t + rho I)^-1 s_t is that step on a preconditioned input. Linear attention can
+apply any polynomial p(H_t) in place of the inverse. Tokens carry (y, x, s, z), x = s at first, and
+each of L layers has two heads with query x and key z:
+
+    x  <-  (I - a H_t) x         value z, written to x with -a
+    y  <-  y + eta_l G_t x       value s, written to y with eta_l
+
+so that y = G_t p(H_t) s_t with p(h) = sum_l eta_l (1 - a h)^l, which for a != 0 is any polynomial
+of degree L - 1. L = 1 is one step of gradient descent.
+
+The idea is that of von Oswald et al. 2023 (arXiv 2309.05858, Prop. 2 and eq. 9); as printed there,
+its recursion lacks the constant term of the series and is not normalised, and diverges. Two numbers
+a layer and no map within a token are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpy.polynomial import Chebyshev, Polynomial
+
+from constructions.claims import Claim, NearMiss
+from constructions.compiler import compile_program
+from constructions.family import Counterpart, Embedded, Gauge, Place
+from constructions.mesa.claims import ONE_STEP_CLAIMS
+from constructions.mesa.tokens import (
+    GROUPS,
+    STATE,
+    NextState,
+    copy,
+    shifted,
+    wide_config,
+    wide_counterpart,
+)
+from constructions.program import CAUSAL, Head, Layer, Program
+from constructions.regression import finite_number
+from constructions.transformer import Transformer
+from synthetic.dynamics import LinearDynamics, States
+from synthetic.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class MesaPolynomial(NextState):
+    """y = G_t p(H_t) s_t, one layer for each coefficient of p.
+
+    Attributes:
+        coefficients: c_0, c_1, .. of p(h) = sum_k c_k h^k; the default is the best single step for
+            the default task.
+        step: a above, not 0; any gives the same polynomial, up to rounding. None takes that of the
+            truncated Neumann series with the same first two coefficients, or 1 / length.
+    """
+
+    coefficients: tuple[float, ...] = (0.0323,)
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = np.atleast_1d(np.asarray(self.coefficients, object)).tolist()
+        numbers = tuple(finite_number(f"coefficients[{k}]", c) for k, c in enumerate(given))
+        if not numbers:
+            raise ValueError("coefficients is empty, must hold at least one number")
+        object.__setattr__(self, "coefficients", numbers)
+        if self.step is not None and finite_number("step", self.step) == 0:
+            raise ValueError("step is 0, must not be")
+
+    @property
+    def contraction(self) -> float:
+        """a."""
+        if self.step is not None:
+            return float(self.step)
+        c = self.coefficients
+        # alpha sum_{k<L} (1 - alpha h)^k has c_1 / c_0 = -alpha (L - 1) / 2
+        neumann = -2 * c[1] / (c[0] * (len(c) - 1)) if len(c) > 1 and c[0] and c[1] else 0.0
+        return neumann or 1 / self.length
+
+    @property
+    def rates(self) -> np.ndarray:
+        """eta_l, the coefficients of p in powers of 1 - a h."""
+        a = self.contraction
+        shift = Polynomial([1 / a, -1 / a])  # h = (1 - u) / a
+        found = Polynomial(self.coefficients)(shift)
+        return np.resize(np.append(found.coef, np.zeros(len(self.coefficients))), self.depth)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of coefficients."""
+        return len(self.coefficients)
+
+    @property
+    def program(self) -> Program:
+        """L layers of two heads, behind one that binds tokens where they are raw."""
+        return self._program()
+
+    def _program(self, key: str = "previous") -> Program:
+        slots, first = self.slots()
+        state, previous, y = slots["state"], slots["previous"], slots["prediction"]
+        x = state
+        if self.depth > 1:
+            x = slots.add("x", self.dim, tokens=STATE, born=first - 1, accumulates=True,
+                          meaning="(I - a H_t)^l s_t")  # fmt: skip
+        common = {"query": x, "key": slots[key], "window": CAUSAL, "queries": STATE, "keys": STATE}
+        layers = []
+        if self.tokens == "raw":
+            copies = [copy(state, x)] if self.depth > 1 else []
+            layers.append(Layer([self.binding(slots), *copies], name="binding"))
+        for number, rate in enumerate(self.rates):
+            heads = [Head(value=state, write={y: rate}, name="step", **common)]
+            if number < self.depth - 1:
+                write = {x: -self.contraction}
+                heads.append(Head(value=previous, write=write, name="preconditioner", **common))
+            layers.append(Layer(heads, name=f"power {number}"))
+        return Program(slots, layers, token_groups=GROUPS)
+
+    def trace(self, states: States) -> dict[str, Array]:
+        """The algorithm by Horner's rule on H_t; states `[batch, time, dim]`.
+
+        Returns:
+            previous: z_t, `[batch, time, dim]`.
+            preconditioned: (I - a H_t)^(L - 1) s_t, `[batch, time, dim]`.
+            prediction: G_t p(H_t) s_t, `[batch, time, dim]`.
+        """
+        previous = shifted(states)
+        gram, moment = grams(states)
+
+        def product(matrix: Array, vector: Array) -> Array:
+            return jnp.einsum("btij,btj->bti", matrix, vector, precision="highest")
+
+        found = jnp.zeros_like(states)
+        for c in reversed(self.coefficients):
+            found = product(gram, found) + c * states
+        x = states
+        for _ in range(self.depth - 1):
+            x = x - self.contraction * product(gram, x)
+        return {
+            "previous": previous,
+            "preconditioned": x,
+            "prediction": product(moment, found),
+        }
+
+    def embed(self, model: Transformer, states: States) -> Embedded:
+        """Constructed tokens hold x = s_t from the start; one step needs no x beside s_t."""
+        stream, groups, read = super().embed(model, states)
+        if self.tokens == "constructed" and self.depth > 1:
+            stream = stream.at[:, :, self.program.slots["x"].columns].set(states)
+        return Embedded(stream, groups, read)
+
+    def gauge(self) -> Gauge:
+        """That of every model of next states; constructed tokens enter with x = s_t."""
+        gauge = super().gauge()
+        if self.tokens == "constructed" and self.depth > 1:
+            gauge.query[self.program.slots["x"].columns, : self.dim] = np.eye(self.dim)
+        return gauge
+
+    def places(self, depth: int, states: States) -> dict[str, Place]:
+        """Those of every model of next states, and x."""
+        slot = self.program.slots["x" if self.depth > 1 else "state"]
+        x = Place.of(slot, self.at_states(states.shape[1]), depth)
+        return {**super().places(depth, states), "preconditioned": x}
+
+    def counterpart(self) -> Counterpart:
+        """The same layers with heads as wide as the stream."""
+        recipe = Recipe(
+            steps=3000, batch=256, learning_rate=2e-3, schedule="cosine", warmup=100, clip=1.0
+        )
+        quick = replace(recipe, steps=1500, batch=128, learning_rate=5e-3)
+        return wide_counterpart(self, recipe, quick)
+
+    def near_misses(self) -> dict[str, NearMiss]:
+        """Steps that are too long or too short, and a step on the wrong pairs."""
+
+        wide = wide_config(self.program)  # shared with the counterpart, and its compilations
+
+        def of(program: Program) -> NearMiss:
+            return NearMiss(compile_program(program, config=wide), self)
+
+        def scaled(factor: float) -> NearMiss:
+            coefficients = tuple(factor * c for c in self.coefficients)
+            return of(replace(self, coefficients=coefficients).program)
+
+        return {
+            "step size + 20 %": scaled(1.2),
+            "step size - 20 %": scaled(0.8),
+            "pairs a state with itself": of(self._program(key="state")),
+        }
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """Those on one step from constructed tokens, as the paper trains it."""
+        return ONE_STEP_CLAIMS if self.depth == 1 and self.tokens == "constructed" else ()
+
+    def tolerance(self, dtype: str) -> float:
+        """Rounding; sums of powers cancel where the polynomial is of high degree."""
+        return {"float64": 1e-13, "float32": 1e-4}[dtype] * self.depth
+
+
+def grams(states: States) -> tuple[Array, Array]:
+    """H_t = sum_{u<=t} z_u z_u^T and G_t = sum_{u<=t} s_u z_u^T, `[batch, time, dim, dim]`."""
+    previous = shifted(states)
+    outer = previous[..., :, None] * previous[..., None, :]
+    cross = states[..., :, None] * previous[..., None, :]
+    return jnp.cumsum(outer, axis=1), jnp.cumsum(cross, axis=1)
+
+
+def neumann(degree: int, step: float) -> tuple[float, ...]:
+    """Coefficients of step sum_{k<=degree} (1 - step h)^k: `degree` + 1 steps of descent to 1/h."""
+    total = sum((Polynomial([1.0, -step]) ** k for k in range(degree + 1)), Polynomial([0.0]))
+    return tuple((step * total).coef.tolist())
+
+
+def chebyshev(degree: int, lowest: float, highest: float) -> tuple[float, ...]:
+    """Coefficients of the polynomial p of this degree with the least max |1 - h p(h)|.
+
+    1 - h p(h) = T(m(h)) / T(m(0)) with T the Chebyshev polynomial of degree + 1 and m the map of
+    [lowest, highest] to [-1, 1]; for 1 / (h + rho) give bounds of h + rho and shift.
+
+    Raises:
+        ValueError: the bounds are not 0 < lowest < highest, or the degree is below 0.
+    """
+    if not 0 < lowest < highest < np.inf or degree < 0:
+        raise ValueError(
+            f"degree {degree}, bounds [{lowest}, {highest}]: must be at least 0 and "
+            "0 < lowest < highest"
+        )
+    t = Chebyshev.basis(degree + 1, domain=[lowest, highest])
+    residual = (t / t(0.0)).convert(kind=Polynomial)
+    return tuple((-residual.coef[1:]).tolist())
+
+
+def best_coefficients(
+    task: LinearDynamics, degree: int, key: Array, batch: int = 2**13
+) -> tuple[float, ...]:
+    """The polynomial of this degree with the least mean loss on sampled sequences.
+
+    The prediction is linear in the coefficients, so that these solve normal equations, here with
+    powers of H_t over its typical size. Exact up to the choice of the sequences.
+    """
+    sequences = task.sample(key, batch)
+    states, scale = sequences.inputs[0], task.length / 2
+
+    @jax.jit
+    def moments(states: Array, target: Array) -> tuple[Array, Array]:
+        gram, moment = grams(states)
+
+        def power(x: Array, _: None) -> tuple[Array, Array]:
+            below = jnp.einsum("btij,btj->bti", gram, x, precision="highest") / scale
+            return below, jnp.einsum("btij,btj->bti", moment, x, precision="highest") / scale
+
+        _, features = jax.lax.scan(power, states, length=degree + 1)
+        return (
+            jnp.einsum("kbti,lbti->kl", features, features, precision="highest"),
+            jnp.einsum("kbti,bti->k", features, target, precision="highest"),
+        )
+
+    normal, right = (np.asarray(a, float) for a in moments(states, sequences.target))
+    # columns of like size before the solve, whose condition grows with the degree
+    size = np.sqrt(np.diag(normal))
+    solved = np.linalg.lstsq(normal / np.outer(size, size), right / size, rcond=None)[0] / size
+    return tuple((solved / scale ** np.arange(1, degree + 2)).tolist())
+
+
+def predictions(coefficients: Sequence[float], states: States) -> States:
+    """G_t p(H_t) s_t of a polynomial, without a model."""
+    return MesaPolynomial(states.shape[2], states.shape[1], coefficients=tuple(coefficients)).trace(
+        states
+    )["prediction"]

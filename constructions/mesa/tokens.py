@@ -1,0 +1,216 @@
+r"""What the mesa constructions share: raw states in, a prediction of the next state at each out.
+
+Token t of the raw sequence holds s_t alone; what is predicted from what must first be bound into
+one token. A softmax head copies the previous state,
+
+    query  sharpness R_{-1} p_t,   key  p_t,   value  s_t,    written to z_t = s_{t-1},
+
+where p_t are sines and cosines of t at several frequencies and R_{-1} turns each pair back by one
+step, so that the score of t and j is sharpness sum_f cos(w_f (t - 1 - j)), largest at j = t - 1. A
+first token BOS whose state is 0 is what t = 1 finds; without it s_1 would be paired with itself.
+(von Oswald et al. 2023, arXiv 2309.05858: trained models build the same tokens, section 4.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import ArrayLike
+
+from constructions.compiler import compile_program, config_of
+from constructions.config import Config
+from constructions.family import Construction, Counterpart, Embedded, Gauge, Place
+from constructions.program import CAUSAL, SELF, Head, Program
+from constructions.regression import at_least_one
+from constructions.slots import Slot, Slots, constant
+from constructions.transformer import Transformer, randomise
+from synthetic.dynamics import LinearDynamics, States
+from synthetic.recipe import Recipe
+
+#: Token groups.
+BOS, STATE = GROUPS = ("bos", "state")
+TOKENS = ("raw", "constructed")
+#: Sines and cosines of the positional code, and the longest of its wave lengths over 2 pi.
+CODE, LONGEST_WAVE = 40, 1e4
+#: Of the copy's score over the next best one: exp(-gap) is what the copy is off by.
+GAP = 45.0
+
+
+@dataclass(frozen=True)
+class NextState(Construction):
+    """A construction that predicts the next state at every state of a sequence.
+
+    Attributes:
+        dim: of the states.
+        length: states of the longest sequence, and of the task's.
+        tokens: "raw": a token holds its state, and a first layer binds it to the one before;
+            "constructed": the embedding puts both there, as the paper does for its linear models.
+        noise: of the task, the standard deviation of each coordinate at every step.
+    """
+
+    dim: int = 10
+    length: int = 50
+    tokens: str = "raw"
+    noise: float = 0.01
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "dim", "length")
+        if self.tokens not in TOKENS:
+            raise ValueError(f"tokens is {self.tokens!r}, must be one of {TOKENS}")
+
+    @property
+    def task(self) -> LinearDynamics:
+        """Linear systems with orthogonal laws."""
+        return LinearDynamics(self.dim, self.length, self.noise)
+
+    def predict(self, model: Transformer, states: ArrayLike) -> States:
+        """Predictions `[batch, time, dim]`; entry t is of state t + 1, from the states up to t.
+
+        Args:
+            model: the compiled construction or a model of the same class.
+            states: `[batch, time, dim]`, time from 1 to `length`.
+
+        Raises:
+            ValueError: a shape that does not fit, or values that are not finite.
+        """
+        states = jnp.asarray(states)
+        self.check(states)
+        weights = jax.tree.leaves(nnx.state(model, nnx.Param))
+        return self.apply(model, states.astype(jnp.result_type(weights[0], states)))
+
+    def check(self, *inputs: Any) -> None:
+        """Shapes, and finite values where they are concrete."""
+        if len(inputs) != 1:
+            raise ValueError(f"expected states, got {len(inputs)} arrays")
+        shape = jnp.shape(inputs[0])
+        if len(shape) != 3 or shape[2] != self.dim or not 1 <= shape[1] <= self.length:
+            raise ValueError(
+                f"states has shape {shape}, must be [batch, time, {self.dim}] with time from 1 to "
+                f"{self.length}, the construction's length"
+            )
+        if not isinstance(inputs[0], Tracer) and not np.isfinite(np.asarray(inputs[0])).all():
+            raise ValueError("states holds NaN or infinite values, must be finite")
+
+    def embed(self, model: Transformer, states: States) -> Embedded:
+        """BOS, then a token a state; constructed tokens need no BOS, the first has z = 0."""
+        slots, (batch, time, _) = self.program.slots, states.shape
+        raw = self.tokens == "raw"
+        stream = jnp.zeros((batch, time + raw, model.config.width), states.dtype)
+        stream = stream.at[:, raw:, slots["state"].columns].set(states)
+        if raw:
+            code = positional_code(time + 1)
+            stream = stream.at[:, :, slots["code"].columns].set(jnp.asarray(code, states.dtype))
+        else:
+            stream = stream.at[:, :, slots["previous"].columns].set(shifted(states))
+        groups = np.where(np.arange(time + raw) < raw, 0, GROUPS.index(STATE))
+        return Embedded(stream, jnp.asarray(groups), slice(int(raw), time + raw))
+
+    def gauge(self) -> Gauge:
+        """Predictions alone are read, and constructed tokens enter without one."""
+        width, slots = self.program.slots.width, self.program.slots
+        read = np.eye(width)[slots["prediction"].columns]
+        entering = np.eye(width)
+        if self.tokens == "constructed":
+            entering = np.zeros((width, 2 * self.dim))
+            for n, name in enumerate(("state", "previous")):
+                entering[slots[name].columns, n * self.dim : (n + 1) * self.dim] = np.eye(self.dim)
+        return Gauge(read, entering)
+
+    def at_states(self, time: int) -> range:
+        """Numbers of the tokens that hold states."""
+        raw = self.tokens == "raw"
+        return range(raw, time + raw)
+
+    def places(self, depth: int, states: States) -> dict[str, Place]:
+        """Slots of the tokens that hold states."""
+        slots, tokens = self.program.slots, self.at_states(states.shape[1])
+        return {
+            "previous": Place.of(slots["previous"], tokens, depth),
+            "prediction": Place.of(slots["prediction"], tokens, depth),
+        }
+
+    def slots(self) -> tuple[Slots, int]:
+        """Slots of states, their predecessors and predictions; and the first layer that is free."""
+        slots, first = Slots(), 2 if self.tokens == "raw" else 1
+        slots.add("state", self.dim, meaning="s_t")
+        if self.tokens == "raw":
+            slots.add("code", CODE, meaning="p_t")
+        slots.add("previous", self.dim, tokens=STATE, born=first - 1, meaning="z_t = s_{t-1}")
+        slots.add(
+            "prediction",
+            self.dim,
+            tokens=STATE,
+            born=first,
+            accumulates=True,
+            meaning="of s_{t+1}",
+        )
+        return slots, first
+
+    def binding(self, slots: Slots) -> Head:
+        """The head that copies the state before."""
+        code = slots["code"]
+        return Head(
+            query=sharpness(self.length + 1) * (turned_back() @ code),
+            key=code,
+            value=slots["state"],
+            write={slots["previous"]: 1.0},
+            mixer="softmax",
+            window=CAUSAL,
+            queries=STATE,
+            name="previous state",
+        )
+
+
+def wide_config(program: Program) -> Config:
+    """The shape of a program with heads as wide as the stream."""
+    shape = config_of(program)
+    return shape.with_heads(shape.width, shape.width)
+
+
+def wide_counterpart(construction: NextState, recipe: Recipe, quick: Recipe) -> Counterpart:
+    """The construction's layers with heads as wide as the stream, and the same masks."""
+    base = compile_program(construction.program, config=wide_config(construction.program))
+    return Counterpart(
+        lambda key: randomise(base, key, 0.1), construction.task, recipe, quick=quick
+    )
+
+
+def shifted(states: States) -> States:
+    """The state before each, 0 before the first."""
+    return jnp.pad(states, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+
+def copy(source: Slot, target: Slot) -> Head:
+    """A value of each token, copied within the token."""
+    one = constant(1.0)
+    name = f"copy to {target.name}"
+    return Head(one, one, source, {target: 1.0}, window=SELF, queries=STATE, keys=STATE, name=name)
+
+
+def frequencies() -> np.ndarray:
+    """w_f, `[CODE / 2]`."""
+    return LONGEST_WAVE ** (-2 * np.arange(CODE // 2) / CODE)
+
+
+def positional_code(tokens: int) -> np.ndarray:
+    """p_t of tokens 0, 1, .., `[tokens, CODE]`: sines, then cosines."""
+    angles = np.arange(tokens)[:, None] * frequencies()
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def turned_back() -> np.ndarray:
+    """R_{-1} with R_{-1} p_t = p_{t-1}, `[CODE, CODE]`."""
+    cos, sin = np.diag(np.cos(frequencies())), np.diag(np.sin(frequencies()))
+    return np.block([[cos, -sin], [sin, cos]])
+
+
+def sharpness(tokens: int) -> float:
+    """Factor on the scores that sets the right key apart from every other by `GAP`."""
+    offsets = np.array([-1, *range(1, tokens)])[:, None]  # of the key that is looked for
+    return GAP / float((1 - np.cos(offsets * frequencies())).sum(1).min())
