@@ -20,9 +20,9 @@
 # attention be at this, and what do trained layers reach?
 #
 # **Answer.** One head of the mesa layer is ridge regression, exactly, from raw states. Linear
-# attention of any depth is a polynomial in its place, and needs many layers to come near. Trained
-# layers of either kind land on their construction. Where all sequences share one law, nothing is
-# learned in context, though the loss looks better than ever.
+# attention of this kind applies a polynomial instead, and many layers of it stay far behind. One
+# trained layer of either kind ends within about a percent of its construction. Where all sequences
+# share one law, nothing is learned in context, though the loss looks better than ever.
 
 # %%
 import os
@@ -63,7 +63,12 @@ states = batch.inputs[0]
 
 
 def by_position(prediction):
-    return np.asarray(task.loss_by_position(prediction, batch)).mean(0)
+    # the median: a few sequences in a thousand dominate means where a polynomial extrapolates
+    return np.median(np.asarray(task.loss_by_position(prediction, batch)), 0)
+
+
+def mean_loss(prediction):
+    return float(task.loss(prediction, batch).mean())
 
 
 with jax.enable_x64(True):
@@ -84,9 +89,11 @@ with jax.enable_x64(True):
 # %%
 depths = (1, 2, 4) if QUICK else (1, 2, 4, 8)
 with jax.enable_x64(True):
-    best = {n: best_coefficients(task, n - 1, jax.random.key(1), 2**12) for n in depths}
-    polynomials = {n: by_position(predictions(c, states.astype(float))) for n, c in best.items()}
-    late = by_position(without_newest(states.astype(float), 1e-3))
+    best = {n: best_coefficients(task, n - 1, jax.random.key(1), 2**13) for n in depths}
+    guesses = {n: predictions(c, states.astype(float)) for n, c in best.items()}
+    polynomials = {n: by_position(guess) for n, guess in guesses.items()}
+    off_by_one = without_newest(states.astype(float), 1e-3)
+    late, late_loss = by_position(off_by_one), mean_loss(off_by_one)
 least = by_position(ridge.predict(model, states))
 
 figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -98,17 +105,21 @@ axis.plot([], [], color=BLUE, label="best polynomial, by number of layers")
 axis.semilogy(at, late, "--", color=GREY, label="ridge regression without the newest pair")
 axis.semilogy(at, least, color=ORANGE, label="ridge regression = mesa layer")
 axis.axhline(task.noise_floor, color="black", lw=0.8, ls=":", label="noise")
-axis.set(xlabel="states seen", ylabel="loss of the next prediction")
+axis.set(xlabel="states seen", ylabel="median loss of the next prediction")
 axis.legend(frameon=False)
 plt.show()
-print(f"mean loss: ridge {least.mean():.4f}, without the newest pair {late.mean():.4f}")
-print({n: round(float(losses.mean()), 4) for n, losses in polynomials.items()})
-assert least.mean() < late.mean() < polynomials[depths[-1]].mean()
+exact = mean_loss(ridge.predict(model, states))
+print(f"mean loss: ridge {exact:.4f}, without the newest pair {late_loss:.4f}")
+print(
+    "medians, mean over positions:", {n: round(float(a.mean()), 3) for n, a in polynomials.items()}
+)
+assert exact < late_loss and least.mean() < polynomials[depths[-1]].mean()
 
 # %% [markdown]
-# After as many states as dimensions the law is known, and ridge regression falls to the noise;
-# polynomials need about the square root of the condition number of $H_t$ in layers, and that number
-# is large when few states were seen.
+# After as many states as dimensions the law is known, and ridge regression falls to the noise. One
+# polynomial has to serve all times, from the first pair to the fiftieth: it is a compromise between
+# small and large $H_t$, and on the rare sequence whose $H_t$ is larger than those that it was
+# fitted to it explodes. Hence medians.
 #
 # ## What is trained
 #
@@ -127,8 +138,8 @@ trained = {}
 for name, c in subjects.items():
     recipe = replace(c.counterpart().recipe, learning_rate=5e-3, **steps)
     trained[name] = c.fit(recipe=recipe, seed=0).model
-    ours = by_position(c.predict(c.compile().model, states)).mean()
-    theirs = by_position(c.predict(trained[name], states)).mean()
+    ours = mean_loss(c.predict(c.compile().model, states))
+    theirs = mean_loss(c.predict(trained[name], states))
     print(f"{name}: trained {theirs:.4f}, construction {ours:.4f}, ratio {theirs / ours:.3f}")
     assert theirs < (1.5 if QUICK else 1.05) * ours
 learned = jnp.exp(trained["mesa"].segments[0].layers[0].heads[0].log_regularization[...])
@@ -140,11 +151,14 @@ axis.semilogy(at, least, color=ORANGE, label="ridge regression")
 for (name, c), colour in zip(subjects.items(), (BLUE, ORANGE), strict=True):
     losses = by_position(c.predict(trained[name], states))
     axis.semilogy(at, losses, "o", ms=3, color=colour, label=f"trained layer, {name}")
-axis.set(xlabel="states seen", ylabel="loss of the next prediction")
+axis.set(xlabel="states seen", ylabel="median loss of the next prediction")
 axis.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
+# Both end within about a percent of their construction's mean loss. That mean is made by the first
+# ten states: behind them the trained mesa layer is near the noise, the exact one nearer.
+#
 # ## The control: one law for all
 #
 # If all sequences share one law, the weights can hold it. The same layer is trained on such
@@ -158,8 +172,8 @@ memorised = fit(c.counterpart().init, shared, recipe, predict=c.apply, seed=0).m
 known = shared.sample(jax.random.key(2), 1024)
 losses = {
     "the shared law": float(shared.loss(c.predict(memorised, known.inputs[0]), known).mean()),
-    "new laws": float(by_position(c.predict(memorised, states)).mean()),
-    "new laws, predicting zero": float(by_position(jnp.zeros_like(states)).mean()),
+    "new laws": mean_loss(c.predict(memorised, states)),
+    "new laws, predicting zero": mean_loss(jnp.zeros_like(states)),
 }
 for name, loss in losses.items():
     print(f"{name}: {loss:.4f}")
