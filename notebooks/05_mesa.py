@@ -106,7 +106,7 @@ axis.semilogy(at, late, "--", color=GREY, label="ridge regression without the ne
 axis.semilogy(at, least, color=ORANGE, label="ridge regression = mesa layer")
 axis.axhline(task.noise_floor, color="black", lw=0.8, ls=":", label="noise")
 axis.set(xlabel="states seen", ylabel="median loss of the next prediction")
-axis.legend(frameon=False)
+axis.legend(frameon=False, loc=(0.38, 0.24))
 plt.show()
 exact = mean_loss(ridge.predict(model, states))
 print(f"mean loss: ridge {exact:.4f}, without the newest pair {late_loss:.4f}")

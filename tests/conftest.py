@@ -34,6 +34,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("orrery")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks first: begun last, the longest of them would leave the other workers idle."""
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Run the test in float64: JAX's default float is double for its length."""
