@@ -1,5 +1,6 @@
 """Set-up shared by all tests: types checked at run time, fixed seeds, no display, float64."""
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -37,6 +38,20 @@ hypothesis.settings.load_profile("orrery")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Notebooks first: begun last, the longest of them would leave the other workers idle."""
     items.sort(key=lambda item: item.path.stem != "test_notebooks")
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Drops compiled programs now and then, file by file.
+
+    Each takes some places in the process's table of memory maps, which Linux limits to 65530: XLA
+    crashes in the middle of a suite that has as many tests as this one.
+    """
+    maps = Path("/proc/self/maps")
+    if nextitem is None or nextitem.path == item.path or not maps.exists():
+        return
+    if maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
