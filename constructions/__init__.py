@@ -3,6 +3,7 @@
 slots, program       a construction as a tableau over named slots of the residual stream
 checks, compiler     program -> dense weights of the one transformer
 config, transformer  the one transformer: its shape, its weights, its named sites
+blank                a shape to be trained, with no construction behind it
 layer, mixers        one layer, and how scores become attention weights
 symmetries           what leaves a model's function unchanged
 canonical            what is left: the invariants by which weights are compared

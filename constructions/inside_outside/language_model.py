@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-import numpy as np
-
-from constructions.compiler import FAR
+from constructions.blank import blank
 from constructions.config import (
     Config,
     HeadsConfig,
@@ -55,20 +52,4 @@ def language_model(
         tokens=TokensConfig(words + 4, words, max_length + 2),
         precision="default",
     )
-    wiring = {
-        "scale": np.full((layers, heads), rows**-0.5),
-        "window": np.tile([-FAR, FAR], (layers, heads, 1)).astype(np.int32),
-        "query_groups": np.ones((layers, heads, len(GROUPS)), bool),
-        "key_groups": np.tile([g != "pad" for g in GROUPS], (layers, heads, 1)),
-        "sink_groups": np.zeros((layers, heads, len(GROUPS)), bool),
-    }
-
-    def zeros(shapes: object, name: str = "") -> object:
-        if isinstance(shapes, dict):
-            return {key: zeros(value, str(key)) for key, value in shapes.items()}
-        found = wiring.get(name)
-        return jnp.zeros(shapes) if found is None else jnp.asarray(found)  # pyright: ignore
-
-    arrays = zeros(config.shapes())
-    assert isinstance(arrays, dict)
-    return Transformer(config, arrays)
+    return blank(config, keys=[group for group in GROUPS if group != "pad"])
