@@ -52,7 +52,8 @@ def head_products(model: Transformer) -> HeadProducts:
     """The products P W_V and scale W_K^T W_Q of every head of every layer applied; any mixer.
 
     For softmax heads these two, up to the order of the heads, are what the weights determine
-    (biases left aside). A looped model shows its stored layers once per application.
+    (biases, regularisation and gates left aside). A looped model shows its stored layers once per
+    application.
     """
     parts, stored = [], model.arrays()["segments"].values()
     for weights, segment in zip(stored, model.config.segments, strict=True):

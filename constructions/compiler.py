@@ -52,7 +52,8 @@ def compile_program(
     Raises:
         ValueError: dtype is not a float, or is float64 where x64 is off.
         ProgramError: a slot is read before it is written, written twice without `accumulates` or
-            an erase, read or written where it does not live, or a head does not fit `config`.
+            an erase, read or written where it does not live, a head does not fit `config`, or
+            `config` has what no program has (gates, a final norm).
     """
     check(program)
     shape = config_of(program) if config is None else config
@@ -134,6 +135,9 @@ def fill(program: Program, config: Config) -> dict[str, Any]:
         )
     if config.final_norm is not None:
         raise ProgramError(f"the config ends in {config.final_norm}, which no program has")
+    for number, layer in enumerate(config.layers(), start=1):
+        if any(heads.gates for heads in layer.heads):
+            raise ProgramError(f"layer {number} of the config has gates, which no program has")
     layers = iter(enumerate(program.layers, start=1))
     for s, segment in enumerate(config.segments):
         for r in range(segment.stacked):

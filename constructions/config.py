@@ -20,7 +20,18 @@ WIRING = ("scale", "window", "query_groups", "key_groups", "sink_groups")
 class HeadsConfig:
     """A row of equal heads: `heads` of them, with `key_dim` and `value_dim` rows each.
 
-    Mesa heads have an array more, the logarithm of each one's regularisation.
+    Mesa heads have an array more, the logarithm of each one's regularisation. With `gates` they
+    weigh what enters and forget what they have, token by token,
+
+        beta_t = sigmoid(input_gate . x_t + input_gate_bias),
+        gamma_t = sigmoid(forget_gate . x_t + forget_gate_bias),
+        H_t = gamma_t H_(t-1) + beta_t k_t k_t^T,    G_t = gamma_t G_(t-1) + beta_t v_t k_t^T
+
+    (von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10), with x what keys are made of. A token that
+    a head does not attend to neither enters nor makes it forget.
+
+    Raises:
+        ValueError: `gates` of heads with another mixer than "mesa".
     """
 
     mixer: str
@@ -28,6 +39,11 @@ class HeadsConfig:
     key_dim: int
     value_dim: int
     bias: bool = False
+    gates: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gates and self.mixer != "mesa":
+            raise ValueError(f"gates is True and mixer {self.mixer!r}, must be 'mesa' with gates")
 
     def shapes(self, width: int, token_groups: int) -> Shapes:
         """Shapes of one layer's arrays."""
@@ -45,6 +61,9 @@ class HeadsConfig:
         }
         if self.mixer == "mesa":
             shapes["log_regularization"] = (h,)
+        if self.gates:
+            shapes |= {"input_gate": (h, width), "input_gate_bias": (h,)}
+            shapes |= {"forget_gate": (h, width), "forget_gate_bias": (h,)}
         if self.bias:
             shapes |= {"query_bias": (h, k), "key_bias": (h, k), "value_bias": (h, v)}
             shapes |= {"output_bias": (width,)}
@@ -163,6 +182,8 @@ class Config:
         final_norm: a norm of the output.
         tokens: the tables of a language model.
         precision: of every matrix product, "highest" or "default" (TF32 on recent GPUs).
+        clip: bound on every entry of the stream, enforced after each layer; None for none. Deep
+            linear attention is trained with one, as its updates are cubic and rare inputs explode.
     """
 
     width: int
@@ -171,6 +192,7 @@ class Config:
     final_norm: NormConfig | None = None
     precision: str = "highest"
     tokens: TokensConfig | None = None
+    clip: float | None = None
 
     @property
     def depth(self) -> int:
@@ -264,4 +286,5 @@ class Config:
             norm(data["final_norm"]),
             data["precision"],
             TokensConfig(**data["tokens"]) if data.get("tokens") else None,
+            data.get("clip"),
         )

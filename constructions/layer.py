@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from constructions.config import Config, HeadsConfig, LayerConfig, MlpConfig, NormConfig
-from constructions.mesa_mixer import mesa, mesa_queries
+from constructions.mesa_mixer import mesa, mesa_attention
 from constructions.mixers import MIXERS
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -101,8 +101,9 @@ def _heads(
     attention: list[Any] = []
     for number, heads in enumerate(layer.heads):
         w = weights[number]
-        if heads.mixer == "mesa" and not tap.wants("attention"):
-            attention.append(None)  # weights between tokens are not needed
+        if heads.mixer == "mesa":  # its weights between tokens are formed only where wanted
+            wanted = tap.wants("attention")
+            attention.append(_mesa_weights(einsum, w, x, groups, chosen) if wanted else None)
             continue
         q = _affine(einsum, "bth,nkh->btnk", queries, w["query"], w.get("query_bias"))
         if _absorbs(heads, queries, x):
@@ -110,10 +111,6 @@ def _heads(
             scores = einsum("bqnh,bth->bnqt", q, x)
         else:
             k = _affine(einsum, "bth,nkh->btnk", x, w["key"], w.get("key_bias"))
-            if heads.mixer == "mesa":
-                q = _affine(einsum, "bth,nkh->btnk", x, w["query"], w.get("query_bias"))
-                q = mesa_queries(q, _seen(w, groups, k), jnp.exp(w["log_regularization"]))
-                q = q[:, chosen]
             scores = einsum("bqnk,btnk->bnqt", q, k)
         scores = scores * w["scale"][:, None, None]
         attention.append(MIXERS[heads.mixer](scores, _mask(w, groups, chosen)))
@@ -157,20 +154,43 @@ def _absorbs(heads: HeadsConfig, queries: Array, x: Array) -> bool:
 
 def _regress(einsum: Any, w: Mapping[str, Array], x: Array, groups: Array) -> Array:
     """sum_j a_ij v_j of mesa heads at all tokens, `[batch, token, head, row]`."""
-    q, k, v = (
-        _affine(einsum, "bth,nkh->btnk", x, w[name], w.get(f"{name}_bias"))
-        for name in ("query", "key", "value")
-    )
-    mixed = mesa(q, _seen(w, groups, k), v, jnp.exp(w["log_regularization"]))
+    query, key, ridge, gates = _systems(einsum, w, x, groups)
+    value = _affine(einsum, "bth,nvh->btnv", x, w["value"], w.get("value_bias"))
+    mixed = mesa(query, key, value, ridge, **gates)
     acts = jnp.moveaxis(w["query_groups"][:, groups], 0, -1)
     return jnp.where(acts[..., None], mixed, 0) * w["scale"][:, None]
 
 
-def _seen(w: Mapping[str, Array], groups: Array, keys: Array) -> Array:
-    """`keys`, `[batch, token, head, row]`, with 0 at tokens that a head does not attend to."""
-    seen = w["key_groups"][:, groups]
-    seen = jnp.moveaxis(seen, 0, -1)  # [(batch,) token, head]
-    return jnp.where(seen[..., None], keys, 0)
+def _mesa_weights(
+    einsum: Any, w: Mapping[str, Array], x: Array, groups: Array, chosen: slice
+) -> Array:
+    """a_ij of mesa heads, `[batch, head, read, token]`."""
+    query, key, ridge, gates = _systems(einsum, w, x, groups)
+    weights = mesa_attention(query, key, ridge, **gates)[:, :, chosen]
+    return MIXERS["mesa"](weights * w["scale"][:, None, None], _mask(w, groups, chosen))
+
+
+def _systems(
+    einsum: Any, w: Mapping[str, Array], x: Array, groups: Array
+) -> tuple[Array, Array, Array, dict[str, Any]]:
+    """Queries, keys, regularisation and gates of mesa heads, as `mesa` takes them.
+
+    A token that a head does not attend to has key 0, and a forget gate of 1.
+    """
+    query, key = (
+        _affine(einsum, "bth,nkh->btnk", x, w[name], w.get(f"{name}_bias"))
+        for name in ("query", "key")
+    )
+    seen = jnp.moveaxis(w["key_groups"][:, groups], 0, -1)  # [(batch,) token, head]
+    key, ridge = jnp.where(seen[..., None], key, 0), jnp.exp(w["log_regularization"])
+    if "input_gate" not in w:
+        return query, key, ridge, {}
+    enters, keeps = (
+        jax.nn.sigmoid(_affine(einsum, "bth,nh->btn", x, w[name], w[f"{name}_bias"]))
+        for name in ("input_gate", "forget_gate")
+    )
+    keeps = jnp.maximum(keeps, jnp.finfo(keeps.dtype).tiny)  # the sigmoid may round to 0
+    return query, key, ridge, {"input_gate": enters, "forget_gate": jnp.where(seen, keeps, 1)}
 
 
 def _mask(w: Mapping[str, Array], groups: Array, chosen: slice) -> Array:

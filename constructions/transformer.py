@@ -238,6 +238,8 @@ class _SegmentRun(NamedTuple):
             tap = Tap(self.sites, jax.tree.map(lambda a, p=p: a[p], edits))
             end = read if p == len(self.segment.pattern) - 1 else None
             stream = run_layer(layer, self.config, weights[p], stream, self.groups, end, tap)
+            if self.config.clip is not None:
+                stream = jnp.clip(stream, -self.config.clip, self.config.clip)
             taps.append(tap.found)
         return stream, {site: jnp.stack([found[site] for found in taps]) for site in self.sites}
 
@@ -281,10 +283,16 @@ def _check_sites(
     return full
 
 
+#: Forget gates begin at sigmoid(4) = .982 where their input is small: a memory of some 55 tokens.
+#: At 0 they would be a half, and nothing further back could be learnt from.
+FORGET_BIAS = 4.0
+
+
 def randomise(model: Transformer, key: Array, std: float | Array) -> Transformer:
     """A model of the same class and wiring whose weights are drawn from N(0, std^2).
 
-    Biases and offsets are 0, gains are 1. `std` may be traced; `model` stays as it is.
+    Biases and offsets are 0, gains are 1, but biases of forget gates are `FORGET_BIAS`. `std` may
+    be traced; `model` stays as it is.
     """
 
     def draw(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -293,6 +301,8 @@ def randomise(model: Transformer, key: Array, std: float | Array) -> Transformer
             return leaf
         if name == "gain":
             return jnp.ones_like(leaf)
+        if name == "forget_gate_bias":
+            return jnp.full_like(leaf, FORGET_BIAS)
         if name == "offset" or name.endswith("_bias"):
             return jnp.zeros_like(leaf)
         # one stream of numbers for each array, whatever else the model has

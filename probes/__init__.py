@@ -3,6 +3,7 @@
 sites                          read and edit named values of a model
 linear, nonlinear, table       what can be read off the stream, with controls
 spans, trees, rows             tags, spans and trees in the stream, beside the exact chart
+positions                      vectors at one position of a sequence, held out and in sample
 span_interchange, span_pairs   whether a constituent is passed on as one thing
 interchange, attribution       what a model uses: exchanged values, their first-order estimate
 patching                       the machinery that those two share

@@ -13,6 +13,7 @@ productions, cnf         grammars as text, and their normal form with its invers
 grammars                 some of our own, by name
 sentences                sampling them, with their trees
 masked_language          the task of their hidden words
+text, bigrams            the next token, of files and grammars and of laws of each sequence's own
 chart, charts            inside-outside over batches of sentences: marginals, parses, EM
 treebank                 bracketed trees, and the grammars that they induce
 brackets                 parses, and how many of their brackets are right

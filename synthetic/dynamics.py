@@ -6,10 +6,14 @@ with a law W of its own for every sequence. From the states so far, the best lin
 ridge regression of s_2..s_t on s_1..s_{t-1}; with a standard normal prior on the entries of W its
 regularisation is noise^2. (von Oswald et al. 2023, arXiv 2309.05858, section 3; the settings of the
 paper's code: orthogonal W of 10 dimensions, 50 states, noise .01, s_1 uniform in [-1, 1).)
+
+`Dynamics` is what all systems share, `LinearDynamics` the systems above; `nonlinear_dynamics` has
+W act on features of the state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -23,19 +27,13 @@ States = Float[Array, "batch time dim"]
 
 
 @dataclass(frozen=True)
-class LinearDynamics:
-    """Linear systems; a `Task`. Hashable.
+class Dynamics:
+    """States that follow one another, and the loss of predictions of them.
 
     Attributes:
         dim: of the states that are seen.
         length: states a sequence; the last one's successor is the last target.
         noise: standard deviation of each coordinate's noise, at every step.
-        singular_values: bounds between which those of W are drawn, uniformly and independently;
-            (1, 1) makes W orthogonal and Haar-distributed, below 1 it contracts.
-        fixed: None, or the seed of the one W that all sequences share. A model may then know W from
-            its weights and need not learn it in context: the negative control.
-        hidden_dim: None, or the dimension of states that are not seen: h_{t+1} = W h_t + noise, and
-            s_t = C h_t with entries of C from N(0, 1 / hidden_dim).
 
     Raises:
         ValueError: a number out of range.
@@ -44,63 +42,35 @@ class LinearDynamics:
     dim: int = 10
     length: int = 50
     noise: float = 0.01
-    singular_values: tuple[float, float] = (1.0, 1.0)
-    fixed: int | None = None
-    hidden_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dim", "length", "hidden_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, must be at least 1")
+        self._at_least_one("dim", "length")
         if not 0 <= self.noise < np.inf:
             raise ValueError(f"noise is {self.noise}, must be finite and at least 0")
-        low, high = self.singular_values
-        object.__setattr__(self, "singular_values", (float(low), float(high)))
-        if not 0 <= low <= high < np.inf:
-            raise ValueError(
-                f"singular_values is {self.singular_values}, must be 0 <= low <= high, finite"
-            )
+
+    def _at_least_one(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
 
     @property
     def noise_floor(self) -> float:
-        """Loss of whoever knows W, where all of the state is seen: dim noise^2 / 2."""
+        """Loss of whoever knows the law, where all of the state is seen: dim noise^2 / 2."""
         return self.dim * self.noise**2 / 2
 
-    def laws(self, key: Array, batch: int) -> Float[Array, "batch size size"]:
-        """One W for each sequence."""
-        if self.fixed is not None:
-            alone = replace(self, fixed=None)
-            return jnp.repeat(alone.laws(jax.random.key(self.fixed), 1), batch, axis=0)
-        size, (low, high) = self.hidden_dim or self.dim, self.singular_values
-        left, right, values = jax.random.split(key, 3)
-        law = jax.random.orthogonal(left, size, (batch,))
-        if low == high:
-            return low * law
-        scales = jax.random.uniform(values, (batch, 1, size), minval=low, maxval=high)
-        return _product(law * scales, jax.random.orthogonal(right, size, (batch,)))
+    def follow(self, key: Array, start: Array, law: Callable[[Array], Array]) -> States:
+        """`length` + 1 states from `start` `[batch, size]`: law(state) plus noise, again and again.
 
-    def sample(self, key: Array, batch: int) -> Batch:
-        """Draw sequences.
-
-        Returns:
-            `inputs`: the states `[batch, length, dim]`; `target`: their successors, as large.
+        `law` maps states `[batch, size]` to states, each by the law of its own sequence.
         """
-        law_key, start_key, noise_key, view_key = jax.random.split(key, 4)
-        law, size = self.laws(law_key, batch), self.hidden_dim or self.dim
-        start = jax.random.uniform(start_key, (batch, size), minval=-1.0, maxval=1.0)
-        noise = self.noise * jax.random.normal(noise_key, (self.length, batch, size))
+        noise = self.noise * jax.random.normal(key, (self.length, *start.shape))
 
         def step(state: Array, eps: Array) -> tuple[Array, Array]:
-            following = _product(law, state[..., None])[..., 0] + eps
+            following = law(state) + eps
             return following, following
 
         _, later = jax.lax.scan(step, start, noise)
-        states = jnp.concatenate([start[:, None], jnp.moveaxis(later, 0, 1)], 1)
-        if self.hidden_dim is not None:
-            view = jax.random.normal(view_key, (batch, self.dim, size)) / np.sqrt(size)
-            states = _product(states, jnp.swapaxes(view, 1, 2))
-        return Batch((states[:, :-1],), states[:, 1:])
+        return jnp.concatenate([start[:, None], jnp.moveaxis(later, 0, 1)], 1)
 
     def loss(self, prediction: States, batch: Batch) -> Array:
         """Half the squared distance from the next state, its mean over time, `[batch]`."""
@@ -115,5 +85,67 @@ class LinearDynamics:
         return jnp.square(prediction - batch.target).sum(-1) / 2
 
 
-def _product(a: Array, b: Array) -> Array:
+@dataclass(frozen=True)
+class LinearDynamics(Dynamics):
+    """Linear systems; a `Task`. Hashable.
+
+    Attributes:
+        dim, length, noise: as in `Dynamics`.
+        singular_values: bounds between which those of W are drawn, uniformly and independently;
+            (1, 1) makes W orthogonal and Haar-distributed, below 1 it contracts.
+        fixed: None, or the seed of the one W that all sequences share. A model may then know W from
+            its weights and need not learn it in context: the negative control.
+        hidden_dim: None, or the dimension of states that are not seen: h_{t+1} = W h_t + noise, and
+            s_t = C h_t with entries of C from N(0, 1 / hidden_dim).
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    singular_values: tuple[float, float] = (1.0, 1.0)
+    fixed: int | None = None
+    hidden_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_dim is not None:
+            self._at_least_one("hidden_dim")
+        low, high = self.singular_values
+        object.__setattr__(self, "singular_values", (float(low), float(high)))
+        if not 0 <= low <= high < np.inf:
+            raise ValueError(
+                f"singular_values is {self.singular_values}, must be 0 <= low <= high, finite"
+            )
+
+    def laws(self, key: Array, batch: int) -> Float[Array, "batch size size"]:
+        """One W for each sequence."""
+        if self.fixed is not None:
+            alone = replace(self, fixed=None)
+            return jnp.repeat(alone.laws(jax.random.key(self.fixed), 1), batch, axis=0)
+        size, (low, high) = self.hidden_dim or self.dim, self.singular_values
+        left, right, values = jax.random.split(key, 3)
+        law = jax.random.orthogonal(left, size, (batch,))
+        if low == high:
+            return low * law
+        scales = jax.random.uniform(values, (batch, 1, size), minval=low, maxval=high)
+        return product(law * scales, jax.random.orthogonal(right, size, (batch,)))
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        """Draw sequences.
+
+        Returns:
+            `inputs`: the states `[batch, length, dim]`; `target`: their successors, as large.
+        """
+        law_key, start_key, noise_key, view_key = jax.random.split(key, 4)
+        law, size = self.laws(law_key, batch), self.hidden_dim or self.dim
+        start = jax.random.uniform(start_key, (batch, size), minval=-1.0, maxval=1.0)
+        states = self.follow(noise_key, start, lambda s: product(law, s[..., None])[..., 0])
+        if self.hidden_dim is not None:
+            view = jax.random.normal(view_key, (batch, self.dim, size)) / np.sqrt(size)
+            states = product(states, jnp.swapaxes(view, 1, 2))
+        return Batch((states[:, :-1],), states[:, 1:])
+
+
+def product(a: Array, b: Array) -> Array:
+    """The matrix product at full precision."""
     return jnp.matmul(a, b, precision="highest")

@@ -32,17 +32,24 @@ def mix(mixer, scores):
     return np.array(weights) / math.fsum(weights)
 
 
-def attend(mixer, query, key, value, scale, sees, ridge):
-    """sum_j a_ij value_j for rows `[token, rows]` of one example, and the weights `[i, j]`."""
+def attend(mixer, query, key, value, scale, sees, ridge, gates=None):
+    """sum_j a_ij value_j for rows `[token, rows]` of one example, and the weights `[i, j]`.
+
+    `gates` of a mesa head are what enters of each token, and what is kept when it comes.
+    """
     tokens = len(query)
     out, weights = np.zeros(value.shape), np.zeros((tokens, tokens))
     for i in range(tokens):
         keys = [j for j in range(tokens) if sees(i, j)]
-        q = query[i]
+        q, left = query[i], np.ones(tokens)
+        if gates is not None:
+            enters, kept = gates
+            for j in keys:
+                left[j] = enters[j] * math.prod(kept[n] for n in keys if n > j)
         if mixer == "mesa":
-            gram = sum((np.outer(key[j], key[j]) for j in keys), ridge * np.eye(len(q)))
+            gram = sum((left[j] * np.outer(key[j], key[j]) for j in keys), ridge * np.eye(len(q)))
             q = np.linalg.inv(gram) @ q
-        a = mix(mixer, [scale * sum(q * key[j]) for j in keys])
+        a = mix(mixer, [scale * left[j] * sum(q * key[j]) for j in keys])
         for j, weight in zip(keys, a, strict=True):
             weights[i, j] = weight
             out[i] += weight * value[j]
@@ -124,8 +131,12 @@ def _layer(layer, weights, stream, groups, token_groups):
                     )
 
                 ridge = np.exp(w["log_regularization"][n]) if group.mixer == "mesa" else None
-                qkv = (rows(name) for name in ("query", "key", "value"))
-                mixed, a = attend(group.mixer, *qkv, w["scale"][n], sees, ridge)
+                gates = None
+                if group.gates:
+                    logits = (rows(name) for name in ("input_gate", "forget_gate"))
+                    gates = [1 / (1 + np.exp(-logit)) for logit in logits]
+                q, k, v = (rows(name) for name in ("query", "key", "value"))
+                mixed, a = attend(group.mixer, q, k, v, w["scale"][n], sees, ridge, gates)
                 attention.append(a)
                 outputs.append(np.stack([w["output"][n] @ m for m in mixed]))
                 update += outputs[-1]

@@ -3,11 +3,19 @@
 tokens          raw states in, the layer that binds each to the one before, predictions out
 ridge           ridge regression on all of the sequence so far, by one mesa head
 polynomial      preconditioned gradient descent, any polynomial, by linear heads
+language        next tokens of text by mesa, softmax and linear heads
+features        ridge regression on known features, for nonlinear systems
+few_shot        regression as a sequence, with prompts that are tuned
+models          other models of next states: deep linear attention, softmax, hybrids
+blocks          linear attention whose products are numbers times identity blocks
+depth           how far polynomials are from ridge regression, by the number of layers
 claims          the paper's statements about trained layers
 measurements    its published losses, and ours
+trained         deep layers in numbers
 """
 
 from constructions.family import Family
+from constructions.mesa import trained
 from constructions.mesa.measurements import measure
 from constructions.mesa.polynomial import MesaPolynomial
 from constructions.mesa.ridge import MesaRidge
@@ -27,6 +35,7 @@ MESA_POLYNOMIAL = Family(
     settings={"dim": 8, "length": 40, "tokens": "constructed", "coefficients": (0.041,)},
     about="linear attention takes a gradient step, with any polynomial as preconditioner",
     source="von Oswald et al. 2023, arXiv 2309.05858, Prop. 1 and 2",
+    measure=trained.measure,
 )
 
 __all__ = ["MESA_POLYNOMIAL", "MESA_RIDGE", "MesaPolynomial", "MesaRidge"]

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import comb
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,9 @@ from numpy.polynomial import Chebyshev, Polynomial
 from constructions.claims import Claim, NearMiss
 from constructions.compiler import compile_program
 from constructions.family import Counterpart, Embedded, Gauge, Place
-from constructions.mesa.claims import ONE_STEP_CLAIMS
+from constructions.mesa.claims import DEEP_CLAIMS, ONE_LAW, ONE_STEP_CLAIMS
 from constructions.mesa.tokens import (
+    CLIP,
     GROUPS,
     STATE,
     NextState,
@@ -54,8 +57,9 @@ class MesaPolynomial(NextState):
     Attributes:
         coefficients: c_0, c_1, .. of p(h) = sum_k c_k h^k; the default is the best single step for
             the default task.
-        step: a above, not 0; any gives the same polynomial, up to rounding. None takes that of the
-            truncated Neumann series with the same first two coefficients, or 1 / length.
+        step: a above, not 0; any gives the same polynomial, up to rounding, which is least where
+            |1 - a h| is below 1 for all eigenvalues h (2 / h for the largest, say). None takes that
+            of the truncated Neumann series with the same first two coefficients, or 1 / length.
     """
 
     coefficients: tuple[float, ...] = (0.0323,)
@@ -83,11 +87,11 @@ class MesaPolynomial(NextState):
 
     @property
     def rates(self) -> np.ndarray:
-        """eta_l, the coefficients of p in powers of 1 - a h."""
-        a = self.contraction
-        shift = Polynomial([1 / a, -1 / a])  # h = (1 - u) / a
-        found = Polynomial(self.coefficients)(shift)
-        return np.resize(np.append(found.coef, np.zeros(len(self.coefficients))), self.depth)
+        """eta_l, the coefficients of p in powers of 1 - a h; exact but for the last rounding."""
+        c, a = [Fraction(x) for x in self.coefficients], Fraction(self.contraction)
+        # h^k = a^-k (1 - u)^k
+        terms = [[x / a**k * comb(k, n) for k, x in enumerate(c)] for n in range(len(c))]
+        return np.array([float((-1) ** n * sum(row)) for n, row in enumerate(terms)])
 
     @property
     def depth(self) -> int:
@@ -99,7 +103,8 @@ class MesaPolynomial(NextState):
         """L layers of two heads, behind one that binds tokens where they are raw."""
         return self._program()
 
-    def _program(self, key: str = "previous") -> Program:
+    def _program(self, key: str = "previous", turn: np.ndarray | None = None) -> Program:
+        """With another key, or values that are turned before they are written."""
         slots, first = self.slots()
         state, previous, y = slots["state"], slots["previous"], slots["prediction"]
         x = state
@@ -112,7 +117,8 @@ class MesaPolynomial(NextState):
             copies = [copy(state, x)] if self.depth > 1 else []
             layers.append(Layer([self.binding(slots), *copies], name="binding"))
         for number, rate in enumerate(self.rates):
-            heads = [Head(value=state, write={y: rate}, name="step", **common)]
+            value = state if turn is None else turn @ state
+            heads = [Head(value=value, write={y: rate}, name="step", **common)]
             if number < self.depth - 1:
                 write = {x: -self.contraction}
                 heads.append(Head(value=previous, write=write, name="preconditioner", **common))
@@ -120,7 +126,7 @@ class MesaPolynomial(NextState):
         return Program(slots, layers, token_groups=GROUPS)
 
     def trace(self, states: States) -> dict[str, Array]:
-        """The algorithm by Horner's rule on H_t; states `[batch, time, dim]`.
+        """The algorithm by Horner's rule in I - a H_t; states `[batch, time, dim]`.
 
         Returns:
             previous: z_t, `[batch, time, dim]`.
@@ -134,8 +140,8 @@ class MesaPolynomial(NextState):
             return jnp.einsum("btij,btj->bti", matrix, vector, precision="highest")
 
         found = jnp.zeros_like(states)
-        for c in reversed(self.coefficients):
-            found = product(gram, found) + c * states
+        for rate in self.rates[::-1]:
+            found = found - self.contraction * product(gram, found) + rate * states
         x = states
         for _ in range(self.depth - 1):
             x = x - self.contraction * product(gram, x)
@@ -165,18 +171,26 @@ class MesaPolynomial(NextState):
         x = Place.of(slot, self.at_states(states.shape[1]), depth)
         return {**super().places(depth, states), "preconditioned": x}
 
+    @property
+    def _clip(self) -> float | None:
+        return CLIP if self.depth > 1 else None
+
     def counterpart(self) -> Counterpart:
-        """The same layers with heads as wide as the stream."""
+        """The same layers with heads as wide as the stream; deep ones with a bounded stream."""
         recipe = Recipe(
             steps=3000, batch=256, learning_rate=2e-3, schedule="cosine", warmup=100, clip=1.0
         )
         quick = replace(recipe, steps=1500, batch=128, learning_rate=5e-3)
-        return wide_counterpart(self, recipe, quick)
+        if self.depth > 1:
+            recipe = replace(recipe, batch=128, learning_rate=1e-3, warmup=300)
+            quick = replace(recipe, steps=1500)
+        return wide_counterpart(self, recipe, quick, self._clip)
 
     def near_misses(self) -> dict[str, NearMiss]:
-        """Steps that are too long or too short, and a step on the wrong pairs."""
+        """Steps that are too long or too short, on the wrong pairs, turned, or none at all."""
 
-        wide = wide_config(self.program)  # shared with the counterpart, and its compilations
+        # shared with the counterpart, and its compilations
+        wide = wide_config(self.program, self._clip)
 
         def of(program: Program) -> NearMiss:
             return NearMiss(compile_program(program, config=wide), self)
@@ -185,16 +199,21 @@ class MesaPolynomial(NextState):
             coefficients = tuple(factor * c for c in self.coefficients)
             return of(replace(self, coefficients=coefficients).program)
 
+        turn = np.asarray(jax.random.orthogonal(jax.random.key(0), self.dim), float)
         return {
             "step size + 20 %": scaled(1.2),
             "step size - 20 %": scaled(0.8),
             "pairs a state with itself": of(self._program(key="state")),
+            "values turned": of(self._program(turn=turn)),
+            ONE_LAW: self.one_law(),
         }
 
     @property
     def claims(self) -> tuple[Claim, ...]:
-        """Those on one step from constructed tokens, as the paper trains it."""
-        return ONE_STEP_CLAIMS if self.depth == 1 and self.tokens == "constructed" else ()
+        """Those on constructed tokens, as the paper trains them, on one layer and on several."""
+        if self.tokens == "raw":
+            return ()
+        return ONE_STEP_CLAIMS if self.depth == 1 else DEEP_CLAIMS
 
     def tolerance(self, dtype: str) -> float:
         """Rounding; sums of powers cancel where the polynomial is of high degree."""

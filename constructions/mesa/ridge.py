@@ -21,7 +21,7 @@ from constructions.claims import Claim, NearMiss
 from constructions.compiler import compile_program
 from constructions.config import Config
 from constructions.family import Counterpart
-from constructions.mesa.claims import RIDGE_CLAIMS
+from constructions.mesa.claims import ONE_LAW, RIDGE_CLAIMS
 from constructions.mesa.polynomial import best_coefficients
 from constructions.mesa.tokens import (
     GROUPS,
@@ -114,6 +114,7 @@ class MesaRidge(NextState):
             "regularization x 1000": of(heavy.program, wide),
             "one gradient step": of(self._program(step=step)),
             "pairs a state with itself": of(self._program(key="state"), wide),
+            ONE_LAW: self.one_law(),
         }
         if self.tokens == "raw":
             found["no BOS"] = of(self._program(bos=False), wide)
@@ -132,8 +133,13 @@ class MesaRidge(NextState):
 
 def ridge_predictions(query: Array, key: Array, value: Array, regularization: float) -> Array:
     """(sum v k^T) (sum k k^T + rho I)^-1 q at every time, each system solved by itself."""
-    gram = jnp.cumsum(key[..., :, None] * key[..., None, :], axis=1)
     moment = jnp.cumsum(value[..., :, None] * key[..., None, :], axis=1)
+    solved = preconditioned(query, key, regularization)
+    return jnp.matmul(moment, solved[..., None], precision="highest")[..., 0]
+
+
+def preconditioned(query: Array, key: Array, regularization: float) -> Array:
+    """(sum k k^T + rho I)^-1 q at every time, `[batch, time, dim]`."""
+    gram = jnp.cumsum(key[..., :, None] * key[..., None, :], axis=1)
     gram = gram + regularization * jnp.eye(key.shape[-1], dtype=key.dtype)
-    solved = jnp.linalg.solve(gram, query[..., None])
-    return jnp.matmul(moment, solved, precision="highest")[..., 0]
+    return jnp.linalg.solve(gram, query[..., None])[..., 0]

@@ -13,7 +13,7 @@ first token BOS whose state is 0 is what t = 1 finds; without it s_1 would be pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -23,10 +23,11 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import ArrayLike
 
+from constructions.claims import NearMiss
 from constructions.compiler import compile_program, config_of
 from constructions.config import Config
 from constructions.family import Construction, Counterpart, Embedded, Gauge, Place
-from constructions.program import CAUSAL, SELF, Head, Program
+from constructions.program import CAUSAL, SELF, Head, Layer, Program
 from constructions.regression import at_least_one
 from constructions.slots import Slot, Slots, constant
 from constructions.transformer import Transformer, randomise
@@ -40,6 +41,8 @@ TOKENS = ("raw", "constructed")
 CODE, LONGEST_WAVE = 40, 1e4
 #: Of the copy's score over the next best one: exp(-gap) is what the copy is off by.
 GAP = 45.0
+#: Bound on the stream of deep linear attention, that of von Oswald et al. 2023.
+CLIP = 4.0
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,19 @@ class NextState(Construction):
         )
         return slots, first
 
+    def one_law(self) -> NearMiss:
+        """Predicts by a law in its weights and learns nothing from the sequence.
+
+        What training on sequences with a single law ends in: the negative control.
+        """
+        slots, first = self.slots()
+        law = np.asarray(jax.random.orthogonal(jax.random.key(0), self.dim), float)
+        one, write = constant(1.0), {slots["prediction"]: 1.0}
+        head = Head(one, one, law @ slots["state"], write, window=SELF, queries=STATE, keys=STATE)
+        layers = [Layer([self.binding(slots)])] if first > 1 else []
+        program = Program(slots, [*layers, Layer([head])], token_groups=GROUPS)
+        return NearMiss(compile_program(program), self)
+
     def binding(self, slots: Slots) -> Head:
         """The head that copies the state before."""
         code = slots["code"]
@@ -167,17 +183,21 @@ class NextState(Construction):
         )
 
 
-def wide_config(program: Program) -> Config:
-    """The shape of a program with heads as wide as the stream."""
+def wide_config(program: Program, clip: float | None = None) -> Config:
+    """The shape of a program with heads as wide as the stream, and its entries bounded."""
     shape = config_of(program)
-    return shape.with_heads(shape.width, shape.width)
+    return replace(shape.with_heads(shape.width, shape.width), clip=clip)
 
 
-def wide_counterpart(construction: NextState, recipe: Recipe, quick: Recipe) -> Counterpart:
+def wide_counterpart(
+    construction: NextState, recipe: Recipe, quick: Recipe, clip: float | None = None
+) -> Counterpart:
     """The construction's layers with heads as wide as the stream, and the same masks."""
-    base = compile_program(construction.program, config=wide_config(construction.program))
+    shape = wide_config(construction.program, clip)
+    base = compile_program(construction.program, config=shape)
+    std = 0.1 if clip is None else 0.05  # deep linear attention starts small
     return Counterpart(
-        lambda key: randomise(base, key, 0.1), construction.task, recipe, quick=quick
+        lambda key: randomise(base, key, std), construction.task, recipe, quick=quick
     )
 
 

@@ -1,6 +1,6 @@
 """The mesa layer: causal ridge regression of values on keys, read by queries.
 
-layer                  `mesa`, all times of a sequence, and `mesa_queries`
+layer                  `mesa`, all times of a sequence, and `mesa_attention`, its weights
 decoding               `mesa_start`, `mesa_step`: one token after another
 implicit               o_t = G_t (H_t + ridge)^-1 q_t and its derivative, for any method below
 chunked                exact, by products of matrices
@@ -15,6 +15,6 @@ arguments              what may be given
 """
 
 from constructions.mesa_mixer.decoding import MesaState, mesa_start, mesa_step
-from constructions.mesa_mixer.layer import METHODS, mesa, mesa_queries
+from constructions.mesa_mixer.layer import METHODS, mesa, mesa_attention
 
-__all__ = ["METHODS", "MesaState", "mesa", "mesa_queries", "mesa_start", "mesa_step"]
+__all__ = ["METHODS", "MesaState", "mesa", "mesa_attention", "mesa_start", "mesa_step"]

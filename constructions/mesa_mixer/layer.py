@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 from constructions.mesa_mixer import cholesky, chunked, conjugate_gradients, recursive
 from constructions.mesa_mixer.arguments import checked
 from constructions.mesa_mixer.implicit import Method, read_out
-from constructions.mesa_mixer.problem import Settings, problem_of
-from constructions.mesa_mixer.products import decay_of, join, split
+from constructions.mesa_mixer.problem import Settings
+from constructions.mesa_mixer.products import join, split
 
 METHODS = {
     "chunked": Method(chunked.prepare, chunked.solve, forgets=False),
@@ -131,24 +131,27 @@ def _mesa(
 
 
 @jax.jit
-def mesa_queries(query: Array, key: Array, regularization: Array) -> Array:
-    """q*_t = (H_t + ridge)^-1 q_t, with which the mesa layer is linear attention.
+def mesa_attention(
+    query: Array,
+    key: Array,
+    regularization: Array,
+    *,
+    input_gate: Array | None = None,
+    forget_gate: Array | None = None,
+) -> Array:
+    """The layer's attention weights: with them its output is o_t = sum_{s <= t} a_ts v_s.
 
-    Its output is o_t = sum_{s <= t} (k_s . q*_t) v_s, so that k_s . q*_t are attention weights. By
-    the chunked method, refined once.
+        a_ts = zeta_ts beta_s k_s . (H_t + ridge)^-1 q_t
 
-    Args:
-        query, key: `[batch, time, head, dim]`.
-        regularization: `[head]`, positive.
+    is what it reads out if the value of token s is the s-th unit vector. Arguments as of `mesa`,
+    whose default method this is.
 
     Returns:
-        `[batch, time, head, dim]`.
+        `[batch, head, time t, time s]`, 0 for s > t.
     """
-    method, size = METHODS["chunked"], min(32, query.shape[1])
-    ridge = jnp.broadcast_to(regularization[:, None, None], (query.shape[2], 1, query.shape[3]))
-    keys = split(key, size)
-    chunks, *_, chunk, _ = keys.shape
-    problem = problem_of(keys, ridge, None, None, decay_of(None, chunks, chunk, key.dtype))
-    settings = Settings(refinements=1, steps=1, tolerance=0.0)
-    solved, _ = method.solve(problem, method.prepare(problem), split(query, size), settings)
-    return join(solved, query.shape[1])
+    batch, time, heads, _ = query.shape
+    units = jnp.broadcast_to(jnp.eye(time, dtype=query.dtype)[:, None], (batch, time, heads, time))
+    weights = mesa(
+        query, key, units, regularization, input_gate=input_gate, forget_gate=forget_gate
+    )
+    return jnp.moveaxis(weights, 1, 2)

@@ -70,6 +70,23 @@ def test_any_polynomial_from_raw_states(x64, tokens, coefficients, step):
     np.testing.assert_allclose(found, expected, atol=1e-13 * np.abs(expected).max())
 
 
+def test_powers_that_cancel_are_rounded_little(x64):
+    # Chebyshev's coefficients are large and alternate: in powers of h float64 loses four digits
+    given = np.asarray(LinearDynamics(4, 30).sample(jax.random.key(0), 4).inputs[0], np.longdouble)
+    before = np.concatenate([np.zeros_like(given[:, :1]), given[:, :-1]], 1)
+    gram = np.cumsum(before[..., :, None] * before[..., None, :], 1)
+    moment = np.cumsum(given[..., :, None] * before[..., None, :], 1)
+    highest = float(np.linalg.eigvalsh(gram[:, -1].astype(float)).max())
+    coefficients = chebyshev(5, 0.5, highest)
+    expected = np.zeros_like(given)
+    for c in reversed(coefficients):
+        expected = np.einsum("btij,btj->bti", gram, expected) + np.longdouble(c) * given
+    expected = np.einsum("btij,btj->bti", moment, expected).astype(float)
+    c = MesaPolynomial(4, 30, coefficients=coefficients, step=2 / highest)
+    found = c.predict(c.compile().model, given.astype(float))
+    np.testing.assert_allclose(found, expected, atol=1e-13 * np.sqrt(np.mean(expected**2)))
+
+
 @TOKENS
 @pytest.mark.parametrize(
     "make",

@@ -50,7 +50,11 @@ RELU = LayerConfig(
     mlp_norm=NormConfig("layer", read=(1, 4), write=(0, 3), affine=True),
 )
 MESA = LayerConfig(
-    heads=(HeadsConfig("mesa", 2, 3, 2, bias=True), HeadsConfig("softmax", 1, 2, 2)),
+    heads=(
+        HeadsConfig("mesa", 2, 3, 2, bias=True),
+        HeadsConfig("softmax", 1, 2, 2),
+        HeadsConfig("mesa", 1, 2, 3, gates=True),
+    ),
     mlp=MlpConfig(3, "relu"),
 )
 EMPTY = LayerConfig(norm=NormConfig("layer", read=(0, 3), write=(3, 6)))

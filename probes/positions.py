@@ -1,0 +1,94 @@
+"""Held-out linear probes at one position of a sequence, for what an algorithm computes there.
+
+What can be read off a token early in a sequence and late in it are different questions, as the
+vector itself changes with what has been seen. Beside the models stand the input alone (the token
+before any layer) and a model at random initialisation: the solution of a linear system is partly a
+multiple of its right side, so that much of it is read off the input without any computing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from constructions.family import Construction
+from probes.linear import ridge, split
+from probes.sites import Subject, activations
+
+INPUT = "input-only"
+
+
+@dataclass(frozen=True, eq=False)
+class PositionProbes:
+    """R^2 of ridge probes, the regularisation chosen on validation sequences.
+
+    Attributes:
+        targets: names, in the order of the rows.
+        held_out: column -> `[target, layer]`, on test sequences (layer 0 is the embedding).
+        in_sample: the same on the sequences that the probes were fitted to, as some papers report.
+        layers: column -> `[target]`, the layer with the best score on validation sequences.
+    """
+
+    targets: tuple[str, ...]
+    held_out: Mapping[str, np.ndarray]
+    in_sample: Mapping[str, np.ndarray]
+    layers: Mapping[str, np.ndarray]
+
+    def best(self, column: str, target: str) -> float:
+        """Held-out R^2 at the layer that validation sequences choose."""
+        row = self.targets.index(target)
+        return float(self.held_out[column][row, self.layers[column][row]])
+
+
+def position_probes(
+    construction: Construction,
+    models: Mapping[str, Subject],
+    targets: Mapping[str, Array],
+    inputs: tuple[Array, ...],
+    position: int,
+    key: Array,
+) -> PositionProbes:
+    """Can the targets at a position be read off the token there, layer by layer?
+
+    Args:
+        construction: how inputs enter; its read-out tokens are the positions.
+        models: column -> `Transformer`, or a function from inputs to `{"residual": [layer, batch,
+            token, feature]}`. A randomly initialised one is a column like others.
+        targets: name -> `[batch, position, entry]`, all with as many entries.
+        inputs: of the construction, leading axis `batch`.
+        position: counted from 0 among the tokens that are read out.
+        key: of the split.
+
+    Returns:
+        Scores of the models, and of the first model's embedding as `INPUT`.
+
+    Raises:
+        ValueError: no model or one named `INPUT`, no target, or a position that does not exist.
+    """
+    if not models or INPUT in models or not targets:
+        raise ValueError(
+            f"models are {list(models)}, targets {list(targets)}: must be some, none '{INPUT}'"
+        )
+    size = next(iter(targets.values())).shape[1]
+    if not 0 <= position < size:
+        raise ValueError(f"position is {position}, must be 0 to {size - 1}")
+    parts = split(key, len(inputs[0]))
+    wanted = jnp.stack([jnp.asarray(a)[:, position, None] for a in targets.values()])
+    stream, _, read = construction.embed(construction.compile().model, *inputs)
+    token = range(stream.shape[1])[read][position]
+    features = {}
+    for name, subject in models.items():
+        found = activations(construction, subject)(*inputs)["residual"]
+        features[name] = found[:, :, token, None]
+    features[INPUT] = next(iter(features.values()))[:1]
+    held_out, in_sample, layers = {}, {}, {}
+    for name, x in features.items():
+        fitted = ridge(x, wanted.astype(x.dtype), parts)
+        r2 = np.asarray(fitted.r2, float)  # [layer, target, part]
+        held_out[name], in_sample[name] = r2[:, :, 2].T, r2[:, :, 0].T
+        layers[name] = r2[:, :, 1].argmax(0)
+    return PositionProbes(tuple(targets), held_out, in_sample, layers)

@@ -1,0 +1,214 @@
+"""Text as a task: the next token of a stream, at every place of a window.
+
+A stream comes from a file (bytes or characters) or from a grammar. One grammar's text can be learnt
+by heart; where every window has names of its own for the words (`renamed`), or a law of its own
+(`synthetic.bigrams`), what is to be known has to be found in the window, and the loss falls along
+it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from synthetic import chart
+from synthetic.grammar import Grammar
+from synthetic.sentences import sample
+from synthetic.task import Batch
+
+UNITS = ("characters", "bytes")
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A stream of tokens. Equal to itself alone; hashable.
+
+    Attributes:
+        tokens: `[time]` integers.
+        vocabulary: what each number stands for.
+
+    Raises:
+        ValueError: tokens are no such array, or one is no number of the vocabulary.
+    """
+
+    tokens: np.ndarray
+    vocabulary: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        tokens, size = np.asarray(self.tokens), len(self.vocabulary)
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
+            raise ValueError(
+                f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, must be [time] "
+                "integers, at least one"
+            )
+        if tokens.min() < 0 or tokens.max() >= size:
+            raise ValueError(
+                f"tokens are {tokens.min()} to {tokens.max()}, must be 0 to {size - 1}"
+            )
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str], unit: str = "characters") -> Corpus:
+        """The characters of a file in UTF-8, or the bytes of any file; those that occur, in order.
+
+        Raises:
+            ValueError: the unit is another, or the file cannot be read, is empty or is not UTF-8.
+        """
+        if unit not in UNITS:
+            raise ValueError(f"unit is {unit!r}, must be one of {UNITS}")
+        try:
+            raw = Path(path).read_bytes()
+            text = raw.decode("utf-8" if unit == "characters" else "latin-1")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"path={str(path)!r}: byte {error.start} is not UTF-8; unit='bytes' takes any file"
+            ) from error
+        except OSError as error:
+            raise ValueError(f"path={str(path)!r}: {error.strerror or error}") from error
+        if not text:
+            raise ValueError(f"path={str(path)!r}: the file is empty")
+        vocabulary = sorted(set(text))
+        number = {symbol: n for n, symbol in enumerate(vocabulary)}
+        return cls(np.array([number[symbol] for symbol in text], np.int32), tuple(vocabulary))
+
+    @classmethod
+    def from_grammar(
+        cls,
+        grammar: Grammar,
+        key: Array,
+        sentences: int,
+        max_length: int = 20,
+        separator: str = ".",
+    ) -> Corpus:
+        """Independent sentences of a grammar, each with `separator`, the last token, behind it.
+
+        Raises:
+            ValueError: the separator is a word of the grammar, or as `sentences.sample`.
+        """
+        if separator in grammar.vocabulary:
+            raise ValueError(f"separator is {separator!r}, must not be a word of the grammar")
+        drawn = sample(grammar, key, sentences, max_length)
+        place, lengths = np.arange(max_length + 1), np.asarray(drawn.lengths)[:, None]
+        tokens = np.pad(np.asarray(drawn.tokens), ((0, 0), (0, 1)))
+        tokens = np.where(place == lengths, len(grammar.vocabulary), tokens)
+        return cls(tokens[place <= lengths], (*grammar.vocabulary, separator))
+
+    def split(self, share: float = 0.1) -> tuple[Corpus, Corpus]:
+        """The front part, and the share at the end that is held out; one vocabulary.
+
+        Raises:
+            ValueError: the share is not between 0 and 1, or leaves a part without tokens.
+        """
+        cut = len(self.tokens) - round(share * len(self.tokens)) if 0 < share < 1 else 0
+        if not 0 < cut < len(self.tokens):
+            raise ValueError(
+                f"share is {share}, must be between 0 and 1 and leave tokens in both parts "
+                f"of {len(self.tokens)}"
+            )
+        return Corpus(self.tokens[:cut], self.vocabulary), Corpus(
+            self.tokens[cut:], self.vocabulary
+        )
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """The next token in windows of a corpus, drawn uniformly; a `Task`. Hashable.
+
+    The corpus becomes a constant of the compiled step, in the smallest integers that hold it.
+
+    Attributes:
+        corpus: the stream.
+        length: tokens that are seen, and as many that are predicted: the same, one place further.
+        renamed: every window has a permutation of the vocabulary of its own, uniform.
+
+    Raises:
+        ValueError: the length is below 1, or the corpus too short for one window.
+    """
+
+    corpus: Corpus
+    length: int = 128
+    renamed: bool = False
+
+    def __post_init__(self) -> None:
+        most = len(self.corpus.tokens) - 1
+        if not 1 <= self.length <= most:
+            raise ValueError(
+                f"length is {self.length}, must be 1 to {most} for a corpus of {most + 1} tokens"
+            )
+
+    @property
+    def words(self) -> int:
+        """Size of the vocabulary."""
+        return len(self.corpus.vocabulary)
+
+    @cached_property
+    def _stream(self) -> Array:
+        small = np.min_scalar_type(max(self.words - 1, 1))
+        with jax.ensure_compile_time_eval():
+            return jnp.asarray(self.corpus.tokens.astype(small))
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        """Draw windows.
+
+        Returns:
+            `inputs`: tokens `[batch, length]` int32; `target`: the next ones, the same shape.
+        """
+        place, names = jax.random.split(key)
+        starts = jax.random.randint(place, (batch, 1), 0, len(self.corpus.tokens) - self.length)
+        tokens = self._stream[starts + jnp.arange(self.length + 1)].astype(jnp.int32)
+        if self.renamed:
+            order = jnp.argsort(jax.random.uniform(names, (batch, self.words)))
+            tokens = jnp.take_along_axis(order.astype(jnp.int32), tokens, 1)
+        return Batch((tokens[:, :-1],), tokens[:, 1:])
+
+    def loss(self, prediction: Float[Array, "batch time word"], batch: Batch) -> Array:
+        """Mean cross-entropy of a window in nats a token, `[batch]`."""
+        return self.loss_by_position(prediction, batch).mean(1)
+
+    def loss_by_position(
+        self, prediction: Float[Array, "batch time word"], batch: Batch
+    ) -> Float[Array, "batch time"]:
+        """Cross-entropy at every place in nats; entry t is of the token behind t + 1 seen ones."""
+        return cross_entropy(prediction, batch.target)
+
+
+def cross_entropy(
+    prediction: Float[Array, "*place word"], target: Int[Array, "*target"]
+) -> Float[Array, "*target"]:
+    """-log of the probability that the prediction gives to the target, in nats.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if prediction.shape[:-1] != target.shape:
+        raise ValueError(
+            f"prediction must have shape {(*target.shape, 'words')}, got {prediction.shape}"
+        )
+    chosen = jnp.take_along_axis(prediction, target[..., None], -1)[..., 0]
+    return -jnp.log(jnp.maximum(chosen, jnp.finfo(prediction.dtype).tiny))
+
+
+def text_entropy(
+    grammar: Grammar, key: Array, sentences: int, max_length: int = 20
+) -> tuple[float, float]:
+    """Entropy of `Corpus.from_grammar`'s text in nats a token, and its standard error.
+
+        E[-log P(sentence)] / E[length + 1],    P(sentence) = sum over trees / P(length <= max)
+
+    with the sum by inside-outside, the expectations over drawn sentences. No predictor has a lower
+    loss, whatever it knows; one that sees the sentence from its beginning can reach it.
+    """
+    drawn = sample(grammar, key, sentences, max_length)
+    kept = float(np.log(grammar.length_probabilities(max_length).sum()))
+    found = chart.log_z(grammar, drawn.tokens, drawn.lengths)
+    nats = kept - np.asarray(found, np.float64)
+    tokens = np.asarray(drawn.lengths, np.float64) + 1
+    rate = nats.mean() / tokens.mean()
+    spread = (nats - rate * tokens).std() / np.sqrt(sentences) / tokens.mean()
+    return float(rate), float(spread)
