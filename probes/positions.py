@@ -40,6 +40,8 @@ class PositionProbes:
 
     def best(self, column: str, target: str) -> float:
         """Held-out R^2 at the layer that validation sequences choose."""
+        if target not in self.targets:
+            raise ValueError(f"target is {target!r}, must be one of {self.targets}")
         row = self.targets.index(target)
         return float(self.held_out[column][row, self.layers[column][row]])
 
@@ -64,27 +66,34 @@ def position_probes(
         key: of the split.
 
     Returns:
-        Scores of the models, and of the first model's embedding as `INPUT`.
+        Scores of the models, and of the construction's embedding as `INPUT`.
 
     Raises:
-        ValueError: no model or one named `INPUT`, no target, or a position that does not exist.
+        ValueError: no model or one named `INPUT`, no target or one of another shape, or a position
+            that does not exist.
     """
     if not models or INPUT in models or not targets:
         raise ValueError(
             f"models are {list(models)}, targets {list(targets)}: must be some, none '{INPUT}'"
         )
-    size = next(iter(targets.values())).shape[1]
-    if not 0 <= position < size:
-        raise ValueError(f"position is {position}, must be 0 to {size - 1}")
-    parts = split(key, len(inputs[0]))
-    wanted = jnp.stack([jnp.asarray(a)[:, position, None] for a in targets.values()])
     stream, _, read = construction.embed(construction.compile().model, *inputs)
-    token = range(stream.shape[1])[read][position]
-    features = {}
+    tokens = range(stream.shape[1])[read]
+    if not 0 <= position < len(tokens):
+        raise ValueError(f"position is {position}, must be 0 to {len(tokens) - 1}")
+    entries = jnp.shape(next(iter(targets.values())))[-1]
+    for name, target in targets.items():
+        if jnp.shape(target) != (len(stream), len(tokens), entries):
+            raise ValueError(
+                f"target '{name}' has shape {jnp.shape(target)}, must be "
+                f"{(len(stream), len(tokens), entries)}, [batch, position, entry]"
+            )
+    parts = split(key, len(stream))
+    wanted = jnp.stack([jnp.asarray(a)[:, position, None] for a in targets.values()])
+    token = tokens[position]
+    features = {INPUT: stream[None, :, token, None]}
     for name, subject in models.items():
         found = activations(construction, subject)(*inputs)["residual"]
         features[name] = found[:, :, token, None]
-    features[INPUT] = next(iter(features.values()))[:1]
     held_out, in_sample, layers = {}, {}, {}
     for name, x in features.items():
         fitted = ridge(x, wanted.astype(x.dtype), parts)

@@ -14,12 +14,14 @@ head can bend. (von Oswald et al. 2023, arXiv 2309.05858, section 4: compressed 
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from constructions.blank import blank
 from constructions.canonical import check_linear, head_products
+from constructions.compiler import FAR
 from constructions.config import Config, HeadsConfig, LayerConfig, SegmentConfig
 from constructions.mesa.tokens import GROUPS, STATE
 from constructions.program import CAUSAL
@@ -60,20 +62,18 @@ def compressed(model: Transformer, dim: int) -> BlockScalars:
     """The block scalars nearest to a model's products: the means of the blocks' diagonals.
 
     Raises:
-        TypeError: the model is more than linear attention.
+        TypeError: the model is more than causal linear attention between states.
         ValueError: `dim` does not divide its width.
     """
-    check_linear(model.config)
-    if model.config.width % dim:
-        raise ValueError(f"dim is {dim}, must divide the model's width {model.config.width}")
-    products = head_products(model)
-    return BlockScalars(*(_means(a, dim) for a in (products.key_query, products.output_value)))
+    return BlockScalars(*(_means(a, dim) for a in _products(model, dim)))
 
 
 def unexplained(model: Transformer, dim: int) -> Float[Array, " layer"]:
-    """Share of the squared norm of each layer's products that no block scalars hold."""
-    products = head_products(model)
-    pairs = [(a, _means(a, dim)) for a in (products.key_query, products.output_value)]
+    """Share of the squared norm of each layer's products that no block scalars hold.
+
+    Errors as of `compressed`.
+    """
+    pairs = [(a, _means(a, dim)) for a in _products(model, dim)]
     total = sum(jnp.square(full).sum((1, 2, 3)) for full, _ in pairs)
     kept = sum(jnp.square(means).sum((1, 2, 3)) for _, means in pairs)
     return jnp.asarray(1 - dim * kept / total)
@@ -86,26 +86,36 @@ def between(model: Transformer, other: Transformer, fraction: ArrayLike) -> Tran
     `probes.interpolation.blend` walks another line: it averages what the heads do.
 
     Raises:
-        TypeError: a model is more than linear attention.
-        ValueError: the models differ in depth, heads or width.
+        TypeError: a model is more than causal linear attention between states.
+        ValueError: the models differ in depth, heads, width or clip.
     """
-    for one in (model, other):
-        check_linear(one.config)
-    ours, theirs = head_products(model), head_products(other)
-    if ours.key_query.shape != theirs.key_query.shape:
+    ours, theirs = _products(model), _products(other)
+    if ours[0].shape != theirs[0].shape:
         raise ValueError(
-            f"products of the models have shapes {ours.key_query.shape} and "
-            f"{theirs.key_query.shape}, [layer, head, width, width], must agree"
+            f"products of the models have shapes {ours[0].shape} and {theirs[0].shape}, "
+            "[layer, head, width, width], must agree"
+        )
+    if model.config.clip != other.config.clip:
+        raise ValueError(
+            f"clips of the models are {model.config.clip} and {other.config.clip}, must agree"
         )
 
     def line(a: Array, b: Array) -> Array:
         return jnp.asarray((1 - fraction) * a + fraction * b)
 
-    query, output = (
-        line(ours.key_query, theirs.key_query),
-        line(ours.output_value, theirs.output_value),
-    )
+    query, output = (line(a, b) for a, b in zip(ours, theirs, strict=True))
     return _of_products(query, output, model.config.clip)
+
+
+def _products(model: Transformer, dim: int = 1) -> tuple[Array, Array]:
+    """W_K^T W_Q and P W_V of every head, `[layer, head, width, width]`."""
+    check_linear(model.config)
+    if dim < 1 or model.config.width % dim:
+        raise ValueError(f"dim is {dim}, must divide the model's width {model.config.width}")
+    products = head_products(model)
+    if not (np.asarray(products.wiring)[..., :2] == (-FAR, 0)).all():
+        raise TypeError("heads see other tokens than those so far")
+    return products.key_query, products.output_value
 
 
 def _of_products(key_query: Array, output_value: Array, clip: float | None) -> Transformer:

@@ -55,9 +55,9 @@ RIDGE_CLAIMS = (
             "pairs a state with itself",
             ONE_LAW,
         ),
-        published=0.0,
+        published=".1903; .2108 without the newest pair, .184 with it",
         note="Its regularisation is learned. The paper's own least-squares curve leaves the newest "
-        "pair out; this one does not (see the published numbers).",
+        "pair out, so that its mesa layer looks better than least squares; this one does not.",
     ),
     Claim(
         "predictions of ridge regression",
@@ -93,7 +93,7 @@ ONE_STEP_CLAIMS = (
         "<=",
         f"{_PAPER}, section 4 and Prop. 1",
         catches=("step size + 20 %", "step size - 20 %", "pairs a state with itself", ONE_LAW),
-        published=0.0,
+        published=".8942 and .9004",
         note="From below: keys and values that mix s_t and s_{t-1} gain a little, the more the "
         "fewer dimensions there are (2.6 % at 4, 1.2 % at 8).",
     ),
@@ -105,7 +105,6 @@ ONE_STEP_CLAIMS = (
         "<=",
         f"{_PAPER}, fig. 2",
         catches=("step size + 20 %", "step size - 20 %", "pairs a state with itself", ONE_LAW),
-        published=0.0,
     ),
     Claim(
         "predictions of one step",
@@ -157,11 +156,11 @@ DEEP_CLAIMS = (
         "Trained layers of linear attention have the loss of the best gradient step on an input "
         "that a polynomial has preconditioned.",
         "excess_loss",
-        0.05,
+        0.03,
         "<=",
         f"{_PAPER}, section 4 and Prop. 2",
         catches=("step size + 20 %", "step size - 20 %", "pairs a state with itself", ONE_LAW),
-        published=0.0,
+        published=".2157 for 6 layers, .2318 for the polynomial of 7",
         note="They are better, as they change keys and values too. The paper's curve of Prop. 2 "
         "agrees with its models because it divides by a norm at every time, which no fixed weights "
         "do, and because it leaves the newest pair out.",

@@ -20,6 +20,8 @@ from constructions.program import CAUSAL
 from constructions.transformer import Transformer
 from synthetic.dynamics import States
 
+_MIXERS = ("linear", "softmax", "mesa")
+
 
 def sequence_model(
     construction: NextState,
@@ -35,12 +37,19 @@ def sequence_model(
         mixers: of the layers: "linear", "softmax" or "mesa" each.
         heads, rows: of every layer, and of their keys and values.
         clip: of the `Config`; `CLIP` for deep linear attention.
+
+    Raises:
+        ValueError: no mixer or one that is none of these, or a size below 1.
     """
+    if isinstance(mixers, str) or not mixers or not set(mixers) <= set(_MIXERS):
+        raise ValueError(f"mixers is {mixers!r}, must be a row of {_MIXERS}")
+    if heads < 1 or rows < 1:
+        raise ValueError(f"heads is {heads}, rows {rows}, both must be at least 1")
     layers = [LayerConfig((HeadsConfig(mixer, heads, rows, rows),)) for mixer in mixers]
     segments = [SegmentConfig((layer,), len(list(run))) for layer, run in groupby(layers)]
     program = construction.program
     config = Config(program.slots.width, tuple(segments), program.token_groups, clip=clip)
-    # BOS is seen by heads that look for it, and adds nothing to sums: its state is 0
+    # the first state has to find BOS where it looks for the state before
     keys = None if construction.tokens == "raw" else [STATE]
     return blank(config, CAUSAL, keys)
 

@@ -74,6 +74,13 @@ class MesaPolynomial(NextState):
         object.__setattr__(self, "coefficients", numbers)
         if self.step is not None and finite_number("step", self.step) == 0:
             raise ValueError("step is 0, must not be")
+        try:
+            _ = self.rates
+        except OverflowError:
+            raise ValueError(
+                f"step is {self.contraction}, too small for these coefficients: powers of its "
+                "inverse overflow"
+            ) from None
 
     @property
     def contraction(self) -> float:
@@ -82,8 +89,8 @@ class MesaPolynomial(NextState):
             return float(self.step)
         c = self.coefficients
         # alpha sum_{k<L} (1 - alpha h)^k has c_1 / c_0 = -alpha (L - 1) / 2
-        neumann = -2 * c[1] / (c[0] * (len(c) - 1)) if len(c) > 1 and c[0] and c[1] else 0.0
-        return neumann or 1 / self.length
+        neumann = -2 * c[1] / (c[0] * (len(c) - 1)) if len(c) > 1 and c[0] else 0.0
+        return neumann if 1e-9 < abs(neumann) < 1e9 else 1 / self.length
 
     @property
     def rates(self) -> np.ndarray:
@@ -229,7 +236,12 @@ def grams(states: States) -> tuple[Array, Array]:
 
 
 def neumann(degree: int, step: float) -> tuple[float, ...]:
-    """Coefficients of step sum_{k<=degree} (1 - step h)^k: `degree` + 1 steps of descent to 1/h."""
+    """Coefficients of step sum_{k<=degree} (1 - step h)^k: `degree` + 1 steps of descent to 1/h.
+
+    ValueError for a degree below 0 or a step of 0.
+    """
+    if degree < 0 or step == 0:
+        raise ValueError(f"degree is {degree}, step {step}: must be at least 0, and not 0")
     total = sum((Polynomial([1.0, -step]) ** k for k in range(degree + 1)), Polynomial([0.0]))
     return tuple((step * total).coef.tolist())
 
@@ -259,10 +271,14 @@ def best_coefficients(
     """The polynomial of this degree with the least mean loss on sampled sequences.
 
     The prediction is linear in the coefficients, so that these solve normal equations, here with
-    powers of H_t over its typical size. Exact up to the choice of the sequences.
+    powers of H_t over its typical size and always in float64. Exact up to the choice of the
+    sequences.
+
+    ValueError for a degree below 0 or no sequences.
     """
-    sequences = task.sample(key, batch)
-    states, scale = sequences.inputs[0], task.length / 2
+    if degree < 0 or batch < 1:
+        raise ValueError(f"degree is {degree}, batch {batch}: must be at least 0 and at least 1")
+    scale = task.length / 2
 
     @jax.jit
     def moments(states: Array, target: Array) -> tuple[Array, Array]:
@@ -278,7 +294,9 @@ def best_coefficients(
             jnp.einsum("kbti,bti->k", features, target, precision="highest"),
         )
 
-    normal, right = (np.asarray(a, float) for a in moments(states, sequences.target))
+    with jax.enable_x64(True):
+        sequences = task.sample(key, batch)
+        normal, right = (np.asarray(a) for a in moments(sequences.inputs[0], sequences.target))
     # columns of like size before the solve, whose condition grows with the degree
     size = np.sqrt(np.diag(normal))
     solved = np.linalg.lstsq(normal / np.outer(size, size), right / size, rcond=None)[0] / size

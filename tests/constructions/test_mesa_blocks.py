@@ -101,7 +101,7 @@ def test_compression_gives_scalars_back():
 
 def test_between_two_models(x64):
     c, model = construction(), random_model()
-    other = compressed(model, DIM).expanded(DIM, CLIP)
+    other = compressed(model, DIM).expanded(DIM)
     states = c.task.sample(KEY, 4).inputs[0]
     for fraction, end in ((0.0, model), (1.0, other)):
         line = between(model, other, fraction)
@@ -111,7 +111,7 @@ def test_between_two_models(x64):
         np.testing.assert_allclose(m, 0.75 * a + 0.25 * b, atol=1e-14)
 
 
-def test_scalars_and_other_models_are_fitted():
+def test_scalars_are_fitted():
     c = construction(length=8)
     task, recipe = c.task, {"steps": 150, "batch": 64, "learning_rate": 0.01, "chunk": 50}
     predict = scalar_predictions(c)
@@ -142,6 +142,9 @@ def test_a_bounded_stream():
     stream, groups, _ = c.embed(wild, c.task.sample(KEY, 4).inputs[0])
     _, sites = wild.run(stream, groups, sites=("residual",))
     assert np.abs(sites["residual"][1:]).max() == 0.5
+    scalars = drawn_scalars(KEY, 2)
+    bounded = [scalars.expanded(DIM, CLIP), between(*[scalars.expanded(DIM, CLIP)] * 2, 0.5)]
+    assert [model.config.clip for model in bounded] == [CLIP, CLIP]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,13 @@ def test_a_bounded_stream():
         lambda: BlockScalars(jnp.zeros((2, 1, 4, 3)), jnp.zeros((2, 1, 4, 3))),
         lambda: BlockScalars(jnp.zeros((2, 1, 4, 4)), jnp.zeros((1, 1, 4, 4))),
         lambda: compressed(random_model(), 5),
+        lambda: unexplained(random_model(), 0),
         lambda: between(random_model(1), random_model(2), 0.5),
+        lambda: between(random_model(), drawn_scalars(KEY, 2).expanded(DIM, CLIP), 0.5),
+        lambda: sequence_model(construction(), "linear"),
+        lambda: sequence_model(construction(), ()),
+        lambda: sequence_model(construction(), ("linear", "attention")),
+        lambda: sequence_model(construction(), ("linear",), heads=0),
     ],
 )
 def test_wrong_shapes(wrong):
@@ -158,7 +167,11 @@ def test_wrong_shapes(wrong):
         wrong()
 
 
-def test_softmax_has_no_compressed_expression():
+def test_what_has_no_compressed_expression():
     base = sequence_model(CATALOGUE["mesa-ridge"](dim=2, length=5), ("softmax",))
     with pytest.raises(TypeError, match="linear"):
         compressed(base, 2)
+    # its head sees nothing but the token itself
+    alone = construction().near_misses()["one law in the weights"].model
+    with pytest.raises(TypeError):
+        compressed(alone, DIM)
