@@ -39,7 +39,7 @@ CONSTRUCTED = MesaPolynomial(DIM, LENGTH, tokens="constructed", coefficients=(0.
 RAW = MesaRidge(DIM, LENGTH)
 RECIPE = Recipe(batch=64, schedule="cosine", warmup=300, clip=1.0, chunk=200)
 #: Steps and seeds by number of layers.
-SCALARS = {1: (2000, 5), 2: (4000, 3), 4: (6000, 3), 6: (8000, 5)}
+SCALARS = {1: (2000, 5), 2: (4000, 3), 4: (6000, 1), 6: (8000, 5)}
 LINEAR = {1: 3000, 2: 5000, 4: 6000, 6: 8000}
 FROM_RAW = {
     "softmax 3 layers": (("softmax",) * 3, 6000),
