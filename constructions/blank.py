@@ -20,17 +20,20 @@ def blank(
 ) -> Transformer:
     """A transformer of this shape with every weight 0; `randomise` draws them.
 
-    Scores of softmax heads are divided by the square root of their rows, others are left alone.
+    Scores of softmax heads are divided by sqrt(key_dim), others are left alone.
 
     Args:
         config: the shape.
         window: of every head; `constructions.program.CAUSAL` for a model of sequences.
-        keys: kinds of tokens that heads attend to, all of `config.token_groups` if None.
+        keys: kinds of tokens that heads attend to, at least one; all of `config.token_groups` if
+            None.
 
     Raises:
-        ValueError: a kind of token that the config does not have.
+        ValueError: `keys` is empty, or has a kind of token that the config does not have.
     """
     groups = config.token_groups
+    if keys is not None and not keys:
+        raise ValueError(f"keys is {keys!r}, must be None or some of {groups}")
     for name in keys or ():
         if name not in groups:
             raise ValueError(f"keys holds {name!r}, must be some of {groups}")

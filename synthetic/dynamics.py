@@ -50,8 +50,9 @@ class Dynamics:
 
     def _at_least_one(self, *names: str) -> None:
         for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+            number = getattr(self, name)
+            if not isinstance(number, int | np.integer) or number < 1:
+                raise ValueError(f"{name} is {number!r}, must be at least 1 and an integer")
 
     @property
     def noise_floor(self) -> float:
@@ -94,7 +95,8 @@ class LinearDynamics(Dynamics):
         singular_values: bounds between which those of W are drawn, uniformly and independently;
             (1, 1) makes W orthogonal and Haar-distributed, below 1 it contracts.
         fixed: None, or the seed of the one W that all sequences share. A model may then know W from
-            its weights and need not learn it in context: the negative control.
+            its weights and need not learn it in context: the negative control. C below is drawn
+            for every sequence even so.
         hidden_dim: None, or the dimension of states that are not seen: h_{t+1} = W h_t + noise, and
             s_t = C h_t with entries of C from N(0, 1 / hidden_dim).
 
@@ -110,12 +112,15 @@ class LinearDynamics(Dynamics):
         super().__post_init__()
         if self.hidden_dim is not None:
             self._at_least_one("hidden_dim")
-        low, high = self.singular_values
-        object.__setattr__(self, "singular_values", (float(low), float(high)))
-        if not 0 <= low <= high < np.inf:
+        if self.fixed is not None and not isinstance(self.fixed, int | np.integer):
+            raise ValueError(f"fixed is {self.fixed!r}, must be None or an integer")
+        bounds = np.atleast_1d(self.singular_values).tolist()
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < np.inf:
             raise ValueError(
-                f"singular_values is {self.singular_values}, must be 0 <= low <= high, finite"
+                f"singular_values is {self.singular_values}, must be (low, high) with "
+                "0 <= low <= high, finite"
             )
+        object.__setattr__(self, "singular_values", (float(bounds[0]), float(bounds[1])))
 
     def laws(self, key: Array, batch: int) -> Float[Array, "batch size size"]:
         """One W for each sequence."""

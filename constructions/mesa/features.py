@@ -66,7 +66,6 @@ class MesaFeatures(NextState):
             raise ValueError(f"tokens is {self.tokens!r}, must be 'raw'")
         if finite_number("regularization", self.regularization) <= 0:
             raise ValueError(f"regularization is {self.regularization!r}, must be above 0")
-        _ = self.task  # checks the network's numbers
 
     @property
     def task(self) -> NonlinearDynamics:  # pyright: ignore[reportIncompatibleVariableOverride]

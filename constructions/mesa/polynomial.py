@@ -38,6 +38,7 @@ from constructions.mesa.tokens import (
     GROUPS,
     STATE,
     NextState,
+    causal_sums,
     copy,
     shifted,
     wide_config,
@@ -230,9 +231,7 @@ class MesaPolynomial(NextState):
 def grams(states: States) -> tuple[Array, Array]:
     """H_t = sum_{u<=t} z_u z_u^T and G_t = sum_{u<=t} s_u z_u^T, `[batch, time, dim, dim]`."""
     previous = shifted(states)
-    outer = previous[..., :, None] * previous[..., None, :]
-    cross = states[..., :, None] * previous[..., None, :]
-    return jnp.cumsum(outer, axis=1), jnp.cumsum(cross, axis=1)
+    return causal_sums(previous, previous), causal_sums(states, previous)
 
 
 def neumann(degree: int, step: float) -> tuple[float, ...]:

@@ -27,6 +27,7 @@ from constructions.mesa.tokens import (
     GROUPS,
     STATE,
     NextState,
+    causal_sums,
     shifted,
     wide_config,
     wide_counterpart,
@@ -126,20 +127,18 @@ class MesaRidge(NextState):
         return RIDGE_CLAIMS if self.tokens == "constructed" else ()
 
     def tolerance(self, dtype: str) -> float:
-        """Rounding times a bound on the condition of H_t + rho I, from the mean of tr H_t."""
+        """Rounding times an estimate of the condition of H_t + rho I, by the mean of tr H_t."""
         condition = 1 + self.length * self.dim / (3 * self.regularization)
         return float(jnp.finfo(dtype).eps) * condition
 
 
 def ridge_predictions(query: Array, key: Array, value: Array, regularization: float) -> Array:
     """(sum v k^T) (sum k k^T + rho I)^-1 q at every time, each system solved by itself."""
-    moment = jnp.cumsum(value[..., :, None] * key[..., None, :], axis=1)
     solved = preconditioned(query, key, regularization)
-    return jnp.matmul(moment, solved[..., None], precision="highest")[..., 0]
+    return jnp.matmul(causal_sums(value, key), solved[..., None], precision="highest")[..., 0]
 
 
 def preconditioned(query: Array, key: Array, regularization: float) -> Array:
     """(sum k k^T + rho I)^-1 q at every time, `[batch, time, dim]`."""
-    gram = jnp.cumsum(key[..., :, None] * key[..., None, :], axis=1)
-    gram = gram + regularization * jnp.eye(key.shape[-1], dtype=key.dtype)
+    gram = causal_sums(key, key) + regularization * jnp.eye(key.shape[-1], dtype=key.dtype)
     return jnp.linalg.solve(gram, query[..., None])[..., 0]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 from constructions.claims import NearMiss
 from constructions.compiler import compile_program, config_of
@@ -37,9 +37,10 @@ from synthetic.recipe import Recipe
 #: Token groups.
 BOS, STATE = GROUPS = ("bos", "state")
 TOKENS = ("raw", "constructed")
-#: Sines and cosines of the positional code, and the longest of its wave lengths over 2 pi.
-CODE, LONGEST_WAVE = 40, 1e4
-#: Of the copy's score over the next best one: exp(-gap) is what the copy is off by.
+#: Sines and cosines of the positional code, and the base of its frequencies: its wave lengths over
+#: 2 pi go from 1 to BASE^(38/40).
+CODE, BASE = 40, 1e4
+#: Least lead of the copied token's score over any other: each gets at most exp(-GAP) of its weight.
 GAP = 45.0
 #: Bound on the stream of deep linear attention, that of von Oswald et al. 2023.
 CLIP = 4.0
@@ -66,6 +67,7 @@ class NextState(Construction):
         at_least_one(self, "dim", "length")
         if self.tokens not in TOKENS:
             raise ValueError(f"tokens is {self.tokens!r}, must be one of {TOKENS}")
+        _ = self.task  # checks its numbers
 
     @property
     def task(self) -> LinearDynamics:
@@ -80,23 +82,33 @@ class NextState(Construction):
             states: `[batch, time, dim]`, time from 1 to `length`.
 
         Raises:
-            ValueError: a shape that does not fit, or values that are not finite.
+            ValueError: a shape that does not fit, values that are complex or not finite, or a model
+                of another width.
         """
         states = jnp.asarray(states)
         self.check(states)
+        width = self.program.slots.width
+        if model.config.width != width:
+            raise ValueError(
+                f"model has width {model.config.width}, must be {width}, that of the "
+                "construction's slots"
+            )
         weights = jax.tree.leaves(nnx.state(model, nnx.Param))
         return self.apply(model, states.astype(jnp.result_type(weights[0], states)))
 
     def check(self, *inputs: Any) -> None:
-        """Shapes, and finite values where they are concrete."""
+        """Shapes, real numbers, and finite values where they are concrete."""
         if len(inputs) != 1:
             raise ValueError(f"expected states, got {len(inputs)} arrays")
         shape = jnp.shape(inputs[0])
-        if len(shape) != 3 or shape[2] != self.dim or not 1 <= shape[1] <= self.length:
+        fits = len(shape) == 3 and shape[0] > 0 and shape[2] == self.dim
+        if not fits or not 1 <= shape[1] <= self.length:
             raise ValueError(
-                f"states has shape {shape}, must be [batch, time, {self.dim}] with time from 1 to "
-                f"{self.length}, the construction's length"
+                f"states has shape {shape}, must be [batch, time, {self.dim}], batch at least 1, "
+                f"with time from 1 to {self.length}, the construction's length"
             )
+        if jnp.iscomplexobj(inputs[0]):
+            raise ValueError(f"states has dtype {inputs[0].dtype}, must be real")
         if not isinstance(inputs[0], Tracer) and not np.isfinite(np.asarray(inputs[0])).all():
             raise ValueError("states holds NaN or infinite values, must be finite")
 
@@ -115,7 +127,7 @@ class NextState(Construction):
         return Embedded(stream, jnp.asarray(groups), slice(int(raw), time + raw))
 
     def gauge(self) -> Gauge:
-        """Predictions alone are read, and constructed tokens enter without one."""
+        """Only predictions are read; constructed tokens hold s_t and s_{t-1}, 0 elsewhere."""
         width, slots = self.program.slots.width, self.program.slots
         read = np.eye(width)[slots["prediction"].columns]
         entering = np.eye(width)
@@ -206,6 +218,11 @@ def shifted(states: States) -> States:
     return jnp.pad(states, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
+def causal_sums(value: Array, key: Array) -> Array:
+    """sum_{u<=t} v_u k_u^T at every time, `[batch, time, value dim, key dim]`."""
+    return jnp.cumsum(value[..., :, None] * key[..., None, :], axis=1)
+
+
 def copy(source: Slot, target: Slot) -> Head:
     """A value of each token, copied within the token."""
     one = constant(1.0)
@@ -215,7 +232,7 @@ def copy(source: Slot, target: Slot) -> Head:
 
 def frequencies() -> np.ndarray:
     """w_f, `[CODE / 2]`."""
-    return LONGEST_WAVE ** (-2 * np.arange(CODE // 2) / CODE)
+    return BASE ** (-2 * np.arange(CODE // 2) / CODE)
 
 
 def positional_code(tokens: int) -> np.ndarray:

@@ -1,12 +1,26 @@
 """What a mesa layer may be given, with one line of error for what it may not."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
+
+
+def at_least(name: str, number: Any, least: int) -> None:
+    """ValueError unless the number is an integer and no less."""
+    whole = isinstance(number, int | np.integer) and not isinstance(number, bool)
+    if not whole or number < least:
+        raise ValueError(f"{name} is {number!r}, must be an integer of at least {least}")
+
+
+def floating(name: str, dtype: DTypeLike) -> None:
+    """ValueError unless the dtype is one of real floating numbers."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {jnp.dtype(dtype)}, must be floating")
 
 
 def _every(name: str, x: Array | None, allowed: Callable, range_: str) -> None:
@@ -33,8 +47,7 @@ def checked(
     gates = {"input_gate": input_gate, "forget_gate": forget_gate}
     arrays = {name: jnp.asarray(x) for name, x in (given | gates).items() if x is not None}
     for name, x in arrays.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {x.dtype}, must be floating")
+        floating(name, x.dtype)
 
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     layout = f"[{', '.join(axes)}, dim]"
@@ -46,28 +59,32 @@ def checked(
         raise ValueError(
             f"value has shape {value.shape}, must be {query.shape[:-1]} and a last axis, not empty"
         )
-    heads, dim = query.shape[-2:]
-    ridge = arrays["regularization"]
-    if ridge.shape not in ((heads,), (heads, dim)):
-        raise ValueError(
-            f"regularization has shape {ridge.shape}, must be [head] = {(heads,)} or "
-            f"[head, dim] = {(heads, dim)}"
-        )
+    ridge = ridge_of(arrays["regularization"], *query.shape[-2:])
     for name in gates:
         if name in arrays and arrays[name].shape != query.shape[:-1]:
             raise ValueError(
                 f"{name} has shape {arrays[name].shape}, must be [{', '.join(axes)}] = "
                 f"{query.shape[:-1]}"
             )
-    ridge_range = "positive and finite"
-    _every("regularization", ridge, lambda x: (x > 0) & np.isfinite(x), ridge_range)
     beta, gamma = arrays.get("input_gate"), arrays.get("forget_gate")
     _every("input_gate", beta, lambda x: (x >= 0) & np.isfinite(x), "at least 0 and finite")
     _every("forget_gate", gamma, lambda x: (x > 0) & (x <= 1), "in (0, 1]")
 
     dtype = jnp.result_type(jnp.float32, *arrays.values())
-    if ridge.ndim == 1:
-        ridge = jnp.broadcast_to(ridge[:, None], (heads, dim))
     query, key, value, ridge = (x.astype(dtype) for x in (query, key, value, ridge))
     beta, gamma = (None if x is None else x.astype(dtype) for x in (beta, gamma))
     return query, key, value, ridge, beta, gamma
+
+
+def ridge_of(regularization: Array, heads: int, dim: int) -> Array:
+    """The ridge of these heads, `[head, dim]`."""
+    shape = regularization.shape
+    if shape not in ((heads,), (heads, dim)):
+        raise ValueError(
+            f"regularization has shape {shape}, must be [head] = {(heads,)} or "
+            f"[head, dim] = {(heads, dim)}"
+        )
+    allowed = "positive and finite"
+    _every("regularization", regularization, lambda x: (x > 0) & np.isfinite(x), allowed)
+    ridge = regularization if len(shape) == 2 else regularization[:, None]
+    return jnp.broadcast_to(ridge, (heads, dim))

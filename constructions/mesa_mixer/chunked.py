@@ -15,8 +15,9 @@ has the rows w_j, and
 is linear attention with w as keys and values: the mesa layer is two linear attentions. A ridge that
 stays while the pairs decay is no such sequence, so there is no forget gate.
 
-The difference loses epsilon times the condition number of H_t + ridge, and one refinement all but
-the square of that. Where even this is much, `safeguard` sees it.
+By rounding in the difference x is off by about epsilon times the condition number of H_t + ridge,
+relative to its size, and one refinement squares this number. Where even the square is not small,
+`safeguard` solves again.
 """
 
 import jax.numpy as jnp

@@ -8,11 +8,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from constructions.mesa_mixer import cholesky, chunked, conjugate_gradients, recursive
-from constructions.mesa_mixer.arguments import checked
+from constructions.mesa_mixer.arguments import at_least, checked
 from constructions.mesa_mixer.implicit import Method, read_out
 from constructions.mesa_mixer.problem import Settings
 from constructions.mesa_mixer.products import join, split
 
+AXES = ("batch", "time", "head")
 METHODS = {
     "chunked": Method(chunked.prepare, chunked.solve, forgets=False),
     "scan": Method(recursive.prepare, recursive.solve, forgets=False),
@@ -65,24 +66,25 @@ def mesa(
         method: one of the above, or "auto".
         chunk: tokens in a chunk; by default 32, or 64 where dim is more than 32.
         refinements: steps x <- x + (H + ridge)^-1 (q - (H + ridge) x) of "chunked" and "scan". The
-            first takes off what float32 loses in the inverse, the next bring little. With none,
-            no method looks at its residual either (see `safeguard`).
-        steps: the most steps of "conjugate-gradients"; 4 dim + 20 by default, for in floating point
-            ill-conditioned systems take more than dim.
-        tolerance: residual at which they end, relative to the right side; the dtype's epsilon by
-            default.
+            first takes off what float32 loses in the inverse, the next bring little. With one or
+            more the three exact methods, "cholesky" too, look at their residuals, and conjugate
+            gradients solve again what rounding has spoilt (see `safeguard`); with none they do not.
+        steps: the most steps of conjugate gradients, as method and as safeguard; 4 dim + 20 by
+            default, for in floating point ill-conditioned systems take more than dim.
+        tolerance: residual at which they end, in both, relative to the right side; the dtype's
+            epsilon by default.
 
     Returns:
-        `[batch, time, head, value_dim]`, in the dtype that the arguments promote to; computed in
-        float32 or more.
+        `[batch, time, head, value_dim]`, in the dtype that query, key and value promote to;
+        computed in float32 or more.
 
     Raises:
         ValueError: shapes or dtypes are other than these, a value is out of range (of concrete
             arrays only), the method is unknown or has no forget gate.
     """
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
     dtype = jnp.result_type(query, key, value)
-    axes = ("batch", "time", "head")
-    arrays = checked(query, key, value, regularization, input_gate, forget_gate, axes)
+    arrays = checked(query, key, value, regularization, input_gate, forget_gate, AXES)
     dim, forget = arrays[0].shape[-1], arrays[-1]
     if method == "auto":
         method = "chunked" if forget is None else "conjugate-gradients"
@@ -95,8 +97,7 @@ def mesa(
     steps = 4 * dim + 20 if steps is None else steps
     numbers = {"chunk": (chunk, 1), "refinements": (refinements, 0), "steps": (steps, 1)}
     for name, (number, least) in numbers.items():
-        if number < least:
-            raise ValueError(f"{name} is {number}, must be at least {least}")
+        at_least(name, number, least)
     if tolerance is None:
         tolerance = float(jnp.finfo(arrays[0].dtype).eps)
     elif not tolerance >= 0:
@@ -130,14 +131,13 @@ def _mesa(
     return join(jnp.asarray(output), query.shape[1])
 
 
-@jax.jit
 def mesa_attention(
-    query: Array,
-    key: Array,
-    regularization: Array,
+    query: ArrayLike,
+    key: ArrayLike,
+    regularization: ArrayLike,
     *,
-    input_gate: Array | None = None,
-    forget_gate: Array | None = None,
+    input_gate: ArrayLike | None = None,
+    forget_gate: ArrayLike | None = None,
 ) -> Array:
     """The layer's attention weights: with them its output is o_t = sum_{s <= t} a_ts v_s.
 
@@ -148,7 +148,12 @@ def mesa_attention(
 
     Returns:
         `[batch, head, time t, time s]`, 0 for s > t.
+
+    Raises:
+        ValueError: as `mesa`.
     """
+    query, key = jnp.asarray(query), jnp.asarray(key)
+    checked(query, key, key, regularization, input_gate, forget_gate, AXES)
     batch, time, heads, _ = query.shape
     units = jnp.broadcast_to(jnp.eye(time, dtype=query.dtype)[:, None], (batch, time, heads, time))
     weights = mesa(

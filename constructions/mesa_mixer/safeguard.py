@@ -25,8 +25,8 @@ def squared(a: Tokens) -> Float[Array, "chunk batch head time 1"]:
 def unsolved(problem: Problem, x: Tokens, right: Tokens) -> Marks:
     """Whether |b - A x| is above 1000 epsilon (|A| |x| + |b|), or above |b| / 2.
 
-    Below the first, x solves a system that hardly differs; below the second, it is no large vector
-    which the matrix hardly sees. NaN is above.
+    Below the first, x is the exact solution of a system that differs by rounding. An x that is much
+    too large may pass that, as |A| |x| grows with it; the second does not. NaN is above.
     """
     squares = weighted(problem.key**2, problem.input_gate).sum(-1, keepdims=True)
     before = jnp.trace(problem.gram, axis1=-2, axis2=-1)[..., None, None]

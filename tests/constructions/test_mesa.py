@@ -59,6 +59,14 @@ def test_ridge_from_raw_states(x64, tokens, rho):
     np.testing.assert_allclose(one, np.zeros((3, 1, 3)), atol=1e-15)  # nothing to learn from yet
 
 
+def test_float32_from_raw_states():
+    c = MesaRidge(10, 50, regularization=1.0)
+    given = np.asarray(c.sample(jax.random.key(0), 8)[0])
+    expected = np.stack([ridge(sequence, 1.0) for sequence in given.astype(float)])
+    found = np.asarray(c.predict(c.compile().model, given), float)
+    assert np.linalg.norm(found - expected) < 1e-6 * np.linalg.norm(expected)
+
+
 @TOKENS
 @pytest.mark.parametrize("coefficients", [(0.3,), (0.3, -0.02, 0.004, 0.0), (0.0, 0.1)])
 @pytest.mark.parametrize("step", [None, 0.1, -0.5])
@@ -204,12 +212,17 @@ def test_best_coefficients_solve_least_squares(x64):
         (lambda: MesaRidge(0), "dim is 0, must be an integer of at least 1"),
         (lambda: MesaRidge(3, 0), "length is 0, must be an integer of at least 1"),
         (lambda: MesaRidge(3, tokens="bound"), "tokens is 'bound', must be one of"),
+        (lambda: MesaRidge(3, noise=-1.0), "noise is -1.0, must be finite and at least 0"),
         (lambda: MesaRidge(3, regularization=0.0), "regularization is 0.0, must be above 0"),
         (lambda: MesaRidge(3, regularization=np.inf), "regularization is inf, must be a finite"),
         (lambda: MesaPolynomial(3, coefficients=()), "coefficients is empty"),
         (lambda: MesaPolynomial(3, coefficients=(0.1, np.inf)), r"coefficients\[1\] is inf"),
         (lambda: MesaPolynomial(3, step=0.0), "step is 0, must not be"),
         (lambda: chebyshev(2, 3.0, 1.0), r"bounds \[3.0, 1.0\]"),
+        (lambda: MesaPolynomial(coefficients=(0.3, 0.1), step=1e-320), "step is 1e-320"),
+        (lambda: neumann(-1, 0.1), "degree is -1"),
+        (lambda: neumann(2, 0.0), "step 0.0"),
+        (lambda: best_coefficients(LinearDynamics(2, 3), -1, jax.random.key(0)), "degree is -1"),
     ],
 )
 def test_bad_settings_are_named(make, message):
@@ -222,6 +235,8 @@ def test_bad_settings_are_named(make, message):
     [
         (np.zeros((2, 3)), r"states has shape \(2, 3\)"),
         (np.zeros((2, 3, 4)), r"states has shape \(2, 3, 4\), must be \[batch, time, 3\]"),
+        (np.zeros((0, 3, 3)), r"states has shape \(0, 3, 3\), .* batch at least 1"),
+        (np.zeros((2, 3, 3), complex), "states has dtype complex64, must be real"),
         (np.zeros((2, 0, 3)), "with time from 1 to 9"),
         (np.zeros((2, 10, 3)), "with time from 1 to 9, the construction's length"),
         (np.full((2, 3, 3), np.nan), "states holds NaN or infinite values"),
@@ -231,6 +246,16 @@ def test_bad_states_are_named(given, message):
     c = MesaRidge(3, 9)
     with pytest.raises(ValueError, match=message):
         c.predict(c.compile().model, given)
+
+
+@pytest.mark.parametrize(
+    "other", [MesaRidge(4, 9), MesaRidge(2, 9), MesaRidge(3, 9, tokens="constructed")]
+)
+def test_models_of_other_widths_are_named(other):
+    c, model = MesaRidge(3, 9), other.compile().model
+    message = f"model has width {model.config.width}, must be 49, that of the construction's slots"
+    with pytest.raises(ValueError, match=message):
+        c.predict(model, np.zeros((2, 3, 3)))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,21 @@
 """The mesa layer against direct solves, its methods against each other, gradients, decoding."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.mesa_mixer import METHODS, mesa, mesa_start, mesa_step
+from constructions.mesa_mixer import (
+    METHODS,
+    cholesky,
+    mesa,
+    mesa_attention,
+    mesa_start,
+    mesa_step,
+)
+from constructions.mesa_mixer.implicit import Method
 from constructions.mesa_mixer.triangular import inverse_cholesky
 
 GATED = [name for name, method in METHODS.items() if method.forgets]
@@ -210,8 +220,8 @@ def dynamics(time, dim=10):
 
 
 @pytest.mark.parametrize(("ridge", "out", "slope"), [(1.0, 1e-6, 1e-5), (1e-3, 1e-4, 1e-3)])
-def test_float32_errors(ridge, out, slope, time=1024):
-    tokens = dynamics(time)
+def test_float32_errors(ridge, out, slope):
+    tokens = dynamics(4096)
     arguments = dict(zip(NAMES, (*map(jnp.asarray, tokens), jnp.full(1, ridge)), strict=False))
     weight = jax.random.normal(jax.random.key(1), tokens[0].shape)
 
@@ -240,21 +250,26 @@ def test_float32_errors(ridge, out, slope, time=1024):
         assert error(one, np.asarray(other)) < slope
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def degenerate(kind, dtype, gates):
+    """Arguments of `mesa` whose keys are all the same, or of a condition number of 1e8."""
+    arguments = draw(0, 1, 40, 1, 8, 8, gates=gates, diagonal=False)
+    key = np.asarray(arguments["key"], float)
+    key = 30 * key[:, :1] + 0 * key if kind == "repeated" else 1e3 * key * np.logspace(0, -8, 8)
+    tokens = {"query": key, "key": key, "value": key[..., ::-1], "regularization": [1e-3]}
+    return {name: np.asarray(x, dtype) for name, x in (arguments | tokens).items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "gates", "dtype"),
+    [(m, "", dtype) for m in METHODS for dtype in ("float32", "float64")]
+    + [(m, "both", "float32") for m in GATED]
+    + [("chunked", "input", "float32")],
+)
 @pytest.mark.parametrize("kind", ["repeated", "condition"])
-def test_degenerate_keys_stay_finite(method, dtype, kind):
-    rng = np.random.default_rng(0)
-    key = rng.normal(size=(1, 40, 1, 8))
-    if kind == "repeated":
-        key[:] = 30 * key[:, :1]
-    if kind == "condition":
-        key *= np.logspace(0, -8, 8)
-        key *= 1e3
-    key = key.astype(dtype)
-    plain = {"query": key, "key": key, "value": key[..., ::-1], "regularization": [1e-3]}
+def test_degenerate_keys_stay_finite(method, gates, dtype, kind):
+    plain = degenerate(kind, dtype, gates)
     with jax.enable_x64(dtype == "float64"):
-        arguments = {name: jnp.asarray(x, dtype) for name, x in plain.items()}
+        arguments = {name: jnp.asarray(x) for name, x in plain.items()}
         loss, values = loss_of(mesa, arguments, method=method, chunk=20)
         value, gradient = jax.value_and_grad(loss)(values)
         assert np.isfinite(value)
@@ -262,6 +277,37 @@ def test_degenerate_keys_stay_finite(method, dtype, kind):
         output = mesa(**arguments, method=method, chunk=20)
     plain = {name: np.asarray(x, np.float64) for name, x in plain.items()}
     assert relative(output, direct(**plain)) < 0.05  # without safeguards hundreds, or NaN
+
+
+@pytest.mark.parametrize("gates", ["", "input", "forget", "both"])
+def test_what_is_spoilt_is_solved_again_with_the_same_gates(x64, monkeypatch, gates):
+    def spoilt(problem, prepared, right, settings):
+        x, _ = cholesky.solve(problem, prepared, right, settings)
+        failed = jnp.zeros((*x.shape[:-1], 1), bool).at[..., ::2, :].set(True)
+        return jnp.where(failed, jnp.nan, x), failed
+
+    monkeypatch.setitem(METHODS, "spoilt", Method(cholesky.prepare, spoilt, forgets=True))
+    arguments = draw(11, gates=gates)
+    assert relative(mesa(**arguments, method="spoilt", chunk=4), direct(**arguments)) < 1e-11
+
+
+@pytest.mark.parametrize("gates", ["", "both"])
+@pytest.mark.parametrize("kind", ["repeated", "condition"])
+def test_decoding_of_degenerate_keys_stays_finite(gates, kind):
+    arguments = {name: jnp.asarray(x) for name, x in degenerate(kind, "float32", gates).items()}
+    ridge = arguments.pop("regularization")
+
+    @jax.jit
+    def decoded(tokens):
+        def step(state, now):
+            return mesa_step(state, regularization=ridge, **now)
+
+        by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+        return jax.lax.scan(step, mesa_start(1, 8, 8, ridge), by_time)[1]
+
+    output, gradient = jax.jit(jax.value_and_grad(lambda t: decoded(t).sum()))(arguments)
+    assert np.isfinite(output)
+    assert all(np.isfinite(x).all() for x in gradient.values())
 
 
 def test_long_decoding_in_float32_does_not_drift():
@@ -294,6 +340,14 @@ def test_half_precision_is_computed_in_float32():
     output = mesa(**half)
     assert output.dtype == jnp.bfloat16
     np.testing.assert_array_equal(output, mesa(**full).astype(jnp.bfloat16))
+    ridge = full.pop("regularization")
+    start = mesa_start(2, 5, 4, ridge, jnp.bfloat16)
+    now, exact = ({name: x[:, 0] for name, x in a.items() if name in full} for a in (half, full))
+    state, output = mesa_step(start, regularization=ridge, **now)
+    assert state.gram.dtype == state.moment.dtype == state.root.dtype == jnp.float32
+    assert output.dtype == jnp.bfloat16
+    expected = mesa_step(start, regularization=ridge, **exact)[1]
+    np.testing.assert_array_equal(output, expected.astype(jnp.bfloat16))
 
 
 def test_transforms(x64):
@@ -328,9 +382,10 @@ BAD = [
     ({"method": "qr"}, r"method is 'qr', must be one of \['auto', 'chunked'"),
     ({"method": "scan"}, r"method is 'scan', must be one of \['cholesky', 'conj.*forget_gate"),
     ({"method": "chunked"}, r"method is 'chunked', must be one of \['cholesky'"),
-    ({"chunk": 0}, r"chunk is 0, must be at least 1"),
-    ({"steps": 0}, r"steps is 0, must be at least 1"),
-    ({"refinements": -1}, r"refinements is -1, must be at least 0"),
+    ({"chunk": 0}, r"chunk is 0, must be an integer of at least 1"),
+    ({"chunk": 2.5}, r"chunk is 2.5, must be an integer of at least 1"),
+    ({"steps": 0}, r"steps is 0, must be an integer of at least 1"),
+    ({"refinements": -1}, r"refinements is -1, must be an integer of at least 0"),
     ({"tolerance": -1.0}, r"tolerance is -1.0, must be at least 0"),
 ]
 
@@ -338,19 +393,42 @@ BAD = [
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_errors_name_argument_value_and_range(change, message):
     with pytest.raises(ValueError, match=message) as error:
-        mesa(**draw() | change)
+        inspect.unwrap(mesa)(**draw() | change)  # without the tests' checks of annotations
     assert "\n" not in str(error.value)
+
+
+def test_lists_are_arrays():
+    arguments = draw(gates="")
+    lists = {name: x.tolist() for name, x in arguments.items() if name in NAMES[:3]}
+    found = inspect.unwrap(mesa)(**arguments | lists)
+    np.testing.assert_array_equal(found, mesa(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [bad for bad in BAD if bad[0].keys() <= {*NAMES} - {"value"}]
+)
+def test_errors_of_the_weights(change, message):
+    arguments = draw() | change
+    del arguments["value"]
+    with pytest.raises(ValueError, match=message):
+        mesa_attention(**arguments)
 
 
 def test_errors_of_decoding():
     ridge = jnp.ones(3)
     for sizes, name in (((0, 5, 4), "batch"), ((2, 0, 4), "dim"), ((2, 5, 0), "value_dim")):
-        with pytest.raises(ValueError, match=f"{name} is 0, must be at least 1"):
+        with pytest.raises(ValueError, match=f"{name} is 0, must be an integer of at least 1"):
             mesa_start(*sizes, ridge)
     with pytest.raises(ValueError, match="regularization has -1.0"):
         mesa_start(2, 5, 4, -ridge)
     with pytest.raises(ValueError, match=r"regularization has shape \(\)"):
         mesa_start(2, 5, 4, jnp.ones(()))
+    with pytest.raises(ValueError, match=r"regularization has shape \(3, 4\), .*\(3, 5\)"):
+        mesa_start(2, 5, 4, jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match="regularization has dtype int32, must be floating"):
+        mesa_start(2, 5, 4, jnp.ones(3, int))
+    with pytest.raises(ValueError, match="dtype is int32, must be floating"):
+        mesa_start(2, 5, 4, ridge, jnp.int32)
     state, token = mesa_start(2, 5, 4, ridge), jnp.ones((2, 3, 5))
     with pytest.raises(ValueError, match=r"state is of shape \(2, 3, 5, 4\), .*\(2, 3, 5, 5\)"):
         mesa_step(state, token, token, token, ridge)

@@ -1,5 +1,6 @@
 """Dynamical systems: laws of the promised kind, states that follow them, losses by hand."""
 
+import inspect
 from dataclasses import replace
 
 import jax
@@ -49,6 +50,30 @@ def test_orthogonal_laws_are_haar():
     assert abs(trace.mean()) < 0.03 and abs(trace.var() - 1) < 0.05
 
 
+def test_contracting_laws_are_turned_on_both_sides():
+    task = replace(TASK, dim=3, singular_values=(0.2, 0.9))
+    w = np.asarray(task.laws(jax.random.key(1), 20_000))
+    s = np.linspace(0.2, 0.9, 10_001)
+    squares, spread = np.mean(s**2), np.var(s**2)
+    for gram in (w @ w.mT, w.mT @ w):
+        np.testing.assert_allclose(gram.mean(0), squares * np.eye(3), atol=0.01)
+        # a Haar rotation of eigenvalues drawn independently: Var / (dim + 2) off the diagonal
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert np.mean(gram[:, i, j] ** 2) == pytest.approx(spread / 5, rel=0.06)
+
+
+@pytest.mark.parametrize("hidden_dim", [None, 6])
+def test_first_states_are_spread_alike_in_all_directions(hidden_dim):
+    task = replace(TASK, length=1, hidden_dim=hidden_dim)
+    first = np.asarray(task.sample(jax.random.key(3), 20_000).inputs[0])[:, 0]
+    # uniform in [-1, 1); seen through C, of which every sequence has its own, as spread as that
+    np.testing.assert_allclose(first.mean(0), 0, atol=0.02)
+    np.testing.assert_allclose(first.T @ first / len(first), np.eye(4) / 3, atol=0.02)
+    if hidden_dim is None:
+        assert -1 <= first.min() < -0.999 and 0.999 < first.max() < 1
+        np.testing.assert_allclose(np.mean(first**4), 1 / 5, atol=0.01)
+
+
 def test_a_fixed_law_is_shared(x64):
     found = states(replace(TASK, fixed=3))
     np.testing.assert_allclose(law(found[0]), law(found[1]), atol=1e-8)
@@ -95,12 +120,19 @@ def test_losses_by_hand():
         ({"length": 0}, "length is 0, must be at least 1"),
         ({"hidden_dim": 0}, "hidden_dim is 0, must be at least 1"),
         ({"noise": -0.1}, "noise is -0.1, must be finite and at least 0"),
-        ({"singular_values": (0.9, 0.5)}, r"singular_values is \(0.9, 0.5\), must be 0 <= low"),
+        ({"singular_values": (0.9, 0.5)}, r"is \(0.9, 0.5\), must be \(low, high\) with 0 <= low"),
+        ({"singular_values": (1.0,)}, r"singular_values is \(1.0,\), must be \(low, high\)"),
+        ({"singular_values": 1.0}, r"singular_values is 1.0, must be \(low, high\)"),
+        ({"dim": 2.5}, "dim is 2.5, must be at least 1 and an integer"),
+        ({"length": 2.5}, "length is 2.5, must be at least 1 and an integer"),
+        ({"hidden_dim": 2.5}, "hidden_dim is 2.5, must be at least 1 and an integer"),
+        ({"fixed": 1.5}, "fixed is 1.5, must be None or an integer"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
+    unchecked = inspect.unwrap(LinearDynamics.__init__)  # without the tests' checks of annotations
     with pytest.raises(ValueError, match=message):
-        replace(TASK, **changes)
+        unchecked(object.__new__(LinearDynamics), **changes)
 
 
 def test_sampling_inside_jit_is_the_same():
