@@ -247,8 +247,8 @@ assert scores.best("trained", "next state") > scores.best(INPUT, "next state") +
 # %% [markdown]
 # With a large ridge more than half of the solution is in the input already, and random numbers do
 # not leave it at that: any layer of this kind adds products with $G_t$ and $H_t$. What training
-# adds is the rest, up to .94. With the ridge that the task asks for, four layers hold a tenth of the
-# solution. What grows from layer to layer is the prediction itself.
+# adds is the rest, up to .94. With the ridge that the task asks for, four layers hold a tenth of
+# the solution. What grows from layer to layer is the prediction itself.
 #
 # ## The control: one law for all
 #
