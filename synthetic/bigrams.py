@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from synthetic.task import Batch
-from synthetic.text import cross_entropy
+from synthetic.text import NextToken
 
 
 @dataclass(frozen=True)
-class BigramTask:
+class BigramTask(NextToken):
     """The next word of Markov chains, a `Task`. Hashable.
 
     Attributes:
@@ -79,13 +79,3 @@ class BigramTask:
         following = jnp.roll(here, -1, axis=1)
         counts = jnp.matmul(same, following, precision="highest") + self.concentration
         return counts / counts.sum(-1, keepdims=True)
-
-    def loss(self, prediction: Float[Array, "batch time word"], batch: Batch) -> Array:
-        """Mean cross-entropy of a sequence in nats a word, `[batch]`."""
-        return self.loss_by_position(prediction, batch).mean(1)
-
-    def loss_by_position(
-        self, prediction: Float[Array, "batch time word"], batch: Batch
-    ) -> Float[Array, "batch time"]:
-        """Cross-entropy at every place in nats; entry t is of the word behind t + 1 seen ones."""
-        return cross_entropy(prediction, batch.target)

@@ -79,11 +79,7 @@ class Dynamics:
 
     def loss_by_position(self, prediction: States, batch: Batch) -> Float[Array, "batch time"]:
         """The same at every position; entry t is about the prediction from the states up to t."""
-        if prediction.shape != batch.target.shape:
-            raise ValueError(
-                f"prediction must have shape {batch.target.shape}, got {prediction.shape}"
-            )
-        return jnp.square(prediction - batch.target).sum(-1) / 2
+        return half_squared_distance(prediction, batch.target)
 
 
 @dataclass(frozen=True)
@@ -149,6 +145,13 @@ class LinearDynamics(Dynamics):
             view = jax.random.normal(view_key, (batch, self.dim, size)) / np.sqrt(size)
             states = product(states, jnp.swapaxes(view, 1, 2))
         return Batch((states[:, :-1],), states[:, 1:])
+
+
+def half_squared_distance(prediction: Array, target: Array) -> Array:
+    """Of vectors, the last axis; ValueError for shapes that differ."""
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction must have shape {target.shape}, got {prediction.shape}")
+    return jnp.square(prediction - target).sum(-1) / 2
 
 
 def product(a: Array, b: Array) -> Array:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from synthetic.dynamics import product
+from synthetic.dynamics import half_squared_distance, product
 from synthetic.regression import Uniform
 from synthetic.task import Batch
 
@@ -89,11 +89,7 @@ class FewShotRegression:
 
     def loss_by_pair(self, prediction: Pairs, batch: Batch) -> Float[Array, "batch pair"]:
         """The same of every pair; entry i is about y_i, from the i - 1 pairs before and x_i."""
-        if prediction.shape != batch.target.shape:
-            raise ValueError(
-                f"prediction must have shape {batch.target.shape}, got {prediction.shape}"
-            )
-        return jnp.square(prediction - batch.target).sum(-1) / 2
+        return half_squared_distance(prediction, batch.target)
 
     def limit(self, eos: float | None = None) -> float:
         """Mean loss of least squares on all successive tokens after very many pairs.

@@ -116,8 +116,22 @@ class Corpus:
         )
 
 
+class NextToken:
+    """The loss of predicting every next token."""
+
+    def loss(self, prediction: Float[Array, "batch time word"], batch: Batch) -> Array:
+        """Mean cross-entropy of a sequence in nats a token, `[batch]`."""
+        return self.loss_by_position(prediction, batch).mean(1)
+
+    def loss_by_position(
+        self, prediction: Float[Array, "batch time word"], batch: Batch
+    ) -> Float[Array, "batch time"]:
+        """Cross-entropy at every place in nats; entry t is of the token behind t + 1 seen ones."""
+        return cross_entropy(prediction, batch.target)
+
+
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(NextToken):
     """The next token in windows of a corpus, drawn uniformly; a `Task`. Hashable.
 
     The corpus becomes a constant of the compiled step, in the smallest integers that hold it.
@@ -166,16 +180,6 @@ class TextTask:
             order = jnp.argsort(jax.random.uniform(names, (batch, self.words)))
             tokens = jnp.take_along_axis(order.astype(jnp.int32), tokens, 1)
         return Batch((tokens[:, :-1],), tokens[:, 1:])
-
-    def loss(self, prediction: Float[Array, "batch time word"], batch: Batch) -> Array:
-        """Mean cross-entropy of a window in nats a token, `[batch]`."""
-        return self.loss_by_position(prediction, batch).mean(1)
-
-    def loss_by_position(
-        self, prediction: Float[Array, "batch time word"], batch: Batch
-    ) -> Float[Array, "batch time"]:
-        """Cross-entropy at every place in nats; entry t is of the token behind t + 1 seen ones."""
-        return cross_entropy(prediction, batch.target)
 
 
 def cross_entropy(

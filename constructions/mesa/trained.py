@@ -147,7 +147,9 @@ def _trained(task: LinearDynamics, seed: int) -> Iterator[Measurement]:
         1.023,
         **_over_seeds([float(np.median(each) / np.median(least)) for each in own]),
         tolerance=0.03,
-        note="The published ratio is of means, and to least squares without the newest pair.",
+        note="The published ratio is of means, and to least squares without the newest pair. The "
+        "first ten states make most of either: by position the models lose ten times as much after "
+        "eleven states, and twice as much after fifty.",
     )
     initial = drawn_scalars(jax.random.key(seed), 6).expanded(task.dim, CLIP)
     yield from _probes(construction, models[0], initial, states)
