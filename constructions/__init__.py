@@ -19,6 +19,7 @@ kernel_descent       the same on features of an MLP
 noisy_regression     linear transformers that meet noise of unknown level
 inside_outside       attention between the ends of spans that parses, and masked language models
 mesa                 in-context least squares on sequences; mesa_mixer is the layer that it takes
+tint                 a transformer that trains another one in its forward pass
 
 `CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it.
 """
@@ -30,6 +31,7 @@ from constructions.kernel_descent import KERNEL_DESCENT
 from constructions.mesa import MESA_POLYNOMIAL, MESA_RIDGE
 from constructions.noisy_regression import NOISY_REGRESSION
 from constructions.separate_tokens import SEPARATE_TOKENS
+from constructions.tint import TINT
 
 CATALOGUE: dict[str, Family] = {
     family.name: family
@@ -42,6 +44,7 @@ CATALOGUE: dict[str, Family] = {
         INSIDE_OUTSIDE,
         MESA_RIDGE,
         MESA_POLYNOMIAL,
+        TINT,
     )
 }
 

@@ -292,6 +292,7 @@ def check_linear(config: Config) -> None:
     """TypeError, naming what is in the way, unless a model is linear attention alone."""
     for number, layer in enumerate(config.layers(), start=1):
         found = [f"{h.mixer} heads" for h in layer.heads if h.mixer != "linear"]
+        found += ["factors" for h in layer.heads if h.factor_dim]
         found += ["biases" for h in layer.heads if h.bias]
         found += ["an mlp"] * (layer.mlp is not None)
         found += ["a norm"] * (layer.norm is not None or layer.mlp_norm is not None)

@@ -80,17 +80,19 @@ def config_of(program: Program) -> Config:
 
 
 def _layer_config(layer: Layer) -> LayerConfig:
-    groups: dict[tuple[str, int, int], list[tuple[int, bool]]] = {}
+    groups: dict[tuple[str, int, int, int], list[tuple[int, bool]]] = {}
     for part in layer.heads:
         if isinstance(part, HeadFamily):  # sizes are known without writing its heads out
-            groups.setdefault(("linear", part.rows, 1), []).append((part.write.size, True))
+            groups.setdefault(("linear", part.rows, 1, 0), []).append((part.write.size, True))
         else:
-            sizes = (part.mixer, part.key.size, part.value.size)
+            sizes = (part.mixer, part.key.size, part.value.size, part.factor_dim)
             groups.setdefault(sizes, []).append((1, _has_bias(part)))
     return LayerConfig(
         heads=tuple(
-            HeadsConfig(mixer, sum(n for n, _ in parts), k, v, bias=any(b for _, b in parts))
-            for (mixer, k, v), parts in groups.items()
+            HeadsConfig(
+                mixer, sum(n for n, _ in parts), k, v, bias=any(b for _, b in parts), factor_dim=f
+            )
+            for (mixer, k, v, f), parts in groups.items()
         ),
         mlp=None if layer.mlp is None else _mlp_config(layer.mlp),
         norm=None if layer.norm is None else _norm_config(layer.norm),
@@ -98,7 +100,7 @@ def _layer_config(layer: Layer) -> LayerConfig:
 
 
 def _has_bias(head: Head) -> bool:
-    return any(e.constant.any() for e in (head.query, head.key, head.value))
+    return any(e.constant.any() for e in (head.query, head.key, head.value, *(head.factor or ())))
 
 
 def _mlp_config(mlp: Mlp) -> MlpConfig:
@@ -171,7 +173,7 @@ def _fill_layer(
     if layer.mlp is not None:
         if shape.mlp is None or not _fits(_mlp_config(layer.mlp), shape.mlp):
             raise ProgramError(f"{where}, mlp '{layer.mlp.name}' does not fit into {shape.mlp}")
-        _fill_mlp(layer.mlp, arrays["mlp"], r, config)
+        _fill_mlp(layer.mlp, arrays["mlp"], r)
     norm = None if layer.norm is None else _norm_config(layer.norm)
     if shape.norm != norm or shape.mlp_norm is not None:
         raise ProgramError(
@@ -200,6 +202,8 @@ def _place_head(head: Head, groups: Sequence[HeadsConfig], used: list[int]) -> i
         if group.mixer == head.mixer
         and group.key_dim >= head.key.size
         and group.value_dim >= head.value.size
+        and group.factor_dim >= head.factor_dim
+        and bool(group.factor_dim) == bool(head.factor_dim)
         and (group.bias or not _has_bias(head))
         and used[n] < group.heads
     ]
@@ -217,9 +221,11 @@ def _fits(small: MlpConfig, large: MlpConfig) -> bool:
 
 def _fill_head(head: Head, arrays: Any, at: tuple[int, int], config: Config) -> None:
     for name, expr in (("query", head.query), ("key", head.key), ("value", head.value)):
-        _fill_affine(arrays, name, at, expr, config.width)
+        _fill_affine(arrays, name, at, expr)
+    for name, expr in zip(("factor_query", "factor_key"), head.factor or (), strict=False):
+        _fill_affine(arrays, name, at, expr)
     for slot, m in head.write.items():
-        arrays["output"][at][slot.columns, : head.value.size] += m
+        m.add_to(arrays["output"][at][slot.columns, : head.value.size])
     arrays["scale"][at] = head.scale
     if head.regularization is not None:
         arrays["log_regularization"][at] = np.log(head.regularization)
@@ -230,20 +236,19 @@ def _fill_head(head: Head, arrays: Any, at: tuple[int, int], config: Config) -> 
     arrays["sink_groups"][at] = [g in head.sinks for g in config.token_groups]
 
 
-def _fill_affine(
-    arrays: Any, name: str, at: int | tuple[int, ...], expr: Affine, width: int
-) -> None:
-    arrays[name][at][: expr.size] = expr.matrix(width)
+def _fill_affine(arrays: Any, name: str, at: int | tuple[int, ...], expr: Affine) -> None:
+    for slot, m in expr.terms.items():
+        m.add_to(arrays[name][at][: expr.size, slot.columns])
     if f"{name}_bias" in arrays:
         arrays[f"{name}_bias"][at][: expr.size] = expr.constant
 
 
-def _fill_mlp(mlp: Mlp, arrays: Any, r: int, config: Config) -> None:
-    _fill_affine(arrays, "hidden", r, mlp.hidden, config.width)
+def _fill_mlp(mlp: Mlp, arrays: Any, r: int) -> None:
+    _fill_affine(arrays, "hidden", r, mlp.hidden)
     if mlp.gate is not None:
-        _fill_affine(arrays, "gate", r, mlp.gate, config.width)
+        _fill_affine(arrays, "gate", r, mlp.gate)
     for slot, m in mlp.write.items():
-        arrays["output"][r][slot.columns, : mlp.hidden.size] += m
+        m.add_to(arrays["output"][r][slot.columns, : mlp.hidden.size])
 
 
 def _map(function: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:

@@ -30,8 +30,11 @@ class HeadsConfig:
     (von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10), with x what keys are made of. A token that
     a head does not attend to neither enters nor makes it forget.
 
+    With `factor_dim` the weights a_ij that the mixer gives are multiplied by a second product,
+    (factor_query x_i) . (factor_key x_j), of that many rows; neither scaled nor normalised.
+
     Raises:
-        ValueError: `gates` of heads with another mixer than "mesa".
+        ValueError: `gates` of heads with another mixer than "mesa", or a factor of mesa heads.
     """
 
     mixer: str
@@ -40,10 +43,13 @@ class HeadsConfig:
     value_dim: int
     bias: bool = False
     gates: bool = False
+    factor_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.gates and self.mixer != "mesa":
             raise ValueError(f"gates is True and mixer {self.mixer!r}, must be 'mesa' with gates")
+        if self.factor_dim and self.mixer == "mesa":
+            raise ValueError(f"factor_dim is {self.factor_dim}, must be 0 for mesa heads")
 
     def shapes(self, width: int, token_groups: int) -> Shapes:
         """Shapes of one layer's arrays."""
@@ -64,6 +70,11 @@ class HeadsConfig:
         if self.gates:
             shapes |= {"input_gate": (h, width), "input_gate_bias": (h,)}
             shapes |= {"forget_gate": (h, width), "forget_gate_bias": (h,)}
+        if self.factor_dim:
+            f = self.factor_dim
+            shapes |= {"factor_query": (h, f, width), "factor_key": (h, f, width)}
+            if self.bias:
+                shapes |= {"factor_query_bias": (h, f), "factor_key_bias": (h, f)}
         if self.bias:
             shapes |= {"query_bias": (h, k), "key_bias": (h, k), "value_bias": (h, v)}
             shapes |= {"output_bias": (width,)}
@@ -158,16 +169,29 @@ class TokensConfig:
         positions: rows of the table that is added by position, 0 for none.
         readout: rows of the table whose products with the final stream are the scores of words.
         probabilities: how scores become those: their "softmax", or "shares" of their sum.
+        tied: the embedding is the readout too, which is then no array of the model.
+
+    Raises:
+        ValueError: tied tables have other numbers of rows.
     """
 
     embedding: int
     readout: int
     positions: int = 0
     probabilities: str = "softmax"
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tied and self.readout != self.embedding:
+            raise ValueError(
+                f"readout is {self.readout}, must be embedding={self.embedding} of tied tables"
+            )
 
     def shapes(self, width: int) -> Shapes:
         """Shapes of the tables."""
-        tables = {"embedding": self.embedding, "position": self.positions, "readout": self.readout}
+        tables = {"embedding": self.embedding, "position": self.positions}
+        if not self.tied:
+            tables["readout"] = self.readout
         return {name: (rows, width) for name, rows in tables.items() if rows}
 
 

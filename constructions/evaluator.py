@@ -3,10 +3,11 @@
     evaluate(program, {name: [batch, token, size]}, groups) -> {name: [batch, token, size]}
     counts(program)                                         -> sizes, without building a model
 
-The stream is kept as blocks of columns, cut where some slot begins or ends, so that slots that
-share columns see the same numbers as in the compiled model, and a head touches only what it reads
-and writes. Per layer, heads with the same wiring run as one batch, with the matrices that they
-have in common stored once; a head that looks at one offset computes one score a token.
+The stream is kept as blocks of columns at the tokens of one kind (`constructions.stream`), and a
+head touches only what it reads and writes. Maps are applied block by block (`constructions.maps`):
+slices of slots cost no product. Per layer, heads with the same wiring run as one batch, with what
+they have in common computed once; a head that looks at one offset computes one score a token, and
+scores that do not depend on the query or the key are computed once for all of them.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from jaxtyping import Array
 from constructions.compiler import check, config_of
 from constructions.config import WIRING
 from constructions.layer import ACTIVATIONS
-from constructions.mixers import MIXERS
+from constructions.maps import affine, times, write
+from constructions.mixers import MIXERS, TRANSPOSED
 from constructions.program import Head, HeadFamily, Layer, Program
 from constructions.slots import Affine, Slot
-
-Blocks = dict[tuple[int, int], Array]  # columns (start, stop) -> [batch, token, stop - start]
+from constructions.stream import At, Blocks, Stream, index, join
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,16 @@ def counts(program: Program) -> Counts:
     heads = [part for part in parts if isinstance(part, Head)]
     families = [part for part in parts if isinstance(part, HeadFamily)]
     mlps = [layer.mlp for layer in program.layers if layer.mlp is not None]
-    maps = [e for h in heads for e in (h.query, h.key, h.value)]
+    maps = [e for h in heads for e in (h.query, h.key, h.value, *(h.factor or ()))]
     maps += [e for m in mlps for e in (m.hidden, m.gate) if e is not None]
-    stored = sum(np.count_nonzero(a) for e in maps for a in (*e.terms.values(), e.constant))
-    stored += sum(np.count_nonzero(m) for part in (*heads, *mlps) for m in part.write.values())
+    stored = sum(m.nonzeros for e in maps for m in e.terms.values())
+    stored += sum(np.count_nonzero(e.constant) for e in maps)
+    stored += sum(m.nonzeros for part in (*heads, *mlps) for m in part.write.values())
     # of each head of a family: the ones in its query, its value and its write, and its keys
     stored += sum(f.write.size * (f.rows + 2) for f in families)
     stored += sum(np.count_nonzero(tensor) for f in families for *_, tensor in f.terms)
-    rows = [max(h.key.size, h.value.size) for h in heads] + [f.rows for f in families]
+    rows = [max(h.key.size, h.value.size, h.factor_dim) for h in heads]
+    rows += [f.rows for f in families]
     return Counts(
         width=program.slots.width,
         layers=program.depth,
@@ -97,12 +100,16 @@ def evaluate(
     Args:
         program: checked as the compiler checks it.
         values: the slots that the embedding writes, `{name: [batch, token, size]}` (at tokens that
-            do not own a slot its value is ignored), or the stream `[batch, token, width]`.
+            do not own a slot its value is ignored), or the stream `[batch, token, width]`. The
+            batch axis of a slot may be 1: all examples then share its value, and all that is
+            computed from such slots alone is computed once.
         groups: kind of every token, `[token]` or `[batch, token]`; a numpy array `[token]` lets
-            heads skip the tokens at which they do not act. None if there is one kind only.
+            slots and heads skip the tokens at which they do not live or act. None if there is one
+            kind only.
 
     Returns:
-        {name: [batch, token, size]} for every slot that lives to the end.
+        {name: [batch, token, size]} for every slot that lives to the end; at tokens that do not own
+        it the numbers mean nothing.
 
     Raises:
         ProgramError: what `compile_program` raises.
@@ -111,7 +118,6 @@ def evaluate(
     check(program)
     if groups is None and len(program.token_groups) > 1:
         raise ValueError(f"groups is None, must say which of {program.token_groups} each token is")
-    stream = values if isinstance(values, jax.Array | np.ndarray) else None
     slots = [s for s in program.slots if s.born == 0]
     if isinstance(values, Mapping):
         if set(values) != {s.name for s in slots}:
@@ -124,57 +130,63 @@ def evaluate(
                     f"value of {slot} has shape {values[slot.name].shape}, must be "
                     f"[batch, token, {slot.size}]"
                 )
-    elif stream is None or stream.ndim != 3 or stream.shape[-1] != program.slots.width:
+    elif (
+        not isinstance(values, jax.Array | np.ndarray)
+        or values.ndim != 3
+        or values.shape[-1] != program.slots.width
+    ):
         raise ValueError(
             f"values has shape {np.shape(values)}, must be [batch, token, {program.slots.width}]"
         )
-    first = jnp.asarray(next(iter(values.values())) if isinstance(values, Mapping) else values)
+    given = list(values.values()) if isinstance(values, Mapping) else [values]
+    first = jnp.asarray(given[0])
     groups = np.zeros(first.shape[1], int) if groups is None else groups
-    machine = _Machine(program, groups)
-    cuts = sorted({0, *(c for s in program.slots for c in (s.start, s.start + s.size))})
-    columns = list(zip(cuts, cuts[1:], strict=False))
-    if stream is not None:
-        blocks = {(a, b): first[..., a:b] for a, b in columns}
-    else:
-        blocks = {(a, b): jnp.zeros((*first.shape[:2], b - a), first.dtype) for a, b in columns}
+    known = groups if isinstance(groups, np.ndarray) and groups.ndim == 1 else None
+    batch = max(len(value) for value in given)
+    stream = Stream(program, known, first.shape[1], batch, first.dtype)
+    machine = _Machine(program, groups, known is not None, stream)
+    if isinstance(values, Mapping):
+        blocks: Blocks = {}
         for slot in slots:
-            owned = machine.member(slot.tokens, slice(None))
-            blocks = _add(blocks, slot, jnp.where(owned[..., None], values[slot.name], 0))
+            at = machine.at(slot.tokens)
+            value = jnp.asarray(values[slot.name])
+            value = value[:, index(at.tokens, value.shape[1])]
+            stream.add(blocks, at, slot.start, machine.only(slot.tokens, value))
+    else:
+        blocks = stream.cut(first)
     blocks = machine.run(blocks)
-    return {s.name: _read(blocks, s) for s in program.slots if s.dies is None}
-
-
-def _read(blocks: Blocks, slot: Slot) -> Array:
-    start, stop = slot.start, slot.start + slot.size
-    parts = [block for (a, b), block in blocks.items() if start <= a and b <= stop]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
-
-
-def _add(blocks: Blocks, slot: Slot, update: Array, at: Any = slice(None)) -> Blocks:
-    """Blocks after slot += update at the tokens `at`."""
-    blocks, start = dict(blocks), slot.start
-    for a, b in [c for c in blocks if start <= c[0] and c[1] <= start + slot.size]:
-        blocks[a, b] = blocks[a, b].at[:, at].add(update[..., a - start : b - start])
-    return blocks
-
-
-def _index(tokens: np.ndarray) -> Any:
-    """A slice where the tokens are consecutive, which costs no gather."""
-    if len(tokens) and (np.diff(tokens) == 1).all():
-        return slice(int(tokens[0]), int(tokens[-1]) + 1)
-    return tokens
+    return {s.name: stream.whole(blocks, s) for s in program.slots if s.dies is None}
 
 
 @dataclass(frozen=True)
 class _Machine:
     program: Program
     groups: Any
+    known: bool  # whether the kinds of tokens are known now, and the same in all examples
+    stream: Stream
 
-    def member(self, names: Sequence[str] | None, at: Any) -> Any:
-        """Whether the tokens `at` are of these kinds, `[(batch,) token]`."""
-        table = np.array([names is None or g in names for g in self.program.token_groups])
-        known = isinstance(self.groups, np.ndarray)
-        return (table if known else jnp.asarray(table))[self.groups[..., at]]
+    def member(self, names: Sequence[str] | None, tokens: np.ndarray) -> Any:
+        """Whether these tokens are of these kinds, `[(batch,) token]`; None where all are."""
+        if names is None:
+            return None
+        table = np.array([g in names for g in self.program.token_groups])
+        if not self.known:
+            return jnp.asarray(table)[jnp.asarray(self.groups)[..., tokens]]
+        found = table[self.groups[tokens]]
+        return None if found.all() else found
+
+    def at(self, names: Sequence[str] | None) -> At:
+        """The tokens of these kinds, or all where that is not known."""
+        tokens = np.arange(self.groups.shape[-1])
+        here = self.member(names, tokens) if self.known else None
+        return self.stream.at(self.stream.cell_by_cell(tokens if here is None else tokens[here]))
+
+    def only(self, names: Sequence[str] | None, update: Array) -> Array:
+        """`update` at tokens of these kinds, 0 elsewhere; as it is where `at` left those out."""
+        if names is None or self.known:
+            return update
+        here = self.member(names, np.arange(self.groups.shape[-1]))
+        return jnp.where(here[..., None], update, 0)
 
     def run(self, blocks: Blocks) -> Blocks:
         # the same layer several times in a row is scanned, so that depth costs no compile time
@@ -182,179 +194,233 @@ class _Machine:
 
         def once(blocks: Blocks) -> Blocks:
             for layer, *more in runs:
-                step = partial(self.layer, layer)
-                blocks = _repeat(step, 1 + len(more), blocks)
+                blocks = self.repeat(partial(self.layer, layer), 1 + len(more), blocks)
             return blocks
 
-        return _repeat(once, self.program.loops, blocks)
+        return self.repeat(once, self.program.loops, blocks)
+
+    def repeat(self, step: Callable[[Blocks], Blocks], times: int, blocks: Blocks) -> Blocks:
+        if times == 1:
+            return step(blocks)
+        blocks = self.stream.filled(blocks)
+        return jax.lax.scan(lambda b, _: (self.stream.filled(step(b)), None), blocks, length=times)[
+            0
+        ]
 
     def layer(self, layer: Layer, blocks: Blocks) -> Blocks:
         if layer.norm is not None:
-            v = _read(blocks, layer.norm.read)
+            at, blocks = self.at(layer.norm.tokens), dict(blocks)
+            v = self.stream.slot(blocks, at, layer.norm.read)
             v = v - v.mean(-1, keepdims=True) if layer.norm.kind == "layer" else v
             v = v * jax.lax.rsqrt(jnp.square(v).mean(-1, keepdims=True) + layer.norm.eps)
-            blocks = _add(blocks, layer.norm.write, self.only(layer.norm.tokens, v))
+            v = self.only(layer.norm.tokens, v)
+            self.stream.add(blocks, at, layer.norm.write.start, v)
         alike: dict[Any, list[Head]] = {}
         single = [head for head in layer.heads if isinstance(head, Head)]
         # erased first, so that what is written into the same columns loses no digits
         for head in sorted(single, key=lambda h: h.erases is None):
             alike.setdefault(_wiring(head), []).append(head)
-        after = blocks
+        after = dict(blocks)
         for heads in alike.values():
-            after = self.attend(heads, blocks, after)
+            self.attend(heads, blocks, after)
         for part in layer.heads:
             if isinstance(part, HeadFamily):
-                after = self.attend_family(part, blocks, after)
+                self.attend_family(part, blocks, after)
         if layer.mlp is None:
             return after
-        blocks, mlp = after, layer.mlp
-        u = ACTIVATIONS[mlp.activation](_affine([mlp.hidden], blocks)[:, :, 0])
-        u = u if mlp.gate is None else u * _affine([mlp.gate], blocks)[:, :, 0]
+        mlp, at = layer.mlp, self.at(layer.mlp.tokens)
+        u = ACTIVATIONS[mlp.activation](affine(self.stream, after, at, [mlp.hidden]))
+        u = u if mlp.gate is None else u * affine(self.stream, after, at, [mlp.gate])
+        u = self.only(mlp.tokens, u[:, :, 0])[:, :, None]
+        blocks, after = after, dict(after)
         for slot, m in mlp.write.items():
-            after = _add(after, slot, self.only(mlp.tokens, _times("btu,su->bts", u, m)))
+            write(self.stream, after, at, slot, u, [m])
         return after
 
-    def only(self, tokens: Any, update: Array) -> Array:
-        """`update` at tokens of these kinds, 0 elsewhere."""
-        if tokens is None:
-            return update
-        return jnp.where(self.member(tokens, slice(None))[..., None], update, 0)
-
-    def pairs(self, head: Head | HeadFamily) -> tuple[np.ndarray, np.ndarray, bool]:
+    def pairs(self, head: Head | HeadFamily) -> tuple[At, At, bool]:
         """Tokens that a head may look from and at; one by one (True) if it sees one offset only."""
-        tokens = np.arange(self.groups.shape[-1])
         low, high = head.window
         single = low is not None and low == high and not head.sinks
-        queries, keys = tokens, tokens
-        known = isinstance(self.groups, np.ndarray) and self.groups.ndim == 1
-        if known:
-            queries = tokens[self.member(head.queries, slice(None))]
-            keys = tokens[
-                self.member(head.keys, slice(None)) | self.member(head.sinks, slice(None))
-            ]
-        if single and low is not None:
+        queries = self.at(head.queries).tokens
+        keys = self.at(None if head.keys is None else (*head.keys, *head.sinks)).tokens
+        if single:
             queries = queries[np.isin(queries + low, keys)]
             keys = queries + low
-        return queries, keys, single
+        return self.stream.at(queries), self.stream.at(keys), single
 
-    def attend_family(self, family: HeadFamily, blocks: Blocks, after: Blocks) -> Blocks:
-        """`after` plus the outputs of a family, whose products of slots are summed first."""
+    def mask(self, head: Head | HeadFamily, queries: At, keys: At) -> Array | None:
+        """Which keys a query sees, `[batch or 1, query or 1, key or 1]`; None: all of them."""
+        low, high = head.window
+        q, k = queries.tokens, keys.tokens
+        sees = None
+        if low is not None and k.min() - q.max() < low:
+            sees = k[None, :] - q[:, None] >= jnp.asarray(low)
+        if high is not None and k.max() - q.min() > high:
+            sees = _both(sees, jnp.asarray(k)[None, :] - jnp.asarray(q)[:, None] <= high)
+        sees = _both(sees, _axis(self.member(head.keys, k), -2))
+        if head.sinks and sees is not None:
+            sinks = _axis(self.member(head.sinks, k), -2)
+            sees = None if sinks is None else sees | sinks
+        sees = _both(sees, _axis(None if self.known else self.member(head.queries, q), -1))
+        return None if sees is None else sees if sees.ndim == 3 else sees[None]
+
+    def attend_family(self, family: HeadFamily, blocks: Blocks, after: Blocks) -> None:
+        """Add the outputs of a family, whose products of slots are summed first, to `after`."""
         queries, keys, single = self.pairs(family)
         if not (len(queries) and len(keys)):
-            return after
-        qs, ks = _index(queries), _index(keys)
-        acts, seen = self.member(family.queries, qs), self.member(family.keys, ks)
+            return
         shared: dict[int, list[tuple[Slot, Slot, np.ndarray]]] = {}
         for term in family.terms:
             shared.setdefault(id(term[2]), []).append(term)
+        if single:
+            seen = _both(*(
+                None if self.known else self.member(names, at.tokens)
+                for names, at in ((family.queries, queries), (family.keys, keys))
+            ))  # fmt: skip
+        else:
+            mask = self.mask(family, queries, keys)
         for terms in shared.values():
-            left = jnp.stack([_read(blocks, term[0])[:, qs] for term in terms], 2)
-            right = jnp.stack([_read(blocks, term[1])[:, ks] for term in terms], 2)
+            left, right = (
+                join([self.stream.slot(blocks, at, slot)[:, :, None] for slot in slots], 2)
+                for at, slots in ((queries, [t[0] for t in terms]), (keys, [t[1] for t in terms]))
+            )
             if single:
-                right = jnp.where(jnp.asarray(acts & seen)[..., None, None], right, 0)
-                pairs = _times("bqkx,bqky->bqxy", left, right)
+                right = right if seen is None else jnp.where(seen[..., None, None], right, 0)
+            elif mask is None:
+                right = right.sum(1, keepdims=True)
             else:
-                low, high = family.window
-                offset = keys[None, :] - queries[:, None]
-                near = (low is None or offset >= low) & (high is None or offset <= high)
-                mask = jnp.asarray(acts[..., :, None] & near & seen[..., None, :])
-                mask = jnp.broadcast_to(mask, (len(left), *mask.shape[-2:])).astype(left.dtype)
-                pairs = _times("bqkx,bqky->bqxy", left, _times("bqt,btky->bqky", mask, right))
-            update = _times("bqxy,nxy->bqn", pairs, terms[0][2])
-            after = _add(after, family.write, update, qs)
-        return after
+                sees = _full(mask, queries, keys).astype(right.dtype)
+                right = times("bqt,btky->bqky", sees, right)
+            pairs = times("bqkx,bqky->bqxy", left, right)
+            update = times("bqxy,nxy->bqn", pairs, terms[0][2])
+            self.stream.add(after, queries, family.write.start, update)
 
-    def attend(self, heads: list[Head], blocks: Blocks, after: Blocks) -> Blocks:
-        """`after` plus the outputs of heads with equal wiring, which read `blocks`."""
-        head, tokens = heads[0], np.arange(self.groups.shape[-1])
-        low, high = head.window
+    def attend(self, heads: list[Head], blocks: Blocks, after: Blocks) -> None:
+        """Add the outputs of heads with equal wiring, which read `blocks`, to `after`."""
+        head = heads[0]
         queries, keys, single = self.pairs(head)
         if not (len(queries) and len(keys)):
-            return after
-        qs, ks = _index(queries), _index(keys)
-        q = _affine([h.query for h in heads], blocks, qs)
-        k = _affine([h.key for h in heads], blocks, ks)
-        v = _affine([h.value for h in heads], blocks, ks)
-        scale = jnp.asarray([h.scale for h in heads], q.dtype)
-        acts, seen = self.member(head.queries, qs), self.member(head.keys, ks)
-        mix = MIXERS[head.mixer]
-        if head.mixer == "mesa":
-            q = _precondition(heads, q, k, (keys <= queries[:, None]) & seen[..., None, :])
-        if single:
-            s = _times("bqnk,bqnk->bqn", q, k) * scale
-            mask = jnp.broadcast_to((acts & seen)[..., None], s.shape)
-            mixed = mix(s[..., None, None], mask[..., None, None])[..., 0] * v
-        else:
-            offset = keys[None, :] - queries[:, None]
-            near = (offset >= (low if low is not None else -len(tokens))) & (
-                offset <= (high if high is not None else len(tokens))
+            return
+
+        def read(at: At, part: Callable[[Head], Affine]) -> Array:
+            return affine(self.stream, blocks, at, [part(h) for h in heads])
+
+        q, k = read(queries, lambda h: h.query), read(keys, lambda h: h.key)
+        v = read(keys, lambda h: h.value)
+        scales = np.array([h.scale for h in heads], float)
+        if (scales != 1).any():
+            q = q * jnp.asarray(scales[: 1 if (scales == scales[0]).all() else None, None], q.dtype)
+        factor = None
+        if head.factor is not None:
+            factor = tuple(
+                read(at, lambda h, n=n: (h.factor or ())[n]) for n, at in enumerate((queries, keys))
             )
-            sinks = self.member(head.sinks, ks)[..., None, :]
-            mask = jnp.asarray(acts[..., :, None] & (near & seen[..., None, :] | sinks))
-            mask = mask[..., None, :, :] if mask.ndim == 3 else mask
-            s = _times("bqnk,btnk->bnqt", q, k) * scale[:, None, None]
-            mask = jnp.broadcast_to(mask, (len(s), len(heads), *s.shape[2:]))
-            v = jnp.broadcast_to(v, (*v.shape[:2], len(heads), v.shape[-1]))
-            mixed = _times("bnqt,btnv->bqnv", mix(_all(s, len(heads)), mask), v)
+        if single:
+            mixed = self.mix_one(head, q, k, factor, queries, keys) * v
+        else:
+            mask = self.mask(head, queries, keys)
+            if head.mixer == "mesa":
+                q = _precondition(heads, q, k, _full(mask, queries, keys))
+            mixed = _mix(head.mixer, q, k, v, factor, mask, len(queries), len(keys))
         for slot in head.write:
-            m = np.stack([np.asarray(h.write[slot]) for h in heads])
-            mixed = jnp.broadcast_to(mixed, (*mixed.shape[:2], len(heads), mixed.shape[-1]))
-            after = _add(after, slot, _times("bqnv,nsv->bqs", mixed, m), qs)
-        return after
+            write(self.stream, after, queries, slot, mixed, [h.write[slot] for h in heads])
+
+    def mix_one(
+        self, head: Head, q: Array, k: Array, factor: tuple[Array, ...] | None, qs: At, ks: At
+    ) -> Array:
+        """Weights of the only key that a query sees, `[batch or 1, token or 1, head or 1, 1]`."""
+        s = (q * k).sum(-1)[..., None, None]
+        seen = None
+        if not self.known:
+            seen = _both(self.member(head.queries, qs.tokens), self.member(head.keys, ks.tokens))
+        if seen is not None:
+            seen = (seen if seen.ndim == 2 else seen[None])[..., None, None, None]
+            shape = np.broadcast_shapes(s.shape, seen.shape)
+            s, seen = jnp.broadcast_to(s, shape), jnp.broadcast_to(seen, shape)
+        weights = _weights(head.mixer, s, seen)[..., 0]
+        if factor is not None:
+            weights = weights * (factor[0] * factor[1]).sum(-1, keepdims=True)
+        return weights
 
 
-def _precondition(heads: list[Head], q: Array, k: Array, seen: Array | np.ndarray) -> Array:
+def _mix(
+    mixer: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    factor: tuple[Array, ...] | None,
+    mask: Array | None,
+    queries: int,
+    keys: int,
+) -> Array:
+    """sum_j a_ij v_j, `[batch or 1, query or 1, head or 1, row]`.
+
+    An axis of 1 in the arguments, and in the result, is one value for all.
+    """
+    linear = MIXERS[mixer] is MIXERS["linear"]
+    if linear and mask is None and factor is None:
+        if k.shape[1] == 1:  # a sum over tokens
+            v = v.sum(1, keepdims=True) * (keys if v.shape[1] == 1 else 1)
+        v = jnp.broadcast_to(v, (v.shape[0], k.shape[1], *v.shape[2:]))
+        (n, m), (x, y) = (q.shape[1], k.shape[1]), (q.shape[-1], v.shape[-1])
+        if (n + m) * x * y < n * m * (x + y):
+            return times("bqnk,bnkv->bqnv", q, times("btnk,btnv->bnkv", k, v))
+        return times("bnqt,btnv->bqnv", times("bqnk,btnk->bnqt", q, k), v)
+    scores = times("bqnk,btnk->bnqt", q, k)
+    if mask is not None:
+        mask = mask[:, None]
+    if mask is not None or mixer in TRANSPOSED:
+        scores = jnp.broadcast_to(scores, (*scores.shape[:2], queries, keys))
+    else:
+        scores = jnp.broadcast_to(scores, (*scores.shape[:3], keys))
+    weights = _weights(mixer, scores, mask)
+    if factor is not None:
+        weights = weights * times("bqnk,btnk->bnqt", *factor)
+    v = jnp.broadcast_to(v, (v.shape[0], keys, *v.shape[2:]))
+    return times("bnqt,btnv->bqnv", weights, v)
+
+
+def _weights(mixer: str, scores: Array, mask: Array | None) -> Array:
+    """Of scores `[..., query, key]`; without a mask all keys are seen."""
+    if mask is not None:
+        shape = np.broadcast_shapes(scores.shape, mask.shape)
+        return MIXERS[mixer](jnp.broadcast_to(scores, shape), jnp.broadcast_to(mask, shape))
+    if mixer == "softmax":
+        return jax.nn.softmax(scores, -1)
+    if mixer == "transposed_softmax":
+        return jax.nn.softmax(scores, -2)
+    if MIXERS[mixer] is MIXERS["linear"]:
+        return scores
+    return MIXERS[mixer](scores, jnp.ones(scores.shape, bool))
+
+
+def _precondition(heads: list[Head], q: Array, k: Array, seen: Array) -> Array:
     """Queries of mesa heads times (sum k k^T + regularization)^-1, each Gram matrix written out."""
-    mask = jnp.broadcast_to(jnp.asarray(seen), (len(q), *seen.shape[-2:])).astype(q.dtype)
-    gram = _times("bqt,btnkl->bqnkl", mask, k[..., :, None] * k[..., None, :])
+    k = jnp.broadcast_to(k, (k.shape[0], seen.shape[2], *k.shape[2:]))
+    gram = times("bqt,btnkl->bqnkl", seen.astype(q.dtype), k[..., :, None] * k[..., None, :])
     each = np.array([h.regularization for h in heads], float)[:, None, None]
-    ridge = jnp.asarray(each * np.eye(k.shape[-1]), q.dtype)
-    q = jnp.broadcast_to(q, (*q.shape[:2], len(heads), q.shape[-1]))
-    return jnp.linalg.solve(gram + ridge, q[..., None])[..., 0]
+    gram = gram + jnp.asarray(each * np.eye(k.shape[-1]), q.dtype)
+    shape = np.broadcast_shapes(gram.shape[:-1], q.shape)
+    gram = jnp.broadcast_to(gram, (*shape, shape[-1]))
+    return jnp.linalg.solve(gram, jnp.broadcast_to(q, shape)[..., None])[..., 0]
 
 
-def _repeat(function: Callable[[Blocks], Blocks], times: int, blocks: Blocks) -> Blocks:
-    if times == 1:
-        return function(blocks)
-    return jax.lax.scan(lambda b, _: (function(b), None), blocks, length=times)[0]
+def _full(mask: Array | None, queries: At, keys: At) -> Array:
+    """A mask with all of its axes but that of the batch."""
+    mask = jnp.ones((1, 1, 1), bool) if mask is None else mask
+    return jnp.broadcast_to(mask, (len(mask), len(queries), len(keys)))
 
 
-def _all(s: Array, heads: int) -> Array:
-    return jnp.broadcast_to(s, (len(s), heads, *s.shape[2:]))
+def _both(a: Any, b: Any) -> Any:
+    """a & b, where None is True."""
+    return b if a is None else a if b is None else a & b
+
+
+def _axis(seen: Any, axis: int) -> Any:
+    return None if seen is None else jnp.expand_dims(jnp.asarray(seen), axis)
 
 
 def _wiring(head: Head) -> Any:
     """What heads that run as one batch have in common."""
-    sizes = (head.key.size, head.value.size, tuple(head.write), head.erases)
+    sizes = (head.key.size, head.value.size, head.factor_dim, tuple(head.write), head.erases)
     return head.mixer, head.queries, head.keys, head.window, head.sinks, sizes
-
-
-def _affine(parts: Sequence[Affine], blocks: Blocks, at: Any = slice(None)) -> Array:
-    """The maps of several heads, `[batch, token, head, rows]`; one head if all are equal."""
-    slots = dict.fromkeys(slot for part in parts for slot in part.terms)
-    zeros = {slot: np.zeros((parts[0].size, slot.size)) for slot in slots}
-    constants = _stack([part.constant for part in parts])
-    some = next(iter(blocks.values()))[:, at]
-    out = jnp.broadcast_to(jnp.asarray(constants, some.dtype), (*some.shape[:2], *constants.shape))
-    for slot in slots:
-        m = _stack([part.terms.get(slot, zeros[slot]) for part in parts])
-        rows = np.flatnonzero(m.any((0, 2)))  # a long query reads most slots in a few rows each
-        value, used = _read(blocks, slot)[:, at], _index(rows)
-        if len(rows) == slot.size and len(m) == 1 and (m[0, rows] == np.eye(slot.size)).all():
-            update = value[:, :, None]
-        else:
-            update = _times("bts,nks->btnk", value, m[:, used])
-        heads = max(out.shape[2], update.shape[2])
-        out = jnp.broadcast_to(out, (*out.shape[:2], heads, out.shape[3]))
-        out = out.at[..., used].add(update)
-    return out
-
-
-def _stack(matrices: Sequence[np.ndarray]) -> np.ndarray:
-    """`[head, ...]`, or `[1, ...]` where all heads have the same matrix."""
-    same = all(m is matrices[0] or np.array_equal(m, matrices[0]) for m in matrices[1:])
-    return np.stack(matrices[:1] if same else matrices)
-
-
-def _times(equation: str, a: Array, b: Array | np.ndarray) -> Array:
-    return jnp.einsum(equation, a, jnp.asarray(b, a.dtype), precision="highest")

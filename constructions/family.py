@@ -107,6 +107,8 @@ class Counterpart:
         quick: settings for a demonstration.
         exact: model -> the population loss, less a constant, where a closed form is known: an
             objective without noise for `synthetic.train.minimize`.
+        random: key -> an untrained model, a control, where `init` is more than that (the
+            construction itself, to be trained further).
     """
 
     init: Callable[[Array], Transformer]
@@ -116,6 +118,11 @@ class Counterpart:
     metrics: Callable[[Transformer], dict[str, Array]] | None = None
     quick: Recipe | None = None
     exact: Callable[[Transformer], Array] | None = None
+    random: Callable[[Array], Transformer] | None = None
+
+    def untrained(self, key: Array) -> Transformer:
+        """A random model of the shape."""
+        return (self.random or self.init)(key)
 
 
 @dataclass(frozen=True)

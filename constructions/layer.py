@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +13,15 @@ from jaxtyping import Array
 
 from constructions.config import Config, HeadsConfig, LayerConfig, MlpConfig, NormConfig
 from constructions.mesa_mixer import mesa, mesa_attention
-from constructions.mixers import MIXERS
+from constructions.mixers import MIXERS, TRANSPOSED
+
+
+def gelu_derivative(u: Array) -> Array:
+    """d gelu(u) / du of u (1 + tanh w(u)) / 2 with w(u) = sqrt(2 / pi) (u + 0.044715 u^3)."""
+    slope = math.sqrt(2 / math.pi)
+    t = jnp.tanh(slope * (u + 0.044715 * u**3))
+    return (1 + t) / 2 + u * (1 - t**2) * slope * (1 + 3 * 0.044715 * u**2) / 2
+
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda u: u,
@@ -20,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=True),
     "tanh": jnp.tanh,
     "square": jnp.square,
+    "relu_derivative": lambda u: (u > 0).astype(u.dtype),
+    "gelu_derivative": gelu_derivative,
 }
 
 
@@ -66,6 +77,8 @@ def run_layer(
     tap: Tap,
 ) -> Array:
     """The stream after a layer, `[batch, read or token, width]`."""
+    if read is not None and any(heads.mixer in TRANSPOSED for heads in layer.heads):
+        return run_layer(layer, config, weights, stream, groups, None, tap)[:, read]
     stream = tap("residual", stream)
     stream, x = _apply_norm(layer.norm, config, weights.get("norm", {}), stream, groups)
     chosen = slice(None) if read is None else read
@@ -113,7 +126,8 @@ def _heads(
             k = _affine(einsum, "bth,nkh->btnk", x, w["key"], w.get("key_bias"))
             scores = einsum("bqnk,btnk->bnqt", q, k)
         scores = scores * w["scale"][:, None, None]
-        attention.append(MIXERS[heads.mixer](scores, _mask(w, groups, chosen)))
+        weights_between = MIXERS[heads.mixer](scores, _mask(w, groups, chosen))
+        attention.append(weights_between * _factor(einsum, heads, w, queries, x))
     sizes = [heads.heads for heads in layer.heads]
     if tap.wants("attention"):
         joined = tap("attention", jnp.concatenate(attention, 1), axis=1, size=config.max_heads)
@@ -138,6 +152,17 @@ def _heads(
         update = jnp.stack(each).sum(0) if len(each) > 1 else each[0]
     biases = [w["output_bias"] for w in weights.values() if "output_bias" in w]
     return update + sum(biases) if biases else update
+
+
+def _factor(
+    einsum: Any, heads: HeadsConfig, w: Mapping[str, Array], queries: Array, x: Array
+) -> Array | int:
+    """What the weights of attention are multiplied by, `[batch, head, query, key]`."""
+    if not heads.factor_dim:
+        return 1
+    left = _affine(einsum, "bth,nfh->btnf", queries, w["factor_query"], w.get("factor_query_bias"))
+    right = _affine(einsum, "bth,nfh->btnf", x, w["factor_key"], w.get("factor_key_bias"))
+    return einsum("bqnf,btnf->bnqt", left, right)
 
 
 def _absorbs(heads: HeadsConfig, queries: Array, x: Array) -> bool:

@@ -3,7 +3,8 @@
 A mixer maps scores `[..., query, key]` and a mask of the same shape (True where a query may look)
 to attention weights a_ij; the head's output is sum_j a_ij v_j. A query that may look nowhere gets
 zero. A mesa head is a linear one whose queries were multiplied by the inverse Gram matrix of the
-keys so far, `constructions.mesa_mixer`. New mixers are added to `MIXERS` under their field's name.
+keys so far, `constructions.mesa_mixer`. A transposed mixer normalises over queries and so needs all
+of them. New mixers are added to `MIXERS` under their field's name.
 """
 
 from collections.abc import Callable
@@ -42,11 +43,25 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
 
 
-__all__ = ["MIXERS", "centred", "linear", "mesa", "softmax"]
+def transposed_softmax(scores: Scores, mask: Mask) -> Scores:
+    """a_ij = exp(s_ij) / sum_i exp(s_ij) over the queries that may look at key j.
+
+    With the roles of queries and keys of a softmax head exchanged it has that head's weights,
+    transposed: what a gradient takes to go back along attention.
+    """
+    swapped = softmax(jnp.swapaxes(scores, -1, -2), jnp.swapaxes(mask, -1, -2))
+    return jnp.swapaxes(swapped, -1, -2)
+
+
+__all__ = ["MIXERS", "TRANSPOSED", "centred", "linear", "mesa", "softmax", "transposed_softmax"]
 
 MIXERS: dict[str, Callable[[Scores, Mask], Scores]] = {
     "linear": linear,
     "centred": centred,
     "softmax": softmax,
     "mesa": linear,
+    "transposed_softmax": transposed_softmax,
 }
+
+#: Mixers that normalise over queries: all of them are computed, whichever are read.
+TRANSPOSED = ("transposed_softmax",)

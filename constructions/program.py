@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from constructions.matrices import Matrix
 from constructions.slots import Affine, Slot, Slots, concatenate, constant
 
 Window = tuple[int | None, int | None]
@@ -27,27 +28,40 @@ CAUSAL: Window = (None, 0)
 SELF: Window = (0, 0)
 
 
-def _matrices(write: Mapping[Slot, Any], size: int, who: str) -> dict[Slot, np.ndarray]:
+def _matrices(write: Mapping[Affine, Any], size: int, who: str) -> dict[Slot, Matrix]:
     """Scalars become multiples of the identity; every matrix is checked to be [slot, size]."""
-    result = {}
-    for slot, m in write.items():
-        if not isinstance(slot, Slot):
-            raise TypeError(f"{who} must write into slots, got {slot!r}")
-        m = np.asarray(m, float)
-        if m.ndim == 0:
-            if slot.size != size:
+    result: dict[Slot, Matrix] = {}
+    for place, m in write.items():
+        slot, first = _place(place, who)
+        if not isinstance(m, Matrix) and np.ndim(m) == 0:
+            if place.size != size:
                 raise ValueError(
-                    f"{who} writes {size} rows into {slot}, which has {slot.size} columns; "
+                    f"{who} writes {size} rows into {place}, which has {place.size} columns; "
                     "a scalar needs them equal"
                 )
-            m = float(m) * np.eye(size)
-        if m.shape != (slot.size, size):
+            m = Matrix.identity(size, float(m))
+        m = m if isinstance(m, Matrix) else np.asarray(m, float)
+        if m.shape != (place.size, size):
             raise ValueError(
-                f"{who} writes into {slot} with a matrix of shape {m.shape}, "
-                f"must be ({slot.size}, {size})"
+                f"{who} writes into {place} with a matrix of shape {m.shape}, "
+                f"must be ({place.size}, {size})"
             )
-        result[slot] = m
+        m = Matrix.of(m).placed(slot.size, first)
+        result[slot] = result[slot] + m if slot in result else m
     return result
+
+
+def _place(place: Any, who: str) -> tuple[Slot, int]:
+    """The slot that is written, and its first row that is."""
+    if isinstance(place, Slot):
+        return place, 0
+    if isinstance(place, Affine) and len(place.terms) == 1 and not place.constant.any():
+        ((slot, m),) = place.terms.items()
+        block = m.blocks[0] if len(m.blocks) == 1 else None
+        whole = block is not None and not block.is_dense and block.shape[0] == place.size
+        if block is not None and whole and block.content == 1:
+            return slot, block.column
+    raise TypeError(f"{who} must write into slots or slices of slots, got {place!r}")
 
 
 def token_names(groups: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -65,10 +79,13 @@ class Head:
     scores themselves for `linear`, their softmax over j for `softmax` (no hidden 1/sqrt(d)). For
     `mesa` they are linear in the query (sum_{j <= i} k_j k_j^T + regularization)^-1 q_i, so that
     the head is ridge regression from keys to values so far, at the query; its window is causal.
+    For `transposed_softmax` the softmax is over i: see `constructions.mixers`. With a factor they
+    are multiplied, behind the mixer, by factor[0](e_i) . factor[1](e_j).
 
     Attributes:
         query, key, value: affine maps of the slots; query and key have equally many rows.
-        write: {slot: matrix [slot.size, value rows] or a scalar times the identity}.
+        write: {slot: matrix [slot.size, value rows] or a scalar times the identity}; a slice of
+            a slot may stand for a slot.
         mixer: a name in `constructions.mixers.MIXERS`.
         queries, keys: token groups at which the head acts and which it attends to; None: all.
         window: bounds on the offset j - i, inclusive; None is unbounded. `CAUSAL` is (None, 0),
@@ -76,6 +93,7 @@ class Head:
         sinks: token groups that are attended to at any offset, in `keys` or not.
         scale: factor on the scores.
         regularization: of a mesa head, above 0; None for other mixers.
+        factor: (at the query, at the key), two affine maps with equally many rows, or None.
         erases: a slot that this head clears (see `erase`).
         name: for messages and figures.
     """
@@ -83,7 +101,7 @@ class Head:
     query: Affine
     key: Affine
     value: Affine
-    write: Mapping[Slot, Any]
+    write: Mapping[Any, Any]
     mixer: str = "linear"
     queries: str | Sequence[str] | None = None
     keys: str | Sequence[str] | None = None
@@ -91,6 +109,7 @@ class Head:
     sinks: Sequence[str] = ()
     scale: float = 1.0
     regularization: float | None = None
+    factor: tuple[Affine, Affine] | None = None
     erases: Slot | None = None
     name: str = "head"
 
@@ -106,6 +125,13 @@ class Head:
         low, high = self.window
         if low is not None and high is not None and low > high:
             raise ValueError(f"{self.name}: window {self.window} is empty")
+        if self.factor is not None and (
+            self.factor[0].size != self.factor[1].size or self.mixer == "mesa"
+        ):
+            raise ValueError(
+                f"{self.name}: factor has {self.factor[0].size} rows at the query and "
+                f"{self.factor[1].size} at the key, must be equal, and no mesa head has one"
+            )
         ridge = self.regularization
         if self.mixer != "mesa":
             if ridge is not None:
@@ -120,17 +146,28 @@ class Head:
     def reads(self) -> Iterator[tuple[str, Slot, tuple[str, ...] | None]]:
         """Every (part, slot, token groups at which it is read)."""
         keys = None if self.keys is None else (*self.keys, *self.sinks)
-        for part, expr, groups in (
+        parts = [
             ("query", self.query, self.queries),
             ("key", self.key, keys),
             ("value", self.value, keys),
-        ):
+        ]
+        if self.factor is not None:
+            parts += [
+                ("factor at the query", self.factor[0], self.queries),
+                ("factor at the key", self.factor[1], keys),
+            ]
+        for part, expr, groups in parts:
             for slot in expr.terms:
                 yield part, slot, token_names(groups)
 
     def writes(self) -> tuple[Slot, ...]:
         """The slots that it writes."""
         return tuple(self.write)
+
+    @property
+    def factor_dim(self) -> int:
+        """Rows of the factor, 0 without one."""
+        return 0 if self.factor is None else self.factor[0].size
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +262,7 @@ class Mlp:
 
     Attributes:
         hidden, gate: affine maps of the slots, with equally many rows.
-        write: {slot: matrix [slot.size, rows] or a scalar times the identity}.
+        write: {slot: matrix [slot.size, rows] or a scalar times the identity}; slices as in `Head`.
         activation: a name in `constructions.layer.ACTIVATIONS`; "identity" with a gate is a
             bilinear layer.
         tokens: token groups at which it acts; None: all.
@@ -233,7 +270,7 @@ class Mlp:
     """
 
     hidden: Affine
-    write: Mapping[Slot, Any]
+    write: Mapping[Any, Any]
     gate: Affine | None = None
     activation: str = "relu"
     tokens: str | Sequence[str] | None = None

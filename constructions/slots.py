@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from constructions.matrices import Matrix, stack
+
 
 class Affine:
     """What a head may read: the arithmetic of slots and expressions; every result is an `Expr`.
@@ -30,7 +32,7 @@ class Affine:
     size: int
 
     @property
-    def terms(self) -> dict[Slot, np.ndarray]:
+    def terms(self) -> dict[Slot, Matrix]:
         """{slot: matrix `[size, slot.size]`}."""
         raise NotImplementedError
 
@@ -43,7 +45,7 @@ class Affine:
         """The linear part as a dense `[size, width]` matrix on the residual stream."""
         dense = np.zeros((self.size, width))
         for slot, m in self.terms.items():
-            dense[:, slot.columns] += m
+            m.add_to(dense[:, slot.columns])
         return dense
 
     def __rmatmul__(self, matrix: Any) -> Expr:
@@ -117,14 +119,14 @@ class Slot(Affine):
     meaning: str = field(default="", compare=False)
 
     @property
-    def terms(self) -> dict[Slot, np.ndarray]:
+    def terms(self) -> dict[Slot, Matrix]:
         """The slot itself."""
-        return {self: np.eye(self.size)}
+        return {self: Matrix.identity(self.size)}
 
     @property
     def constant(self) -> np.ndarray:
         """Zero."""
-        return np.zeros(self.size)
+        return _nothing(self.size)
 
     @property
     def columns(self) -> slice:
@@ -133,13 +135,16 @@ class Slot(Affine):
 
     def lives_with(self, other: Slot) -> bool:
         """Whether some token needs both values at the same layer."""
-        same_token = (
-            self.tokens is None or other.tokens is None or bool({*self.tokens} & {*other.tokens})
-        )
         end, other_end = (np.inf if s.dies is None else s.dies for s in (self, other))
         # born together they are written together, even if one is only read by the MLP behind
         together = self.born == other.born
-        return same_token and (together or (self.born < other_end and other.born < end))
+        return (together or (self.born < other_end and other.born < end)) and self.meets(other)
+
+    def meets(self, other: Slot) -> bool:
+        """Whether some token owns both."""
+        if self.tokens is None or other.tokens is None:
+            return True
+        return not set(self.tokens).isdisjoint(other.tokens)
 
     def __str__(self) -> str:
         return f"slot '{self.name}'"
@@ -148,12 +153,13 @@ class Slot(Affine):
 class Expr(Affine):
     """An affine map of several slots, as arithmetic on slots produces it."""
 
-    def __init__(self, terms: dict[Slot, np.ndarray], constant: np.ndarray) -> None:
-        self._terms, self._constant = terms, constant
+    def __init__(self, terms: dict[Slot, Matrix], constant: np.ndarray) -> None:
         self.size = len(constant)
+        self._terms = terms
+        self._constant = constant if constant.any() else _nothing(self.size)
 
     @property
-    def terms(self) -> dict[Slot, np.ndarray]:
+    def terms(self) -> dict[Slot, Matrix]:
         """{slot: matrix `[size, slot.size]`}."""
         return self._terms
 
@@ -166,6 +172,11 @@ class Expr(Affine):
         return "expression of " + (", ".join(s.name for s in self.terms) or "a constant")
 
 
+def _nothing(size: int) -> np.ndarray:
+    """Zeros that take no memory, and cannot be written to."""
+    return np.broadcast_to(np.zeros(()), (size,))
+
+
 def constant(*values: float) -> Expr:
     """The same vector at every token, for example `constant(1.0)` as the key of a copy head."""
     return Expr({}, np.asarray(values, float))
@@ -175,7 +186,7 @@ def concatenate(*parts: Affine) -> Expr:
     """Stack expressions row by row."""
     slots = dict.fromkeys(slot for part in parts for slot in part.terms)
     terms = {
-        slot: np.concatenate([p.terms.get(slot, np.zeros((p.size, slot.size))) for p in parts])
+        slot: stack([p.terms.get(slot, Matrix((p.size, slot.size))) for p in parts])
         for slot in slots
     }
     return Expr(terms, np.concatenate([part.constant for part in parts]))

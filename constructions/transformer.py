@@ -115,14 +115,22 @@ class Transformer(nnx.Module):
             )
         return stream + tables["position"][: tokens.shape[1]]
 
-    def word_probabilities(self, stream: Stream) -> Float[Array, "batch token word"]:
-        """What a language model says of the word at every token, from its final stream."""
+    def word_scores(self, stream: Stream) -> Float[Array, "batch token word"]:
+        """Products of a language model's final stream with its readout (the embedding, if tied).
+
+        ValueError where the model has no tables.
+        """
         if self.config.tokens is None:
             raise ValueError("the model has no readout: its config has no tokens")
-        readout = nnx.to_pure_dict(nnx.state(self.tokens))["readout"]
-        scores = jnp.einsum("bth,wh->btw", stream, readout, precision=self.config.precision)
-        kind = self.config.tokens.probabilities
-        return jax.nn.softmax(scores) if kind == "softmax" else shares(scores)
+        tables = nnx.to_pure_dict(nnx.state(self.tokens))
+        readout = tables["embedding" if self.config.tokens.tied else "readout"]
+        return jnp.einsum("bth,wh->btw", stream, readout, precision=self.config.precision)
+
+    def word_probabilities(self, stream: Stream) -> Float[Array, "batch token word"]:
+        """What a language model says of the word at every token, from its final stream."""
+        scores = self.word_scores(stream)
+        soft = self.config.tokens is not None and self.config.tokens.probabilities == "softmax"
+        return jax.nn.softmax(scores) if soft else shares(scores)
 
     def arrays(self) -> dict[str, Any]:
         """The model's arrays, nested as `config.shapes()`; a new dictionary of the same arrays."""

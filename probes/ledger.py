@@ -217,7 +217,7 @@ def ledger(
         claims: other claims than the construction's own.
     """
     key, random_key = jax.random.split(jax.random.key(seed))
-    random = construction.counterpart().init(random_key)
+    random = construction.counterpart().untrained(random_key)
     reference = compiled_like(construction, random)
     subjects = {
         CONSTRUCTION: NearMiss(reference, construction),

@@ -20,6 +20,8 @@ from probes.table import ProbeTable, probe_table
 
 #: Beyond this width the canonical tensor, of width^4 entries, is not drawn.
 WIDEST = 48
+#: Beyond this width products of heads are not drawn either.
+WIDEST_PRODUCT = 128
 
 
 class NotApplicable(Exception):
@@ -100,6 +102,11 @@ def weights(
 def _products(
     models: Sequence[Transformer], reference: Transformer, names: list[str]
 ) -> list[Weights]:
+    config = reference.config
+    if config.width > WIDEST_PRODUCT:
+        raise NotApplicable(f"the stream has {config.width} columns, too many to draw")
+    if any(heads.mixer == "mesa" for layer in config.layers() for heads in layer.heads):
+        raise NotApplicable("products of mesa heads share sign and scale with the regularisation")
     built, *trained = (head_products(model) for model in (reference, *models))
     if any(len(t.key_query) != len(built.key_query) for t in trained):
         raise NotApplicable("the trained model has another number of layers")

@@ -132,7 +132,7 @@ def probe_table(
     draw, cut, shuffle, init = jax.random.split(key, 4)
     inputs = jax.jit(construction.sample, static_argnums=1)(draw, batch)
     compiled = construction.compile().model
-    initial = construction.counterpart().init(init)
+    initial = construction.counterpart().untrained(init)
     subjects: dict[str, Subject] = {**models, "construction": compiled, "random init": initial}
     embedded = construction.embed(compiled, *inputs)
     features = {

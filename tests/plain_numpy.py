@@ -32,10 +32,11 @@ def mix(mixer, scores):
     return np.array(weights) / math.fsum(weights)
 
 
-def attend(mixer, query, key, value, scale, sees, ridge, gates=None):
+def attend(mixer, query, key, value, scale, sees, ridge, gates=None, factor=None):
     """sum_j a_ij value_j for rows `[token, rows]` of one example, and the weights `[i, j]`.
 
-    `gates` of a mesa head are what enters of each token, and what is kept when it comes.
+    `gates` of a mesa head are what enters of each token, and what is kept when it comes; `factor`
+    is the rows at the query and at the key whose products the weights are multiplied by.
     """
     tokens = len(query)
     out, weights = np.zeros(value.shape), np.zeros((tokens, tokens))
@@ -49,10 +50,17 @@ def attend(mixer, query, key, value, scale, sees, ridge, gates=None):
         if mixer == "mesa":
             gram = sum((left[j] * np.outer(key[j], key[j]) for j in keys), ridge * np.eye(len(q)))
             q = np.linalg.inv(gram) @ q
-        a = mix(mixer, [scale * left[j] * sum(q * key[j]) for j in keys])
-        for j, weight in zip(keys, a, strict=True):
-            weights[i, j] = weight
-            out[i] += weight * value[j]
+        if mixer == "transposed_softmax":
+            for j in keys:
+                others = [n for n in range(tokens) if sees(n, j)]
+                shares = mix("softmax", [scale * sum(query[n] * key[j]) for n in others])
+                weights[i, j] = shares[others.index(i)]
+        else:
+            weights[i, keys] = mix(mixer, [scale * left[j] * sum(q * key[j]) for j in keys])
+        for j in keys:
+            if factor is not None:
+                weights[i, j] *= sum(factor[0][i] * factor[1][j])
+            out[i] += weights[i, j] * value[j]
     return out, weights
 
 
@@ -178,7 +186,7 @@ def interpret(program, values, groups):
     def evaluate(expr, state, b, i):
         out = expr.constant.astype(float)
         for slot, m in expr.terms.items():
-            out = out + m @ state[slot][b, i]
+            out = out + np.asarray(m) @ state[slot][b, i]
         return out
 
     for _, layer in program.unrolled():
@@ -206,11 +214,14 @@ def interpret(program, values, groups):
                     acts = head.queries is None or kinds[i] in head.queries
                     return acts and (near and seen or kinds[j] in head.sinks)
 
-                q, k, v = (
+                q, k, v, *factor = (
                     np.stack([evaluate(expr, state, b, i) for i in range(tokens)])
-                    for expr in (head.query, head.key, head.value)
+                    for expr in (head.query, head.key, head.value, *(head.factor or ()))
                 )
-                mixed, _ = attend(head.mixer, q, k, v, head.scale, sees, head.regularization)
+                ridge = head.regularization
+                mixed, _ = attend(
+                    head.mixer, q, k, v, head.scale, sees, ridge, factor=factor or None
+                )
                 for slot, m in head.write.items():
                     after[slot][b] += mixed @ np.asarray(m).T
         state = after
@@ -225,6 +236,6 @@ def interpret(program, values, groups):
                     if layer.mlp.gate is not None:
                         u = u * evaluate(layer.mlp.gate, state, b, i)
                     for slot, m in layer.mlp.write.items():
-                        after[slot][b, i] += m @ u
+                        after[slot][b, i] += np.asarray(m) @ u
             state = after
     return {slot.name: value for slot, value in state.items()}

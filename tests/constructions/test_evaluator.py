@@ -1,6 +1,8 @@
 """The slot-wise back end against the compiled model and against loops over named slots."""
 
+import tracemalloc
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +11,19 @@ import plain_numpy
 import pytest
 from flax import nnx
 
-from constructions.checks import ProgramError
+from constructions.checks import ProgramError, check
 from constructions.compiler import compile_program
 from constructions.evaluator import counts, evaluate
 from constructions.program import CAUSAL, SELF, Head, Layer, Mlp, Norm, Program, erase
 from constructions.slots import Slots, concatenate, constant
 
 
-def embed(program, batch=2, tokens=5, seed=0):
+def embed(program, batch=2, tokens=5, seed=0, groups=None):
     """Random values of the embedding's slots, the stream that holds them, token groups."""
     rng = np.random.default_rng(seed)
-    groups = rng.permutation(np.arange(tokens) % len(program.token_groups))
-    names = np.asarray(program.token_groups)[groups]
+    if groups is None:
+        groups = rng.permutation(np.arange(tokens) % len(program.token_groups))
+    tokens, names = len(groups), np.asarray(program.token_groups)[groups]
     stream, values = np.zeros((batch, tokens, program.slots.width)), {}
     for slot in program.slots:
         if slot.born:
@@ -33,9 +36,9 @@ def embed(program, batch=2, tokens=5, seed=0):
     return stream, values, groups
 
 
-def assert_all_agree(program, seed=0):
+def assert_all_agree(program, seed=0, groups=None):
     """Compiled model, evaluator (static, traced, stream, values) and interpreter."""
-    stream, values, groups = embed(program, seed=seed)
+    stream, values, groups = embed(program, seed=seed, groups=groups)
     batch = np.broadcast_to(groups, stream.shape[:2])
     expected = plain_numpy.interpret(program, values, batch)
     model = compile_program(program, "float64")
@@ -96,6 +99,66 @@ def rich_program():
     return Program(slots, layers, token_groups=("data", "prefix"))
 
 
+def cells_program():
+    """Three kinds of tokens, and heads that have a short way: slices, sums, copies, factors."""
+    slots, rng = Slots(), np.random.default_rng(5)
+    shared = slots.add("shared", 2)
+    x = slots.add("x", 6, tokens="data", accumulates=True)
+    row = slots.add("row", 7, tokens="left")
+    delta = slots.add("delta", 7, tokens="left", born=1, accumulates=True)
+    one = slots.add("one", 3, tokens="left")
+    gain = slots.add("gain", 4, tokens="right", dies=2)
+    total = slots.add("total", 2, born=1, accumulates=True)
+    both = slots.add("both", 6, tokens=("data", "right"), born=1, accumulates=True)
+    out = slots.add("out", 6, tokens="data", born=2, accumulates=True)
+    late = slots.add("late", 3, tokens="right", born=3)
+    assert (x.start, row.start, gain.start, late.start) == (2, 2, 2, 2)
+    assert row.start < both.start < row.start + row.size  # cut in other places at other tokens
+    ones = constant(1.0)
+    affine = concatenate(x, ones)
+    data: dict[str, Any] = {"queries": "data", "keys": "data"}
+    left: dict[str, Any] = {"queries": "data", "keys": "left"}
+    slices = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    first = [
+        Head(affine, row, one, {both[:3]: 0.3}, **left),
+        Head(affine, 0.5 * row, one, {both[3:]: 0.3, x[1:4]: -1.0}, **left),
+        Head(one, x[:3], affine, {delta: -0.1}, queries="left", keys="data"),
+        Head(ones, ones, x, {both: 0.1}, queries="right", keys="data"),
+        Head(ones, x[2:3], x, {both: 0.2}, **data),
+        Head(x[2:3], ones, shared, {both[2:4]: 0.2}, queries="data"),
+        Head(ones, ones, ones, {both[:1]: 0.01}, queries="data", window=CAUSAL),
+        Head(ones, ones, ones, {both[1:2]: 0.01}, queries="right", keys="data"),
+        *[Head(ones, ones, shared, {total: 1.0}, "softmax")] * 2,
+        Head(ones, ones, shared, {total: 1.0}, window=(-1, -1)),
+        Head(ones, ones, 2.0 * gain, {total[:1]: np.ones((1, 4))}, keys="right"),
+    ]
+    second = [
+        *(
+            Head(x[c], x[c], both[c], {out[c]: 1.0}, "softmax", window=CAUSAL, **data)
+            for c in slices
+        ),
+        *(Head(x[c], both[c], x[c], {out[c]: -2.0}, "transposed_softmax", **data) for c in slices),
+        Head(x, both, x, {out: 1.0}, "transposed_softmax", window=(0, None), scale=0.5, **data),
+        *(Head(x, both, x[c], {out[:2]: 0.1}, window=CAUSAL, **data) for c in slices[::2]),
+        *(Head(x, both, x[c], {out[:2]: 0.1}, window=CAUSAL, **data) for c in slices[:2]),
+        Head(ones, x[:1], x, {out: 1.0}, "transposed_softmax", **data),
+        Head(x, x, x, {out: 1.0}, "softmax", factor=(x[:4], 0.1 + 2.0 * both[2:]), **data),
+        Head(x, x, both, {out: 0.1}, factor=(ones, x[:1]), window=CAUSAL, **data),
+        Head(ones, ones, both[1:], {out[:5]: 1.0}, "softmax", window=(1, 1), factor=(x, x), **data),
+        Head(gain, gain, both[1:4], {both[3:]: 1.0}, "softmax", queries="right", keys="right"),
+        Head(affine, row + delta, one + 0.1, {out[3:]: rng.normal(size=(3, 3))}, **left),
+        Head(x, row[:6] + delta[1:], one, {out[:3]: 1.0}, "transposed_softmax", **left),
+        erase(gain),
+    ]
+    third = Layer(
+        [Head(ones, ones, both[::2], {late: 1.0}, queries="right", keys="right", window=SELF)],
+        Mlp(concatenate(x[:2], 2.0 * out[1:3]), {out[2:]: 1.0}, both[1:5], "gelu", "data"),
+        Norm(x, out, tokens="data"),
+    )
+    layers = [Layer(first), Layer(second), third]
+    return Program(slots, layers, token_groups=("data", "left", "right"))
+
+
 def looped_program(loops, repeats):
     slots = Slots()
     x = slots.add("x", 2)
@@ -106,8 +169,14 @@ def looped_program(loops, repeats):
 
 @pytest.mark.parametrize(
     "program",
-    [rich_program(), looped_program(1, 1), looped_program(3, 1), looped_program(2, 3)],
-    ids=["rich", "one layer", "looped", "looped run"],
+    [
+        rich_program(),
+        looped_program(1, 1),
+        looped_program(3, 1),
+        looped_program(2, 3),
+        cells_program(),
+    ],
+    ids=["rich", "one layer", "looped", "looped run", "cells"],
 )
 def test_equals_the_compiled_model_and_its_counts(x64, program):
     assert_all_agree(program)
@@ -120,6 +189,108 @@ def test_equals_the_compiled_model_and_its_counts(x64, program):
     assert count.layers == model.config.depth
     assert count.max_heads == model.config.max_heads
     assert count.heads == sum(len(layer.heads) for layer in program.layers)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [[1, 1, 1, 2, 2, 0, 0, 0, 0], [0, 1, 0, 2, 1, 0, 2], [0, 0, 0, 2]],
+    ids=["one after the other", "mixed", "one kind absent"],
+)
+def test_wherever_the_tokens_of_a_kind_stand(x64, groups):
+    assert_all_agree(cells_program(), groups=np.array(groups))
+
+
+def test_what_all_examples_share_may_have_one_example(x64):
+    program = cells_program()
+    groups = np.array([1, 1, 0, 0, 2])
+    _, values, _ = embed(program, groups=groups)
+    own = {"x", "gain"}
+    one = {name: v if name in own else v[:1] for name, v in values.items()}
+    many = {name: np.broadcast_to(v, values[name].shape) for name, v in one.items()}
+    run = jax.jit(lambda v: evaluate(program, v, groups))
+    found, wanted = run(one), run(many)
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape
+        np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-12)
+
+
+def operations(program, values, groups=None):
+    """Text of all that the evaluator computes."""
+    return str(jax.make_jaxpr(lambda v: evaluate(program, v, groups))(values))
+
+
+def attention_program(mixer, window=(None, None), heads=4):
+    slots = Slots()
+    q, k, v = (slots.add(name, 2 * heads) for name in "qkv")
+    out = slots.add("out", 2 * heads, born=1, accumulates=True)
+    parts = [slice(2 * n, 2 * n + 2) for n in range(heads)]
+    layer = Layer(
+        [Head(q[c], k[c], 3.0 * v[c], {out[c]: 1.0}, mixer, window=window) for c in parts]
+    )
+    return Program(slots, [layer]), {name: np.ones((1, 5, 2 * heads)) for name in "qkv"}
+
+
+@pytest.mark.parametrize("mixer", ["linear", "softmax", "transposed_softmax"])
+def test_slices_cost_no_product_and_a_full_mask_nothing(mixer):
+    text = operations(*attention_program(mixer))
+    assert text.count("dot_general") == 2  # scores and their mean of the values, all heads at once
+    assert "select_n" not in text
+    assert "scatter" not in text
+    assert "gather" not in text
+    assert "select_n" in operations(*attention_program(mixer, CAUSAL))
+
+
+def test_copies_and_sums_have_no_scores():
+    slots, one = Slots(), constant(1.0)
+    a, b = slots.add("a", 2), slots.add("b", 1)
+    c = slots.add("c", 2, born=1, accumulates=True)
+    heads = [Head(one, one, a, {c: 2.0}), Head(one, b, a, {c: 1.0}), Head(b, one, a, {c: 1.0})]
+    values = {"a": np.ones((1, 50, 2)), "b": np.ones((1, 50, 1))}
+    assert "50,50" not in operations(Program(slots, [Layer(heads)]), values)
+
+
+def test_a_slot_takes_memory_only_where_it_lives(x64):
+    slots, one = Slots(), constant(1.0)
+    a = slots.add("a", 7, tokens="few")
+    wide = slots.add("wide", 7, tokens="few", born=1, dies=9)
+    b = slots.add("b", 3, tokens="many")
+    c = slots.add("c", 3, tokens="few", born=2)
+    where: dict[str, Any] = {"queries": "few", "keys": "few"}
+    layers = [
+        Layer([Head(one, one, a, {wide: 1.0}, window=SELF, **where)]),
+        Layer([Head(wide[:3], b, b, {c: 1.0}, queries="few", keys="many")]),
+    ]
+    program = Program(slots, layers, token_groups=("few", "many"))
+    groups = np.repeat([0, 1], [4, 40])
+    values = {"a": np.ones((1, 44, 7)), "b": np.ones((1, 44, 3))}
+    text = operations(program, values, groups)
+    assert text.count("1,44,7]") == 2  # the value that is given and the one that is returned
+    assert "1,40,7]" in text  # zeros of the latter
+
+
+def test_wide_slots_take_no_memory_until_they_are_filled():
+    tracemalloc.start()
+    slots, size, heads, depth = Slots(), 768, 12, 4
+    x = slots.add("x", size, accumulates=True)
+    w = slots.add("w", 4 * size)
+    tape = [slots.add(f"tape {n}", size, born=n + 1) for n in range(depth)]
+    parts = [slice(64 * n, 64 * n + 64) for n in range(heads)]
+    layers = [
+        Layer([
+            *(Head(x[c], x[c], w[768:1536][c], {to[c]: 1.0}, "softmax") for c in parts),
+            Head(x, w[:size] - 0.5 * x, concatenate(x, constant(1.0))[1:], {x: -0.1}),
+        ])
+        for to in tape
+    ]  # fmt: skip
+    program = Program(slots, layers)
+    check(program)
+    found = counts(program)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**21  # one dense square would be 4.5 MiB
+    assert found.width == (1 + 4 + depth) * size
+    assert found.stored == depth * (4 * size + 5 * size)
+    assert found.heads == depth * (heads + 1)
 
 
 def test_no_quadratic_array_where_a_head_has_one_offset(x64):

@@ -1,0 +1,44 @@
+"""A transformer that trains a transformer in its forward pass (Panigrahi et al. 2023, 2307.01189).
+
+auxiliary     the small decoder that is trained: its shape, and models fitted to text of a grammar
+checkpoint    the same out of, and into, a local folder of weights in Hugging Face format
+formats       names and settings of such folders, for GPT-2 and OPT
+layout        kinds of tokens and slots: weights in prefix tokens, activations in the text's
+prefix        a matrix in prefix tokens: forward, transposed, and its descent
+backward      how each part goes back: as in the paper, exactly, or by finite differences
+attention     attention and its gradient as heads
+tableau       the whole program
+algorithm     the same by autograd
+construction  the family
+claims        whether it stays what it is when it is trained further
+"""
+
+from constructions.family import Family
+from constructions.tint.auxiliary import TrainedAuxiliary, decoder, logits
+from constructions.tint.backward import MODES, Backward
+from constructions.tint.checkpoint import load_auxiliary, save_auxiliary
+from constructions.tint.construction import Outcome, Tint
+
+TINT = Family(
+    name="tint",
+    construct=Tint,
+    settings={
+        "auxiliary": {"grammar": "toy", "layers": 1, "heads": 2, "width": 4, "length": 12},
+        "learning_rate": 0.01,
+    },
+    about="A transformer trains another on its input, by gradient descent within one forward pass.",
+    source="Panigrahi, Malladi, Xia, Arora 2023, arXiv 2307.01189",
+)
+
+__all__ = [
+    "MODES",
+    "TINT",
+    "Backward",
+    "Outcome",
+    "Tint",
+    "TrainedAuxiliary",
+    "decoder",
+    "load_auxiliary",
+    "logits",
+    "save_auxiliary",
+]

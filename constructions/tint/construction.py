@@ -1,0 +1,569 @@
+"""TinT: one pass of a transformer that trains another on its input, and lets it speak again.
+
+Panigrahi, Malladi, Xia, Arora 2023 (arXiv 2307.01189). The weights of an auxiliary decoder enter in
+prefix tokens; each sequence of a batch trains a copy of its own. `tableau` has the heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from os import PathLike
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Int
+
+from constructions.claims import Claim, NearMiss
+from constructions.compiler import compile_program
+from constructions.evaluator import counts, evaluate
+from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
+from constructions.program import Program
+from constructions.slots import Slot
+from constructions.tint import algorithm
+from constructions.tint.auxiliary import DecoderShape, TrainedAuxiliary, check_auxiliary
+from constructions.tint.backward import MODES, Backward
+from constructions.tint.checkpoint import load_auxiliary
+from constructions.tint.claims import CHANGED, CLAIMS
+from constructions.tint.layout import MATRICES, TEXT, WORDS, Layout, Weights
+from constructions.tint.tableau import Tableau
+from constructions.transformer import Transformer, randomise
+from synthetic.adaptation import AdaptationTask, exchanged
+from synthetic.text import Corpus
+from synthetic.train import Recipe
+
+#: Entries beyond which dense weights are refused: 4 GB in float32.
+DENSE = 10**9
+
+
+class Outcome(NamedTuple):
+    """What a simulation says.
+
+    Attributes:
+        logits_before, logits_after: of the auxiliary model before and after its training,
+            `[batch, time, word]`.
+        updated: its parameters afterwards, as `nnx.state(auxiliary, nnx.Param)` nests them, every
+            leaf with an axis for the sequence in front; `nnx.update` takes one of them.
+    """
+
+    logits_before: Array
+    logits_after: Array
+    updated: Any
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tint(Construction):
+    """The transformer that trains an auxiliary one.
+
+    Attributes:
+        auxiliary: a decoder (`constructions.tint.auxiliary`), of which the weights of now are
+            taken; or settings of one that is fitted to a grammar, a `TrainedAuxiliary` or its JSON
+            form; or the path of a folder in Hugging Face format.
+        mode: "paper", "finite-difference", "exact", or a `Backward` (or its fields) that says for
+            each part how it goes back.
+        steps: of gradient descent, at least 1.
+        learning_rate: eta, on the summed loss.
+        stack: rows of a square matrix in one prefix token, a divisor of the auxiliary's width.
+        shards: pieces into which a matrix's columns are cut, a head each.
+        embeddings: whether embeddings (and so the readout, which is tied) and positions are
+            trained too.
+        share: of the task: of its positions, how many are trained on.
+        length: of the task: tokens of a text; None for the auxiliary's positions, 32 at most.
+        text: of the task: a `Corpus`; None for text of the grammar that the auxiliary was fitted
+            to, with its words exchanged, or random words where it comes from elsewhere.
+
+    Raises:
+        ValueError: one of these is something else; the message says what is allowed.
+    """
+
+    auxiliary: Any
+    mode: Any = "exact"
+    steps: int = 1
+    learning_rate: float = 1e-3
+    stack: int = 1
+    shards: int = 1
+    embeddings: bool = False
+    share: float = 0.5
+    length: int | None = None
+    text: Any = None
+
+    def __post_init__(self) -> None:
+        given = self.auxiliary
+        if isinstance(given, str | PathLike):
+            given = load_auxiliary(given)
+        elif isinstance(given, Mapping):
+            given = TrainedAuxiliary.from_json(given)
+        if isinstance(given, TrainedAuxiliary):
+            if self.text is None:
+                key = jax.random.key(given.seed + 2**20)
+                object.__setattr__(self, "text", exchanged(given.text(key), key))
+            given = given.model
+        check_auxiliary(given)
+        # training the given model later must not change what this one simulates
+        object.__setattr__(self, "auxiliary", Transformer(given.config, given.arrays()))
+        if not (isinstance(self.mode, Backward | Mapping) or self.mode in MODES):
+            raise ValueError(f"mode is {self.mode!r}, must be one of {list(MODES)} or a Backward")
+        for name in ("steps", "stack", "shards"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, must be a whole number of at least 1")
+        shape, per_token = self.shape, self.shape.width // self.stack
+        if shape.width % self.stack or shape.hidden % max(per_token, 1):
+            raise ValueError(
+                f"stack is {self.stack}, must divide the auxiliary's width, {shape.width}, into "
+                f"tokens that its {shape.hidden} hidden units fill as well"
+            )
+        if self.shards > shape.width:
+            raise ValueError(f"shards is {self.shards}, must be at most the width, {shape.width}")
+        if not np.isfinite(self.learning_rate):
+            raise ValueError(f"learning_rate is {self.learning_rate!r}, must be finite")
+        _ = self.back, self.task
+
+    def __repr__(self) -> str:
+        s = self.shape
+        return (
+            f"Tint({s.layers} layers of width {s.width}, {s.heads} heads, {s.hidden} hidden units, "
+            f"{s.activation}, {s.words} words; mode={self.mode!r}, steps={self.steps}, "
+            f"learning_rate={self.learning_rate})"
+        )
+
+    @cached_property
+    def shape(self) -> DecoderShape:
+        """The numbers of the auxiliary model."""
+        return check_auxiliary(self.auxiliary)
+
+    @cached_property
+    def back(self) -> Backward:
+        """How each part goes back."""
+        if isinstance(self.mode, Backward):
+            return self.mode
+        return MODES[self.mode] if isinstance(self.mode, str) else Backward(**self.mode)
+
+    @cached_property
+    def _tableau(self) -> tuple[Tableau, Program]:
+        layout = Layout(self.shape, self.stack)
+        tableau = Tableau(
+            layout, self.back, self.steps, self.learning_rate, self.shards, self.embeddings
+        )
+        return tableau, tableau.program()
+
+    @property
+    def layout(self) -> Layout:
+        """The slots and kinds of tokens of the program."""
+        return self._tableau[0].layout
+
+    @property
+    def program(self) -> Program:
+        """Forward, and `steps` times backward and forward."""
+        return self._tableau[1]
+
+    @property
+    def weights(self) -> dict[str, Array]:
+        """The auxiliary model's weights by their names in `algorithm`."""
+        return algorithm.from_arrays(self.auxiliary.arrays())
+
+    @cached_property
+    def task(self) -> AdaptationTask:
+        """Text of which the front part is trained on."""
+        text, length = self.text, self.length
+        if text is None:
+            words = self.shape.words
+            random = np.random.default_rng(0).integers(words, size=4096, dtype=np.int32)
+            text = Corpus(random, tuple(map(str, range(words))))
+        if len(text.vocabulary) > self.shape.words:
+            raise ValueError(
+                f"text has {len(text.vocabulary)} words, the auxiliary {self.shape.words}"
+            )
+        length = min(self.shape.positions, 32) if length is None else length
+        if not 1 < length <= self.shape.positions:
+            raise ValueError(f"length is {length}, must be 2 to {self.shape.positions}")
+        return AdaptationTask(text, length, self.share)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the weights that are trained."""
+        kept = ("query", "key") if self.back.attention == "value-only" else ()
+        names = [name for name in MATRICES if name not in kept]
+        names += ["gain"] if self.back.gains else []
+        return (*names, "offset", *(("embedding", "position") if self.embeddings else ()))
+
+    def check(self, tokens: Any, train_mask: Any) -> None:
+        """ValueError for tokens or masks that are none."""
+        tokens, train_mask = np.asarray(tokens), np.asarray(train_mask)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
+            raise ValueError(
+                f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, must be [batch, time] "
+                "integers"
+            )
+        if tokens.shape[1] > self.shape.positions:
+            raise ValueError(
+                f"tokens has {tokens.shape[1]} positions, the auxiliary {self.shape.positions}"
+            )
+        if tokens.min() < 0 or tokens.max() >= self.shape.words:
+            raise ValueError(
+                f"tokens are {tokens.min()} to {tokens.max()}, must be 0 to {self.shape.words - 1}"
+            )
+        if train_mask.shape != tokens.shape:
+            raise ValueError(
+                f"train_mask has shape {train_mask.shape}, must be that of tokens, {tokens.shape}"
+            )
+        if not np.isin(train_mask, (0, 1)).all():
+            raise ValueError("train_mask must be 0 or 1 (or bool) everywhere")
+
+    def trace(self, tokens: Array, train_mask: Array) -> dict[str, Array]:
+        """The algorithm, by autograd; tokens and mask are `[batch, time]`.
+
+        Returns:
+            logits_before, logits_after: `[batch, time, word]`; prediction: the softmax of the
+                latter.
+            query, key, value, output, hidden, back: how much [W b] was changed over the learning
+                rate, minus the gradient where there is one step, `[batch, layer, rows, columns +
+                1]`; gain, offset: the same of the norms, `[batch, 2 layers + 1, width]`; embedding,
+                position: where they are trained, `[batch, word, width]`, `[batch, time, width]`.
+        """
+        weights = jax.tree.map(lambda a: jnp.asarray(a, float), self.weights)
+        after = algorithm.descend(
+            weights,
+            tokens,
+            train_mask,
+            self.shape,
+            steps=self.steps,
+            rate=self.learning_rate,
+            trained=self.trained,
+            value_only=self.back.attention == "value-only",
+        )
+        decode = partial(algorithm.decode, shape=self.shape)
+        found = {
+            "logits_before": jax.vmap(decode, (None, 0))(weights, tokens),
+            "logits_after": jax.vmap(decode)(after, tokens),
+        }
+        names = CHANGED + (("embedding", "position") if self.embeddings else ())
+        changes = {n: (after[n] - weights[n]) / self.learning_rate for n in names}
+        if self.embeddings:
+            changes["position"] = changes["position"][:, : tokens.shape[1]]
+        return found | changes | {"prediction": jax.nn.softmax(found["logits_after"])}
+
+    def values(
+        self, weights: algorithm.Weights, tokens: Array, train_mask: Array
+    ) -> dict[str, Array]:
+        """What the tokens hold at first, `{slot: [batch or 1, token, size]}`.
+
+        The batch axis is 1 where all sequences hold the same; entries are 0 at tokens that do not
+        own the slot.
+        """
+        at, time = self.layout, tokens.shape[1]
+
+        def along(pieces: Mapping[str, Array], size: int) -> Array:
+            """Put together what the kinds of tokens hold, `[(batch,) token, size]` each."""
+            dtype = weights["embedding"].dtype
+            parts = []
+            for group in at.groups:
+                part = pieces.get(group, jnp.zeros((at.count(group, time), size), dtype))
+                parts.append(part if part.ndim == 3 else part[None])
+            most = max(map(len, parts))
+            return jnp.concatenate([jnp.broadcast_to(p, (most, *p.shape[1:])) for p in parts], 1)
+
+        held: dict[str, dict[str, Array]] = {s.name: {} for s in self.program.slots if not s.born}
+        for (name, layer), matrix in at.matrices.items():
+            for n, row in enumerate(matrix.rows):
+                held[row.name][matrix.group] = weights[name][layer, matrix.part(n)]
+            held[matrix.number.name][matrix.group] = jnp.eye(
+                matrix.number.size, dtype=weights["embedding"].dtype
+            )
+        for name in ("gain", "offset"):
+            held[name] = {group: weights[name][n, None] for n, group in enumerate(at.norms)}
+        embedding = weights["embedding"]
+        held["embedding"] = {WORDS: embedding, TEXT: embedding[tokens]}
+        held["position"] = {TEXT: weights["position"][:time]}
+        if self.embeddings:
+            one_hot = jnp.eye(self.shape.words, dtype=embedding.dtype)
+            held["word"] = {WORDS: one_hot, TEXT: one_hot[tokens]}
+        last = jnp.arange(time) == time - 1
+        trained = jnp.where(last, 0, train_mask).astype(embedding.dtype)
+        held["train"] = {TEXT: trained[..., None]}
+        return {name: along(pieces, self.program.slots[name].size) for name, pieces in held.items()}
+
+    def embed(self, model: Transformer, tokens: Array, train_mask: Array) -> Embedded:
+        """Prefix tokens with the auxiliary model's weights, then the text."""
+        return self._embed(model, self.weights, jnp.asarray(tokens), jnp.asarray(train_mask))
+
+    def _embed(
+        self, model: Transformer, weights: algorithm.Weights, tokens: Array, train_mask: Array
+    ) -> Embedded:
+        dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
+        weights = jax.tree.map(lambda a: a.astype(dtype), weights)
+        values, time = self.values(weights, tokens, train_mask), tokens.shape[1]
+        kinds = self.layout.kinds(time)
+        stream = jnp.zeros((len(tokens), len(kinds), model.config.width), dtype)
+        for slot in self.program.slots:
+            if slot.born == 0:  # kinds of tokens that do not own it have zeros there
+                stream = stream.at[..., slot.columns].add(values[slot.name])
+        text = self.layout.tokens(TEXT, time)
+        return Embedded(stream, jnp.asarray(kinds), slice(text.start, text.stop))
+
+    def places(self, depth: int, tokens: Array, train_mask: Array) -> dict[str, Place]:
+        """The changes of the weights in their prefix tokens, and the last hidden states."""
+        at, time = self.layout, jnp.shape(tokens)[1]
+        found = {}
+        for name in MATRICES:
+            matrices = [at.matrices[name, layer] for layer in range(self.shape.layers)]
+            first = np.array([at.tokens(m.group, time).start for m in matrices])
+            rows, per = np.arange(matrices[0].size), matrices[0].number.size
+            columns = np.array([slot.start for slot in matrices[0].changes])[rows // per]
+            found[name] = Place(
+                np.asarray(depth),
+                (first[:, None] + rows % per)[..., None],
+                columns[:, None] + np.arange(matrices[0].changes[0].size),
+                1 / self.learning_rate,
+            )
+        norms = np.array([at.tokens(group, time).start for group in at.norms])
+        for name in ("gain", "offset"):
+            slot = at.norm[f"{name} change"]
+            columns = slot.start + np.arange(slot.size)
+            found[name] = Place(np.asarray(depth), norms[:, None], columns, 1 / self.learning_rate)
+        text = at.tokens(TEXT, time)
+        for name, slot in zip(("before", "after"), self._finals, strict=True):
+            found[f"final_{name}"] = Place.of(slot, text, depth)
+        if self.embeddings:
+            for name, tokens_of in (("embedding", at.tokens(WORDS, time)), ("position", text)):
+                slot = at.trainable[f"{name} change"]
+                found[name] = Place.of(slot, tokens_of, depth, 1 / self.learning_rate)
+        return found
+
+    @property
+    def _finals(self) -> tuple[Slot, Slot]:
+        """The last hidden states, behind the final norm, of the first pass and of the last."""
+        tapes, norm = self._tableau[0].tapes, 2 * self.shape.layers
+        first, last = (tape("normed", self.shape.width, norm) for tape in (tapes[0], tapes[-1]))
+        return first, last
+
+    def apply(self, model: Transformer, tokens: Array, train_mask: Array) -> Array:
+        """Probabilities of the next words after the training, `[batch, time, word]`; pure."""
+        tokens = jnp.asarray(tokens)
+        stream, groups, read = self.embed(model, tokens, train_mask)
+        final = self._finals[1].columns
+        if not self.embeddings:
+            out = model(stream, groups, read=read)
+            return jax.nn.softmax(_scores(out[..., final], self.weights["embedding"]))
+        words = self.layout.tokens(WORDS, tokens.shape[1])
+        out = model(stream, groups, read=slice(words.start, read.stop))
+        change = out[:, : len(words), self.layout.trainable["embedding change"].columns]
+        hidden = out[:, len(words) :, final]
+        return jax.nn.softmax(_scores(hidden, self.weights["embedding"] + change))
+
+    def read(self, model: Transformer, tokens: Array, train_mask: Array) -> dict[str, Array]:
+        """The values of `trace`, as the model holds them; pure."""
+        return self._read(model, self.weights, jnp.asarray(tokens), jnp.asarray(train_mask))
+
+    def _read(
+        self, model: Transformer, weights: algorithm.Weights, tokens: Array, train_mask: Array
+    ) -> dict[str, Array]:
+        stream, groups, _ = self._embed(model, weights, tokens, train_mask)
+        out = model(stream, groups)
+        places = self.places(0, tokens, train_mask)
+        found = {name: place.gather(out[None]) for name, place in places.items()}
+        return self._say(found, weights)
+
+    def _say(self, found: dict[str, Array], weights: algorithm.Weights) -> dict[str, Array]:
+        """The named values, with logits in the place of the last hidden states."""
+        before = after = weights["embedding"]
+        if self.embeddings:
+            after = before + self.learning_rate * found["embedding"]
+        logits = {
+            "logits_before": _scores(found.pop("final_before"), before),
+            "logits_after": _scores(found.pop("final_after"), after),
+        }
+        return found | logits | {"prediction": jax.nn.softmax(logits["logits_after"])}
+
+    def compile(self, dtype: Any = None) -> Compiled:
+        """Dense weights of the one transformer; for small auxiliary models.
+
+        Raises:
+            ValueError: they would have more than `DENSE` entries; `run(None, ...)` needs none.
+        """
+        entries = counts(self.program).dense
+        if entries > DENSE:
+            raise ValueError(
+                f"dense weights would have {entries:.2g} entries, must be at most {DENSE:.0e}; "
+                "run(None, tokens, train_mask) runs the same program without them"
+            )
+        return super().compile(dtype)
+
+    def run(
+        self,
+        model: Transformer | None,
+        tokens: Int[Array, "batch time"],
+        train_mask: Bool[Array, "batch time"],
+    ) -> Outcome:
+        """Train the auxiliary model on each sequence, in one pass.
+
+        Args:
+            model: the compiled one; None for the second back end, slot by slot, which needs no
+                dense weights and is the faster one.
+            tokens: at most as many as the auxiliary model has positions.
+            train_mask: the positions t whose loss, minus the log probability of token t + 1, is
+                summed and trained on; the last never counts.
+
+        Raises:
+            ValueError: tokens or mask do not fit.
+        """
+        if not any(isinstance(a, Tracer) for a in (tokens, train_mask)):
+            self.check(tokens, train_mask)
+        tokens, train_mask = jnp.asarray(tokens), jnp.asarray(train_mask)
+        weights = self.weights
+        if model is None:
+            found = _evaluate(self, weights, tokens, train_mask)
+        else:
+            found = _dense(self, model, weights, tokens, train_mask)
+        return Outcome(found["logits_before"], found["logits_after"], self._updated(found))
+
+    def _updated(self, found: Mapping[str, Array]) -> Any:
+        """The auxiliary model's parameters with the changes, for every sequence."""
+        changes = {name: found[name] for name in self.weights if name in found}
+        if "position" in changes:
+            rest = self.shape.positions - changes["position"].shape[1]
+            changes["position"] = jnp.pad(changes["position"], ((0, 0), (0, rest), (0, 0)))
+        after = {
+            name: weight + self.learning_rate * changes[name] if name in changes else weight
+            for name, weight in self.weights.items()
+        }
+        batch = len(found["logits_after"])
+        after = {
+            name: jnp.broadcast_to(a, (batch, *self.weights[name].shape))
+            for name, a in after.items()
+        }
+        arrays = algorithm.to_arrays(after, self.auxiliary.arrays())
+        model = nnx.eval_shape(lambda: Transformer(self.auxiliary.config, self.auxiliary.arrays()))
+        state = nnx.state(model, nnx.Param)
+        nnx.replace_by_pure_dict(state, _only(nnx.to_pure_dict(state), arrays))
+        return state
+
+    def counterpart(self) -> Counterpart:
+        """The construction itself, trained further on the loss of the words that it does not see.
+
+        Only the simulator's own weights are trained; the auxiliary model comes in as before.
+        """
+        base = self.compile().model
+        std = base.config.width**-0.5
+        # each entry of a hand-built stack of dozens of layers moves all that is behind it
+        recipe = Recipe(
+            steps=600,
+            batch=16,
+            learning_rate=1e-6,
+            schedule="cosine",
+            warmup=20,
+            clip=1.0,
+            chunk=50,
+        )
+        quick = replace(recipe, steps=60, batch=8, chunk=20)
+        return Counterpart(
+            lambda key: base,
+            self.task,
+            recipe,
+            quick=quick,
+            random=lambda key: randomise(base, key, std),
+        )
+
+    def near_misses(self) -> dict[str, NearMiss]:
+        """Simulators with another step, or another gradient."""
+
+        def other(**changes: Any) -> NearMiss:
+            return NearMiss(replace(self, **changes).compile().model, self)
+
+        def without(*names: str) -> NearMiss:
+            """No head whose name begins like this says anything."""
+            layers = [
+                replace(
+                    layer,
+                    heads=[
+                        replace(head, write={slot: 0 * m for slot, m in head.write.items()})
+                        if head.name.startswith(names)
+                        else head
+                        for head in layer.single_heads
+                    ],
+                )
+                for layer in self.program.layers
+            ]
+            return NearMiss(compile_program(replace(self.program, layers=layers)), self)
+
+        return {
+            "up the gradient": other(learning_rate=-self.learning_rate),
+            "half the step": other(learning_rate=self.learning_rate / 2),
+            "attention does not go back": without("d value", "d query", "d key"),
+            "value-only attention": without("d query", "d key"),
+        }
+
+    @property
+    def examples(self) -> int:
+        """Few: dense weights, nearly all zero, take their time."""
+        return 64
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """Whether it stays a simulator where it is trained further; for exact ones."""
+        return CLAIMS if self.back == MODES["exact"] and self.steps == 1 else ()
+
+    def tolerance(self, dtype: str) -> float:
+        """Largest error against autograd, entry by entry over the root mean square.
+
+        Differences have an error of their own, and lose digits to rounding.
+        """
+        if self.back == replace(MODES["exact"], attention=self.back.attention) and (
+            self.back.attention != "finite-difference"
+        ):
+            return {"float64": 1e-10, "float32": 1e-3}[dtype]
+        return {"float64": 5e-2, "float32": 1e-1}[dtype]
+
+
+def _scores(hidden: Array, embedding: Array) -> Array:
+    each = "w" if embedding.ndim == 2 else "bw"
+    return jnp.einsum(f"bth,{each}h->btw", hidden, embedding, precision="highest")
+
+
+def _only(shape: Any, arrays: Any) -> Any:
+    """Those of `arrays` that `shape` has."""
+    if not isinstance(shape, dict):
+        return arrays
+    return {name: _only(part, arrays[name]) for name, part in shape.items()}
+
+
+@partial(jax.jit, static_argnums=0)
+def _dense(
+    c: Tint, model: Transformer, weights: algorithm.Weights, tokens: Array, train_mask: Array
+) -> dict[str, Array]:
+    return c._read(model, weights, tokens, train_mask)
+
+
+@partial(jax.jit, static_argnums=0)
+def _evaluate(
+    c: Tint, weights: algorithm.Weights, tokens: Array, train_mask: Array
+) -> dict[str, Array]:
+    at, time = c.layout, tokens.shape[1]
+    out = evaluate(c.program, c.values(weights, tokens, train_mask), at.kinds(time))
+    found = {}
+    for name in MATRICES:
+        matrices = [at.matrices[name, layer] for layer in range(c.shape.layers)]
+        found[name] = jnp.stack([_rows(out, m, at.tokens(m.group, time)) for m in matrices], 1)
+    norms = np.array([at.tokens(group, time).start for group in at.norms])
+    for name in ("gain", "offset"):
+        found[name] = out[f"{name} change"][:, norms]
+    found = {name: a / c.learning_rate for name, a in found.items()}
+    text = at.tokens(TEXT, time)
+    for name, slot in zip(("before", "after"), c._finals, strict=True):
+        found[f"final_{name}"] = out[slot.name][:, text.start : text.stop]
+    if c.embeddings:
+        for name, tokens_of in (("embedding", at.tokens(WORDS, time)), ("position", text)):
+            changed = out[f"{name} change"][:, tokens_of.start : tokens_of.stop]
+            found[name] = changed / c.learning_rate
+    return c._say(found, weights)
+
+
+def _rows(out: Mapping[str, Array], matrix: Weights, tokens: range) -> Array:
+    """How [W b] was changed, `[batch, rows, columns + 1]`."""
+    parts = [out[slot.name][:, tokens.start : tokens.stop] for slot in matrix.changes]
+    return jnp.concatenate(parts, 1)

@@ -1,0 +1,277 @@
+"""Where GPT-2 and OPT keep the numbers of a decoder: names, orders, and settings in words.
+
+A block has eight parts, each a matrix [out, in] (or a gain) and a vector: `norm`, `query`, `key`,
+`value`, `output`, `mlp_norm`, `hidden`, `result`. A format says which arrays hold which of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from constructions.tint.auxiliary import EPS, DecoderShape
+
+#: What both formats call our activations; their "gelu" is another, with the error function.
+ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        architecture: the class that reads it.
+        sizes: name in `DecoderShape` -> setting.
+        fixed: setting -> (the only value that is simulated, also its default; what another means).
+        eps: the setting of the norms' eps, None where it is always 1e-5.
+        prefix: in front of all names, in parts each of which may be missing.
+        tables: arrays of the embedding and the positions.
+        offset: rows in front of the positions.
+        block: what the names of a block's arrays begin with.
+        modules: name -> parts of a block that it holds, one above the other.
+        final: the last norm.
+        transposed: matrices are [in, out].
+        buffers: names, a regular expression, of arrays that are no weights.
+    """
+
+    architecture: str
+    sizes: Mapping[str, str]
+    fixed: Mapping[str, tuple[bool, str]]
+    eps: str | None
+    prefix: tuple[str, ...]
+    tables: tuple[str, str]
+    offset: int
+    block: str
+    modules: Mapping[str, tuple[str, ...]]
+    final: str
+    transposed: bool
+    buffers: str
+
+    def names(self, shape: DecoderShape) -> dict[str, tuple[int, ...]]:
+        """Names of all arrays, without the prefix, and their shapes."""
+        d, rows = shape.width, shape.positions + self.offset
+        out = {part: shape.hidden if part == "hidden" else d for part in _PARTS}
+        names = {self.tables[0]: (shape.words, d), self.tables[1]: (rows, d)}
+        for layer in range(shape.layers):
+            for module, parts in self.modules.items():
+                size = sum(out[part] for part in parts)
+                matrix = (size, shape.hidden if "result" in parts else d)
+                weight = (d,) if parts[0] in _NORMS else matrix[:: -1 if self.transposed else 1]
+                start = self.block.format(layer) + module
+                names |= {f"{start}.weight": weight, f"{start}.bias": (size,)}
+        return names | {f"{self.final}.weight": (d,), f"{self.final}.bias": (d,)}
+
+    def arrays(self, shape: DecoderShape, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """A decoder's parameters, nested as `Config.shapes`, from arrays named as in `names`."""
+        found: dict[str, list[np.ndarray]] = {}
+        for layer in range(shape.layers):
+            for module, parts in self.modules.items():
+                start = self.block.format(layer) + module
+                weight, bias = tensors[f"{start}.weight"], tensors[f"{start}.bias"]
+                weight = weight.T if self.transposed else weight
+                for at, part in enumerate(parts):
+                    for name, array in (("weight", weight), ("bias", bias)):
+                        piece = np.split(array, len(parts))[at]
+                        found.setdefault(f"{part}.{name}", []).append(piece)
+        layers = {name: np.stack(pieces) for name, pieces in found.items()}
+        embedding, position = (tensors[name] for name in self.tables)
+        final = {"gain": tensors[f"{self.final}.weight"], "offset": tensors[f"{self.final}.bias"]}
+        return {
+            "segments": {0: {"layers": {0: _nested(shape, layers)}}},
+            "final_norm": final,
+            "tokens": {"embedding": embedding, "position": position[self.offset :]},
+        }
+
+    def tensors(self, shape: DecoderShape, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The inverse of `arrays`; rows in front of the positions are 0."""
+        layers = _flat(shape, arrays["segments"][0]["layers"][0])
+        tables, final = arrays["tokens"], arrays["final_norm"]
+        position = np.pad(np.asarray(tables["position"]), ((self.offset, 0), (0, 0)))
+        tensors = dict(zip(self.tables, (tables["embedding"], position), strict=True))
+        for layer in range(shape.layers):
+            for module, parts in self.modules.items():
+                start = self.block.format(layer) + module
+                for name in ("weight", "bias"):
+                    array = np.concatenate([layers[f"{part}.{name}"][layer] for part in parts])
+                    tensors[f"{start}.{name}"] = array.T if self.transposed else array
+        tensors |= {f"{self.final}.weight": final["gain"], f"{self.final}.bias": final["offset"]}
+        return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+    def shape(self, fields: Mapping[str, Any]) -> DecoderShape:
+        """The decoder of a config's fields; ValueError names one that is not simulated."""
+        for name, (wanted, meaning) in {**_FIXED, **self.fixed}.items():
+            if fields.get(name, wanted) is not wanted:
+                raise ValueError(f"{name}: {fields[name]!r}, must be {wanted}: {meaning}")
+        if fields.get("quantization_config") is not None:
+            raise ValueError("quantization_config: present, quantised weights are not read")
+        width = self._size(fields, "width")
+        hidden = self.sizes["hidden"]
+        free = hidden not in fields or fields[hidden] is None
+        sizes = {name: self._size(fields, name) for name in self.sizes if name != "hidden"}
+        if width % sizes["heads"]:
+            raise ValueError(
+                f"{self.sizes['heads']}: {sizes['heads']}, must divide "
+                f"{self.sizes['width']}={width}"
+            )
+        narrow = fields.get("word_embed_proj_dim")
+        if narrow not in (None, width):
+            raise ValueError(
+                f"word_embed_proj_dim: {narrow!r}, must be {width}, as the stream: project_in and "
+                "project_out (as in OPT-350m) are not simulated"
+            )
+        return DecoderShape(
+            **sizes,
+            hidden=4 * width if free else self._size(fields, "hidden"),
+            activation=self._activation(fields),
+            eps=self._eps(fields),
+        )
+
+    def fields(self, shape: DecoderShape) -> dict[str, Any]:
+        """The inverse of `shape`; ValueError where the format has another eps."""
+        if self.eps is None and shape.eps != EPS:
+            raise ValueError(f"eps is {shape.eps}, must be {EPS} in this format")
+        fields: dict[str, Any] = {field: getattr(shape, n) for n, field in self.sizes.items()}
+        fields |= {name: wanted for name, (wanted, _) in {**_FIXED, **self.fixed}.items()}
+        fields |= {} if self.eps is None else {self.eps: shape.eps}
+        names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+        return fields | {"activation_function": names[shape.activation]}
+
+    def _size(self, fields: Mapping[str, Any], name: str) -> int:
+        field = self.sizes[name]
+        if field not in fields:
+            raise ValueError(f"{field}: missing")
+        size = fields[field]
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{field}: {size!r}, must be an integer above 0")
+        return size
+
+    def _activation(self, fields: Mapping[str, Any]) -> str:
+        name = fields.get("activation_function")
+        if name not in list(ACTIVATIONS):
+            note = ", which has the error function" if name == "gelu" else ""
+            raise ValueError(
+                f"activation_function: {name!r}{note}, must be one of {', '.join(ACTIVATIONS)}"
+            )
+        return ACTIVATIONS[name]
+
+    def _eps(self, fields: Mapping[str, Any]) -> float:
+        eps = EPS if self.eps is None else fields.get(self.eps, EPS)
+        if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
+            raise ValueError(f"{self.eps}: {eps!r}, must be between 0 and 1")
+        return float(eps)
+
+
+_NORMS = ("norm", "mlp_norm")
+_PARTS = ("norm", "query", "key", "value", "output", "mlp_norm", "hidden", "result")
+
+
+def _nested(shape: DecoderShape, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A layer's parameters as `LayerConfig.shapes` nests them, all layers stacked."""
+    count, width, row = shape.layers, shape.width, shape.width // shape.heads
+    heads: dict[str, np.ndarray] = {}
+    for name in ("query", "key", "value"):
+        heads[name] = parts[f"{name}.weight"].reshape(count, shape.heads, row, width)
+        heads[f"{name}_bias"] = parts[f"{name}.bias"].reshape(count, shape.heads, row)
+    output = parts["output.weight"].reshape(count, width, shape.heads, row)
+    heads |= {"output": output.swapaxes(1, 2), "output_bias": parts["output.bias"]}
+    norms = {n: {"gain": parts[f"{n}.weight"], "offset": parts[f"{n}.bias"]} for n in _NORMS}
+    mlp = {"hidden": parts["hidden.weight"], "hidden_bias": parts["hidden.bias"]}
+    mlp |= {"output": parts["result.weight"], "output_bias": parts["result.bias"]}
+    return {"heads": {0: heads}, "mlp": mlp, **norms}
+
+
+def _flat(shape: DecoderShape, layer: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of `_nested`."""
+    count, width = shape.layers, shape.width
+    heads, mlp = layer["heads"][0], layer["mlp"]
+    parts: dict[str, Any] = {}
+    for name in ("query", "key", "value"):
+        parts[f"{name}.weight"] = np.asarray(heads[name]).reshape(count, width, width)
+        parts[f"{name}.bias"] = np.asarray(heads[f"{name}_bias"]).reshape(count, width)
+    output = np.asarray(heads["output"]).swapaxes(1, 2)
+    parts |= {"output.weight": output.reshape(count, width, width)}
+    parts |= {"output.bias": heads["output_bias"]}
+    for name in _NORMS:
+        parts |= {f"{name}.weight": layer[name]["gain"], f"{name}.bias": layer[name]["offset"]}
+    parts |= {"hidden.weight": mlp["hidden"], "hidden.bias": mlp["hidden_bias"]}
+    parts |= {"result.weight": mlp["output"], "result.bias": mlp["output_bias"]}
+    return {name: np.asarray(array) for name, array in parts.items()}
+
+
+_FIXED = {
+    "tie_word_embeddings": (True, "a head of its own is not simulated"),
+    "add_cross_attention": (False, "attention to another sequence is not simulated"),
+}
+
+FORMATS = {
+    "gpt2": Format(
+        architecture="GPT2LMHeadModel",
+        sizes={
+            "words": "vocab_size",
+            "positions": "n_positions",
+            "layers": "n_layer",
+            "heads": "n_head",
+            "width": "n_embd",
+            "hidden": "n_inner",
+        },
+        fixed={
+            "scale_attn_weights": (True, "scores are divided by sqrt d"),
+            "scale_attn_by_inverse_layer_idx": (False, "scores have one scale in all layers"),
+            "reorder_and_upcast_attn": (False, "attention has one order of products"),
+        },
+        eps="layer_norm_epsilon",
+        prefix=("transformer.",),
+        tables=("wte.weight", "wpe.weight"),
+        offset=0,
+        block="h.{}.",
+        modules={
+            "ln_1": ("norm",),
+            "attn.c_attn": ("query", "key", "value"),
+            "attn.c_proj": ("output",),
+            "ln_2": ("mlp_norm",),
+            "mlp.c_fc": ("hidden",),
+            "mlp.c_proj": ("result",),
+        },
+        final="ln_f",
+        transposed=True,
+        buffers=r"h\.\d+\.attn\.(bias|masked_bias)",
+    ),
+    "opt": Format(
+        architecture="OPTForCausalLM",
+        sizes={
+            "words": "vocab_size",
+            "positions": "max_position_embeddings",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "width": "hidden_size",
+            "hidden": "ffn_dim",
+        },
+        fixed={
+            "do_layer_norm_before": (True, "norms behind each part (OPT-350m) are not simulated"),
+            "enable_bias": (True, "linear maps have biases"),
+            "layer_norm_elementwise_affine": (True, "norms have gains and offsets"),
+            "_remove_final_layer_norm": (False, "a norm stands before the head"),
+        },
+        eps=None,
+        prefix=("model.", "decoder."),
+        tables=("embed_tokens.weight", "embed_positions.weight"),
+        offset=2,
+        block="layers.{}.",
+        modules={
+            "self_attn_layer_norm": ("norm",),
+            "self_attn.q_proj": ("query",),
+            "self_attn.k_proj": ("key",),
+            "self_attn.v_proj": ("value",),
+            "self_attn.out_proj": ("output",),
+            "final_layer_norm": ("mlp_norm",),
+            "fc1": ("hidden",),
+            "fc2": ("result",),
+        },
+        final="final_layer_norm",
+        transposed=False,
+        buffers=r"(?!)",
+    ),
+}

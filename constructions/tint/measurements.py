@@ -1,0 +1,229 @@
+"""How far a simulated step is from gradient descent, and what a step is worth on text.
+
+Every number is of a sequence by itself. Fidelity is that of what the simulator writes, over the
+learning rate, which for one step is minus the gradient of the summed loss; a loss after the step is
+no measure of it, as a wrong direction may lower the loss more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from constructions.tint import algorithm
+from constructions.tint.auxiliary import DecoderShape
+from constructions.tint.backward import MODES, Backward
+from constructions.tint.claims import CHANGED
+from constructions.tint.construction import Tint, _evaluate
+from constructions.transformer import Transformer
+from synthetic.task import Batch
+
+Changes = Mapping[str, Array]  # by the names of `algorithm.from_arrays`, `[batch, layer, ...]`
+
+#: One approximation at a time, none, and all that the paper makes.
+ABLATION = {
+    "none": Backward(),
+    "value-only attention": Backward(attention="value-only"),
+    "attention by differences": Backward(attention="finite-difference"),
+    "norms by differences": Backward(norm="finite-difference"),
+    "activation by differences": Backward(activation="finite-difference"),
+    "gains not trained": Backward(gains=False),
+    "all (paper)": MODES["paper"],
+}
+
+
+class Mean(NamedTuple):
+    """A mean over sequences and its standard error."""
+
+    mean: float
+    error: float
+
+
+def mean(values: Any) -> Mean:
+    """Mean and standard error, s / sqrt n, of independent values."""
+    each = np.asarray(values, np.float64).ravel()
+    return Mean(float(each.mean()), float(each.std(ddof=1) / np.sqrt(each.size)))
+
+
+# What a step is worth
+
+
+class Adaptation(NamedTuple):
+    """Losses of the words that are not trained on, in nats a word, `[sequence]` each.
+
+    Attributes:
+        before: of the auxiliary model as it is.
+        descent: after gradient descent by autograd, on the weights that the simulator trains.
+        simulated: as the simulator predicts them.
+    """
+
+    before: np.ndarray
+    descent: np.ndarray
+    simulated: np.ndarray
+
+    def summary(self) -> dict[str, Mean]:
+        """Means, and means of differences between losses of one sequence."""
+        return {
+            "before": mean(self.before),
+            "descent less before": mean(self.descent - self.before),
+            "simulated less before": mean(self.simulated - self.before),
+            "simulated less descent": mean(self.simulated - self.descent),
+        }
+
+
+def adaptation(c: Tint, batch: Batch, weights: algorithm.Weights | None = None) -> Adaptation:
+    """What `c.steps` steps change on a batch of an `AdaptationTask`, simulated and by autograd.
+
+    Dynamic evaluation (Krause et al. 2018, arXiv 1709.07432) at the simulator's learning rate, with
+    the true gradient whatever the mode. All masks of one shape share a compiled program.
+
+    Args:
+        c: the simulator.
+        batch: tokens and what to train on; the next words.
+        weights: of the auxiliary model, in the place of those of `c` and of their shapes.
+    """
+    weights = c.weights if weights is None else weights
+    tokens, train = batch.inputs
+    found = _evaluate(c, weights, tokens, train)
+    after = descended(weights, tokens, train, c.learning_rate, c.shape, c.steps, c.trained)
+
+    def loss(scores: Array) -> np.ndarray:
+        return np.asarray(c.task.loss(jax.nn.softmax(scores), batch))
+
+    names = ("logits_before", "logits_after")
+    before, simulated = (loss(found[name]) for name in names)
+    return Adaptation(before, loss(after), simulated)
+
+
+@partial(jax.jit, static_argnames=("shape", "steps", "trained", "value_only"))
+def descended(
+    weights: algorithm.Weights,
+    tokens: Array,
+    train: Array,
+    rate: float | Array,
+    shape: DecoderShape,
+    steps: int,
+    trained: tuple[str, ...],
+    value_only: bool = False,
+) -> Float[Array, "batch time word"]:
+    """Logits after gradient descent by autograd, `algorithm.descend`."""
+    after = algorithm.descend(
+        weights,
+        tokens,
+        train,
+        shape,
+        steps=steps,
+        rate=rate,  # type: ignore[arg-type]
+        trained=trained,
+        value_only=value_only,
+    )
+    return jax.vmap(partial(algorithm.decode, shape=shape))(after, tokens)
+
+
+# How near a step is to gradient descent
+
+
+class Fidelity(NamedTuple):
+    """Of written changes w and the wanted ones g: <w, g> / |w| |g|, and |w - g| / |g|."""
+
+    cosine: np.ndarray
+    relative: np.ndarray
+
+
+def written(
+    c: Tint, tokens: Array, train: Array, weights: algorithm.Weights | None = None
+) -> dict[str, Array]:
+    """What the simulator adds to all weights of blocks and norms, over the learning rate."""
+    found = _evaluate(c, c.weights if weights is None else weights, tokens, train)
+    return {name: found[name] for name in CHANGED}
+
+
+@partial(jax.jit, static_argnames=("shape", "value_only"))
+def downhill(
+    weights: algorithm.Weights,
+    tokens: Array,
+    train: Array,
+    shape: DecoderShape,
+    value_only: bool = False,
+) -> dict[str, Array]:
+    """Minus the gradient of the summed loss of every sequence, by autograd.
+
+    "Value-only" attention counts its weights as constants: there queries and keys get nothing.
+    """
+
+    def one(tokens: Array, train: Array) -> dict[str, Array]:
+        slope = jax.grad(algorithm.loss)(dict(weights), tokens, train, shape, value_only)
+        return {name: -slope[name] for name in CHANGED}
+
+    return jax.vmap(one)(tokens, train)
+
+
+def fidelity(found: Changes, wanted: Changes, names: tuple[str, ...] = CHANGED) -> Fidelity:
+    """Cosine and relative error over all weights of these names together, `[sequence]` each."""
+    return _compare(*(_flat([changes[name] for name in names]) for changes in (found, wanted)))
+
+
+def by_matrix(found: Changes, wanted: Changes) -> dict[str, Fidelity]:
+    """The same of each matrix [W b], `[layer, sequence]`; of gains and offsets `[norm, sequence]`.
+
+    The norms of a layer stand before attention and before its MLP; the last one is the final norm.
+    """
+
+    def each(name: str) -> Fidelity:
+        rows = [
+            _compare(_flat([found[name][:, n]]), _flat([wanted[name][:, n]]))
+            for n in range(found[name].shape[1])
+        ]
+        return Fidelity(np.stack([r.cosine for r in rows]), np.stack([r.relative for r in rows]))
+
+    return {name: each(name) for name in CHANGED}
+
+
+def ablation(
+    auxiliary: Transformer,
+    tokens: Array,
+    train: Array,
+    weights: Mapping[str, algorithm.Weights] | None = None,
+    approximations: Mapping[str, Backward] = ABLATION,
+) -> dict[str, dict[str, Fidelity]]:
+    """What each approximation costs, against the true gradient of all weights of blocks and norms.
+
+    Args:
+        auxiliary: gives the shapes.
+        tokens, train: sequences, and where they are trained on.
+        weights: several auxiliary models of these shapes, by name; None for the one given.
+        approximations: ways back, by name.
+
+    Returns:
+        for every approximation, of every model of `weights` ("auxiliary", if None).
+    """
+    exact = Tint(auxiliary, learning_rate=1.0)
+    weights = {"auxiliary": exact.weights} if weights is None else weights
+    wanted = {name: downhill(w, tokens, train, exact.shape) for name, w in weights.items()}
+    found = {}
+    for way, back in approximations.items():
+        c = Tint(auxiliary, back, learning_rate=1.0)
+        found[way] = {
+            name: fidelity(written(c, tokens, train, w), wanted[name])
+            for name, w in weights.items()
+        }
+    return found
+
+
+def _flat(arrays: list[Array]) -> np.ndarray:
+    """All numbers of every sequence, `[sequence, number]`."""
+    parts = [np.asarray(a, np.float64) for a in arrays]
+    return np.concatenate([a.reshape(len(a), -1) for a in parts], 1)
+
+
+def _compare(found: np.ndarray, wanted: np.ndarray) -> Fidelity:
+    """Nothing written has cosine 0."""
+    size, length = np.linalg.norm(found, axis=1), np.linalg.norm(wanted, axis=1)
+    tiny = np.finfo(np.float64).tiny
+    cosine = (found * wanted).sum(1) / np.maximum(size * length, tiny)
+    return Fidelity(cosine, np.linalg.norm(found - wanted, axis=1) / np.maximum(length, tiny))
