@@ -55,6 +55,23 @@ class Counts:
     dense: int
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class SlotBySlot:
+    """A program in the place of the model that it compiles to, where that would be too large.
+
+    A family that takes one runs `evaluate`. It has no weights to train, and is a constant of what
+    is jitted.
+
+    Attributes:
+        program: what is run.
+        dtype: of the values.
+    """
+
+    program: Program
+    dtype: Any
+
+
 def counts(program: Program) -> Counts:
     """Sizes of a program and of the model that it compiles to, which is not built."""
     parts = [part for layer in program.layers for part in layer.heads]

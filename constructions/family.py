@@ -127,9 +127,13 @@ class Counterpart:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled construction: the model, and on demand the certificate that it is right."""
+    """A compiled construction: the model, and on demand the certificate that it is right.
 
-    model: Transformer
+    The model is a `Transformer`; a family may put something of its own in the place of one that
+    would be too large, which its `read` and `apply` take.
+    """
+
+    model: Any
     construction: Construction
 
     @cached_property

@@ -16,7 +16,7 @@ from constructions.program import SELF, Head, HeadFamily, Layer, Program
 #: name -> what it means.
 EXTRAS = {
     "linear attention": "scores without a softmax, between different tokens",
-    "self-attention of a token": "a linear or bilinear map at one token, as a head that sees itself",
+    "self-attention of a token": "a linear or bilinear map of one token, as a head",
     "looks ahead": "a head that sees tokens behind its own, by its window or by kinds of tokens",
     "transposed softmax": "weights that sum to one over queries, not over keys",
     "factor": "weights that are multiplied by a second product of two tokens",

@@ -22,6 +22,9 @@ from probes.table import ProbeTable, probe_table
 WIDEST = 48
 #: Beyond this width products of heads are not drawn either.
 WIDEST_PRODUCT = 128
+#: Numbers in the stream of one input, over all layers and tokens, beyond which a report neither
+#: probes nor patches everywhere.
+LARGEST = 250_000
 
 
 class NotApplicable(Exception):
@@ -150,6 +153,7 @@ def patches(
     construction: Construction, models: Sequence[Transformer], reference: Transformer, seed: int
 ) -> Patches:
     """Effect of exchanging one token's stream between two inputs, at every layer and token."""
+    _check_size(construction, reference)
     base, source = (construction.sample(key, 64) for key in jax.random.split(jax.random.key(seed)))
     try:
         found = [
@@ -168,6 +172,17 @@ def patches(
 
 def probes(construction: Construction, models: Mapping[str, Subject], seed: int) -> ProbeTable:
     """The probe table of the values that the construction keeps in its stream."""
+    _check_size(construction, construction.compile().model)
     inputs = construction.sample(jax.random.key(0), 2)
     names = tuple(construction.places(construction.program.depth, *inputs))
     return probe_table(construction, models, jax.random.key(seed), names=names)
+
+
+def _check_size(construction: Construction, model: Transformer) -> None:
+    inputs = construction.sample(jax.random.key(0), 1)
+    tokens = jax.eval_shape(lambda *i: construction.embed(model, *i).stream, *inputs).shape[1]
+    numbers = (model.config.depth + 1) * tokens * model.config.width
+    if numbers > LARGEST:
+        raise NotApplicable(
+            f"{numbers} numbers in the stream of an input, too many to look at everywhere"
+        )

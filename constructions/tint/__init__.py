@@ -23,7 +23,14 @@ TINT = Family(
     name="tint",
     construct=Tint,
     settings={
-        "auxiliary": {"grammar": "toy", "layers": 1, "heads": 2, "width": 4, "length": 12},
+        "auxiliary": {
+            "grammar": "toy",
+            "layers": 1,
+            "heads": 2,
+            "width": 4,
+            "length": 12,
+            "steps": 300,
+        },
         "learning_rate": 0.01,
     },
     about="A transformer trains another on its input, by gradient descent within one forward pass.",

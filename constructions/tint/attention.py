@@ -46,11 +46,13 @@ def attend_back(
 
     Args:
         shape, back: of the decoder, and how it goes back.
-        given: q, k, v, dy and m, the last with a number for each head.
+        given: q, k, v, dy and m, the last with a number for each head. Where differences are
+            taken, in the place of m the queries that some later loss depends on, and 0 for the
+            others: what these say to a key cancels, but not to the last bit.
         wanted: dq, dk, dv.
     """
     (q, k, v, dy, mean), (dq, dk, dv) = given, wanted
-    scale, step, found = sqrt(shape.heads / shape.width), 10 * back.step, []
+    scale, step, found = sqrt(shape.heads / shape.width), back.central, []
     for h, rows, where in _heads(shape):
         qh, kh, vh, dyh = q[rows], k[rows], v[rows], dy[rows]
 
@@ -79,7 +81,7 @@ def attend_back(
                 write = scale / (2 * e) * where
                 found += [
                     forth(moved, both, kh, {dq: write}, "d query"),
-                    across(both, moved, qh, {dk: write}, "d key"),
+                    across(both, moved, mean[rows], {dk: write}, "d key"),
                 ]
     return found
 

@@ -6,53 +6,69 @@ what "still a simulator of gradient descent" would mean.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence
 from constructions.tint.layout import MATRICES
 
 _SOURCE = "construction of Panigrahi et al. 2023, arXiv 2307.01189; trained further here"
-#: What a simulation changes, in the order of `flat`.
+#: What a simulation changes.
 CHANGED = (*MATRICES, "gain", "offset")
 
 
-def flat(values: dict[str, Array]) -> np.ndarray:
-    """All changes of all weights of every sequence, `[batch, number]`."""
-    return np.concatenate([np.asarray(values[n]).reshape(len(values[n]), -1) for n in CHANGED], 1)
+class Alignment(NamedTuple):
+    """How like gradient descent a change of weights is: medians over sequences.
+
+    Attributes:
+        cosine: of the change with that of gradient descent, all weights as one vector.
+        relative: |change - gradient descent's| / |the latter|.
+    """
+
+    cosine: Array
+    relative: Array
+
+
+def alignment(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Alignment:
+    """Compare the changes of all matrices and norms, as `Tint.trace` and `Tint.read` name them."""
+
+    def flat(values: Mapping[str, Array]) -> Array:
+        parts = [values[name].reshape(len(values[name]), -1) for name in CHANGED]
+        return jnp.concatenate(parts, 1)
+
+    ours, theirs = flat(found), flat(wanted)
+    length = jnp.linalg.norm(theirs, axis=1)
+    both = jnp.maximum(jnp.linalg.norm(ours, axis=1) * length, jnp.finfo(ours.dtype).tiny)
+    return Alignment(
+        jnp.median((ours * theirs).sum(1) / both),
+        jnp.median(jnp.linalg.norm(ours - theirs, axis=1) / length),
+    )
 
 
 @partial(jax.jit, static_argnums=0)
-def _read(construction, model, *inputs):  # type: ignore[no-untyped-def]
-    return construction.read(model, *inputs)
+def _alignment(construction: Any, model: Any, wanted: Mapping[str, Array], *inputs: Array) -> Any:
+    return alignment(construction.read(model, *inputs), wanted)
 
 
-def _changes(e: Evidence) -> tuple[np.ndarray, np.ndarray]:
-    """What the model wrote, and what gradient descent does."""
+def _aligned(e: Evidence) -> Alignment:
     inputs = e.examples.inputs
-    wanted = e.once("changes", lambda: flat(jax.jit(e.construction.trace)(*inputs)))
-    return flat(_read(e.construction, e.model, *inputs)), wanted
+    wanted = e.once("changes", lambda: jax.jit(e.construction.trace)(*inputs))
+    return _alignment(e.construction, e.model, wanted, *inputs)
 
 
 def cosine(e: Evidence) -> float:
     """Median over sequences of the cosine between the written change and gradient descent's."""
-    found, wanted = _changes(e)
-    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
-    return float(np.median((found * wanted).sum(1) / np.maximum(lengths, 1e-30)))
+    return float(_aligned(e).cosine)
 
 
 def relative(e: Evidence) -> float:
     """Median over sequences of |written change - gradient descent's| / |the latter|."""
-    found, wanted = _changes(e)
-    return float(np.median(np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)))
-
-
-def gain(e: Evidence) -> float:
-    """Loss of the construction less that of the model, in nats a word: what training adds."""
-    return e.loss(e.expected) - e.loss(e.prediction)
+    return float(_aligned(e).relative)
 
 
 CLAIMS = (

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int
 
 from constructions.claims import Claim, NearMiss
 from constructions.compiler import compile_program
-from constructions.evaluator import counts, evaluate
+from constructions.evaluator import SlotBySlot, counts, evaluate
 from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
 from constructions.program import Program
 from constructions.slots import Slot
@@ -29,7 +29,7 @@ from constructions.tint import algorithm
 from constructions.tint.auxiliary import DecoderShape, TrainedAuxiliary, check_auxiliary
 from constructions.tint.backward import MODES, Backward
 from constructions.tint.checkpoint import load_auxiliary
-from constructions.tint.claims import CHANGED, CLAIMS
+from constructions.tint.claims import CHANGED, CLAIMS, alignment
 from constructions.tint.layout import MATRICES, TEXT, WORDS, Layout, Weights
 from constructions.tint.tableau import Tableau
 from constructions.transformer import Transformer, randomise
@@ -37,8 +37,9 @@ from synthetic.adaptation import AdaptationTask, exchanged
 from synthetic.text import Corpus
 from synthetic.train import Recipe
 
-#: Entries beyond which dense weights are refused: 4 GB in float32.
-DENSE = 10**9
+#: Entries beyond which no dense weights are made: 0.8 GB in float32.
+DENSE = 2 * 10**8
+Model = Transformer | SlotBySlot
 
 
 class Outcome(NamedTuple):
@@ -120,8 +121,8 @@ class Tint(Construction):
             )
         if self.shards > shape.width:
             raise ValueError(f"shards is {self.shards}, must be at most the width, {shape.width}")
-        if not np.isfinite(self.learning_rate):
-            raise ValueError(f"learning_rate is {self.learning_rate!r}, must be finite")
+        if not (np.isfinite(self.learning_rate) and self.learning_rate):
+            raise ValueError(f"learning_rate is {self.learning_rate!r}, must be finite and not 0")
         _ = self.back, self.task
 
     def __repr__(self) -> str:
@@ -286,6 +287,9 @@ class Tint(Construction):
         last = jnp.arange(time) == time - 1
         trained = jnp.where(last, 0, train_mask).astype(embedding.dtype)
         held["train"] = {TEXT: trained[..., None]}
+        if "live" in held:
+            later = jnp.flip(jnp.cumsum(jnp.flip(trained, 1), 1), 1)
+            held["live"] = {TEXT: (later > 0).astype(embedding.dtype)[..., None]}
         return {name: along(pieces, self.program.slots[name].size) for name, pieces in held.items()}
 
     def embed(self, model: Transformer, tokens: Array, train_mask: Array) -> Embedded:
@@ -342,27 +346,20 @@ class Tint(Construction):
         first, last = (tape("normed", self.shape.width, norm) for tape in (tapes[0], tapes[-1]))
         return first, last
 
-    def apply(self, model: Transformer, tokens: Array, train_mask: Array) -> Array:
+    def apply(self, model: Model, tokens: Array, train_mask: Array) -> Array:
         """Probabilities of the next words after the training, `[batch, time, word]`; pure."""
-        tokens = jnp.asarray(tokens)
-        stream, groups, read = self.embed(model, tokens, train_mask)
-        final = self._finals[1].columns
-        if not self.embeddings:
-            out = model(stream, groups, read=read)
-            return jax.nn.softmax(_scores(out[..., final], self.weights["embedding"]))
-        words = self.layout.tokens(WORDS, tokens.shape[1])
-        out = model(stream, groups, read=slice(words.start, read.stop))
-        change = out[:, : len(words), self.layout.trainable["embedding change"].columns]
-        hidden = out[:, len(words) :, final]
-        return jax.nn.softmax(_scores(hidden, self.weights["embedding"] + change))
+        return self.read(model, tokens, train_mask)["prediction"]
 
-    def read(self, model: Transformer, tokens: Array, train_mask: Array) -> dict[str, Array]:
+    def read(self, model: Model, tokens: Array, train_mask: Array) -> dict[str, Array]:
         """The values of `trace`, as the model holds them; pure."""
         return self._read(model, self.weights, jnp.asarray(tokens), jnp.asarray(train_mask))
 
     def _read(
-        self, model: Transformer, weights: algorithm.Weights, tokens: Array, train_mask: Array
+        self, model: Model, weights: algorithm.Weights, tokens: Array, train_mask: Array
     ) -> dict[str, Array]:
+        if isinstance(model, SlotBySlot):
+            weights = jax.tree.map(lambda a: a.astype(model.dtype), weights)
+            return simulate(self, weights, tokens, train_mask)
         stream, groups, _ = self._embed(model, weights, tokens, train_mask)
         out = model(stream, groups)
         places = self.places(0, tokens, train_mask)
@@ -381,30 +378,27 @@ class Tint(Construction):
         return found | logits | {"prediction": jax.nn.softmax(logits["logits_after"])}
 
     def compile(self, dtype: Any = None) -> Compiled:
-        """Dense weights of the one transformer; for small auxiliary models.
+        """Dense weights of the one transformer, where there are at most `DENSE` of them.
 
-        Raises:
-            ValueError: they would have more than `DENSE` entries; `run(None, ...)` needs none.
+        In the place of larger ones stands the program, which `run`, `read` and `apply` take as
+        well and run slot by slot.
         """
-        entries = counts(self.program).dense
-        if entries > DENSE:
-            raise ValueError(
-                f"dense weights would have {entries:.2g} entries, must be at most {DENSE:.0e}; "
-                "run(None, tokens, train_mask) runs the same program without them"
-            )
-        return super().compile(dtype)
+        if counts(self.program).dense <= DENSE:
+            return super().compile(dtype)
+        dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
+        return Compiled(SlotBySlot(self.program, dtype), self)
 
     def run(
         self,
-        model: Transformer | None,
+        model: Model | None,
         tokens: Int[Array, "batch time"],
-        train_mask: Bool[Array, "batch time"],
+        train_mask: Bool[Array, "batch time"] | Int[Array, "batch time"],
     ) -> Outcome:
         """Train the auxiliary model on each sequence, in one pass.
 
         Args:
-            model: the compiled one; None for the second back end, slot by slot, which needs no
-                dense weights and is the faster one.
+            model: the compiled one; None for the program slot by slot, without dense weights,
+                which is the faster way.
             tokens: at most as many as the auxiliary model has positions.
             train_mask: the positions t whose loss, minus the log probability of token t + 1, is
                 summed and trained on; the last never counts.
@@ -417,9 +411,9 @@ class Tint(Construction):
         tokens, train_mask = jnp.asarray(tokens), jnp.asarray(train_mask)
         weights = self.weights
         if model is None:
-            found = _evaluate(self, weights, tokens, train_mask)
+            found = simulate(self, weights, tokens, train_mask)
         else:
-            found = _dense(self, model, weights, tokens, train_mask)
+            found = _compiled(self, model, weights, tokens, train_mask)
         return Outcome(found["logits_before"], found["logits_after"], self._updated(found))
 
     def _updated(self, found: Mapping[str, Array]) -> Any:
@@ -461,10 +455,17 @@ class Tint(Construction):
             chunk=50,
         )
         quick = replace(recipe, steps=60, batch=8, chunk=20)
+        inputs = self.task.sample(jax.random.key(2**20), 32).inputs
+        wanted = jax.jit(self.trace)(*inputs)
+
+        def measure(model: Transformer) -> dict[str, Array]:
+            return alignment(self.read(model, *inputs), wanted)._asdict()
+
         return Counterpart(
             lambda key: base,
             self.task,
             recipe,
+            metrics=measure,
             quick=quick,
             random=lambda key: randomise(base, key, std),
         )
@@ -533,16 +534,23 @@ def _only(shape: Any, arrays: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=0)
-def _dense(
-    c: Tint, model: Transformer, weights: algorithm.Weights, tokens: Array, train_mask: Array
+def _compiled(
+    c: Tint, model: Model, weights: algorithm.Weights, tokens: Array, train_mask: Array
 ) -> dict[str, Array]:
     return c._read(model, weights, tokens, train_mask)
 
 
 @partial(jax.jit, static_argnums=0)
-def _evaluate(
+def simulate(
     c: Tint, weights: algorithm.Weights, tokens: Array, train_mask: Array
 ) -> dict[str, Array]:
+    """The named values of `Tint.trace` by the program, slot by slot; jitted and unchecked.
+
+    Args:
+        c: a construction.
+        weights: of an auxiliary model of its shape, as `algorithm.from_arrays` names them.
+        tokens, train_mask: `[batch, time]`.
+    """
     at, time = c.layout, tokens.shape[1]
     out = evaluate(c.program, c.values(weights, tokens, train_mask), at.kinds(time))
     found = {}
@@ -567,3 +575,6 @@ def _rows(out: Mapping[str, Array], matrix: Weights, tokens: range) -> Array:
     """How [W b] was changed, `[batch, rows, columns + 1]`."""
     parts = [out[slot.name][:, tokens.start : tokens.stop] for slot in matrix.changes]
     return jnp.concatenate(parts, 1)
+
+
+_evaluate = simulate

@@ -121,9 +121,8 @@ def paper_parameters(shape: DecoderShape, sim_heads: int, stack: int = 4) -> tup
 
 def table(mode: str = "exact", names: Sequence[str] = tuple(PUBLISHED)) -> str:
     """Published decoders and their simulators, as text."""
-    head = (
-        "auxiliary parameters program stored formula paper dense heads plain tokens width".split()
-    )
+    head = ("auxiliary", "parameters", "program", "stored", "formula", "paper", "dense")
+    head += ("heads", "plain", "tokens", "width")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in names:
         shape, sim_heads = PUBLISHED[name]

@@ -81,6 +81,7 @@ class Tableau:
         fixed = self.layout
         _ = fixed.matrices, fixed.norm, fixed.embedding, fixed.position, fixed.train
         _ = fixed.trainable if self.embeddings else None
+        _ = fixed.live if self.back.attention == "finite-difference" else None
         for number in range(self.steps + 1):
             self.tapes.append(Tape(fixed, number))
             layers += self.forward(self.tapes[-1])
@@ -104,7 +105,11 @@ class Tableau:
                 for head in matrix[name].apply(read, slot)
             ]
             yield Layer(heads, name=f"queries, keys, values {layer}")
-            yield Layer(attend(self.shape, q, k, v, y), name=f"attention {layer}")
+            asked = None
+            if self.back.attention == "finite-difference" and tape.number < self.steps:
+                live = tape("live query", d, layer)
+                asked = self.times(q, np.ones((d, 1)) @ self.layout.live, {live: 1.0}, "live")
+            yield Layer(attend(self.shape, q, k, v, y), asked, name=f"attention {layer}")
             heads = matrix["output"].apply(y, stream)
             yield Layer(heads, self.keep(tape, 2 * layer + 1), name=f"output {layer}")
             yield self.normalise(tape, 2 * layer + 1)
@@ -135,7 +140,7 @@ class Tableau:
         heads = [softmax, following, *self.readout_back(tape, final)]
         yield Layer(heads, chosen, name="loss")
         yield Layer(self.prepare(tape, last), self.gain(tape, last), name="final gain back")
-        yield self.norm_back(tape, last)
+        yield from self.norm_back(tape, last)
         for layer in reversed(range(self.shape.layers)):
             yield from self.mlp_back(tape, layer)
             yield from self.attention_back(tape, layer)
@@ -163,7 +168,7 @@ class Tableau:
         heads += matrix["hidden"].descend(d_hidden, tape("normed", d, norm))
         heads += self.prepare(tape, norm)
         yield Layer(heads, self.gain(tape, norm), name=f"hidden {layer}, back")
-        yield self.norm_back(tape, norm)
+        yield from self.norm_back(tape, norm)
 
     def attention_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
         """Back through norm, projections and attention."""
@@ -173,7 +178,10 @@ class Tableau:
         dq, dk, dv, dy = (tape(f"d {n}", d, layer) for n in ("query", "key", "value", "mixed"))
         heads = matrix["output"].transpose(down, dy)
         heads += matrix["output"].descend(down, y)
-        mean = tape("<dy, y>", self.shape.heads, layer)
+        if self.back.attention == "finite-difference":
+            mean = tape("live query", d, layer)
+        else:
+            mean = tape("<dy, y>", self.shape.heads, layer)
         products = None
         if self.back.attention == "exact":
             each = np.kron(np.eye(self.shape.heads), np.ones((1, d // self.shape.heads)))
@@ -190,7 +198,7 @@ class Tableau:
                 heads += matrix[name].descend(slot, read)
         heads += self.prepare(tape, norm)
         yield Layer(heads, self.gain(tape, norm), name=f"queries, keys, values {layer}, back")
-        yield self.norm_back(tape, norm)
+        yield from self.norm_back(tape, norm)
 
     @staticmethod
     def times(a: Affine, b: Affine, write: dict[Slot, Any], name: str) -> Mlp:
@@ -331,10 +339,17 @@ class Tableau:
 
     def prepare(self, tape: Tape, norm: int) -> list[Head]:
         """Of finite differences: what was normalised, to be moved along the gradient."""
-        if self.back.norm == "exact":
-            return []
-        before, moved = (tape(n, self.shape.width, norm) for n in ("before", "moved"))
-        return [_self(before, moved, "move")]
+        before = tape("before", self.shape.width + (self.back.norm == "exact"), norm)
+        return [_self(before, moved, "move") for moved in self.moved(tape, norm)]
+
+    def moved(self, tape: Tape, norm: int) -> dict[Slot, float]:
+        """Where the stream moved along the gradient is kept, and how far it is moved."""
+        names = {
+            "exact": {},
+            "finite-difference": {"moved": self.back.step},
+            "central": {"moved": self.back.central, "moved back": -self.back.central},
+        }[self.back.norm]
+        return {tape(name, self.shape.width, norm): step for name, step in names.items()}
 
     def gain(self, tape: Tape, norm: int) -> Mlp:
         """Back through the gain, and what each token says of it."""
@@ -343,15 +358,14 @@ class Tableau:
         back, rate = tape("d normal", d, norm), tape("d gain", d, norm)
         one, none = Matrix.identity(d), Matrix((d, d))
         write = {back: one}
-        if self.back.norm != "exact":
-            write[tape("moved", d, norm)] = self.back.step * one
+        write |= {slot: step * one for slot, step in self.moved(tape, norm).items()}
         if not self.back.gains:
             return self.times(gain, error, write, "gain back")
         write = {slot: beside(m, none) for slot, m in write.items()} | {rate: beside(none, one)}
         both = concatenate(gain, self.normal(tape, norm))
         return self.times(both, concatenate(error, error), write, "gain back")
 
-    def norm_back(self, tape: Tape, norm: int) -> Layer:
+    def norm_back(self, tape: Tape, norm: int) -> Iterator[Layer]:
         """d stream += back through the normalisation; gain and offset descend."""
         d, group = self.shape.width, self.layout.norms[norm]
         down, error = tape("d stream", d), tape("d normed", d, norm)
@@ -367,13 +381,24 @@ class Tableau:
         ]  # fmt: skip
         name = f"{group}, back"
         if norm == 0 and not self.embeddings:  # what is below is not trained
-            return Layer(heads, name=name)
+            yield Layer(heads, name=name)
+            return
         normal, back = self.normal(tape, norm), tape("d normal", d, norm)
         if self.back.norm != "exact":
-            moved, after = tape("moved", d, norm), tape("normal, moved", d, norm)
-            act = Norm(moved, after, "layer", self.shape.eps, tokens=TEXT)
-            heads.append(_self((1 / self.back.step) * (after - normal), down, "difference"))
-            return Layer(heads, norm=act, name=name)
+            after = [tape(f"normal, {moved.name}", d, norm) for moved in self.moved(tape, norm)]
+            *early, last = (
+                Norm(moved, slot, "layer", self.shape.eps, tokens=TEXT)
+                for moved, slot in zip(self.moved(tape, norm), after, strict=True)
+            )
+            for act in early:  # a layer has one norm
+                yield Layer(norm=act, name=name)
+            if early:
+                change = (0.5 / self.back.central) * (after[0] - after[1])
+            else:
+                change = (1 / self.back.step) * (after[0] - normal)
+            heads.append(_self(change, down, "difference"))
+            yield Layer(heads, norm=last, name=name)
+            return
         # (I - 1 1^T / D - x x^T / D) d normal, then times 1 / sigma
         flat = tape("d normal, projected", d, norm)
         ones = np.ones((d, 1)) @ ONE
@@ -390,7 +415,7 @@ class Tableau:
         ]  # fmt: skip
         inverse = 1 / (self.ratio * self.known) * tape("normal", d + 1, norm)[d:]
         act = self.times(flat, np.ones((d, 1)) @ inverse, {down: 1.0}, "1 / sigma")
-        return Layer(heads, act, name=name)
+        yield Layer(heads, act, name=name)
 
 
 def _self(value: Affine, slot: Slot, name: str) -> Head:
