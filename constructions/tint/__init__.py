@@ -31,7 +31,7 @@ TINT = Family(
             "length": 12,
             "steps": 300,
         },
-        "learning_rate": 0.01,
+        "learning_rate": 0.02,
     },
     about="A transformer trains another on its input, by gradient descent within one forward pass.",
     source="Panigrahi, Malladi, Xia, Arora 2023, arXiv 2307.01189",

@@ -6,6 +6,7 @@ prefix tokens; each sequence of a batch trains a copy of its own. `tableau` has 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -107,8 +108,15 @@ class Tint(Construction):
         check_auxiliary(given)
         # training the given model later must not change what this one simulates
         object.__setattr__(self, "auxiliary", Transformer(given.config, given.arrays()))
-        if not (isinstance(self.mode, Backward | Mapping) or self.mode in MODES):
-            raise ValueError(f"mode is {self.mode!r}, must be one of {list(MODES)} or a Backward")
+        known = isinstance(self.mode, str) and self.mode in MODES
+        fields = [f.name for f in dataclasses.fields(Backward)]
+        if isinstance(self.mode, Mapping):
+            known = set(self.mode) <= set(fields)
+        if not (known or isinstance(self.mode, Backward)):
+            raise ValueError(
+                f"mode is {self.mode!r}, must be one of {list(MODES)}, a Backward, or some of its "
+                f"fields, {', '.join(fields)}"
+            )
         for name in ("steps", "stack", "shards"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -340,16 +340,16 @@ class Tableau:
     def prepare(self, tape: Tape, norm: int) -> list[Head]:
         """Of finite differences: what was normalised, to be moved along the gradient."""
         before = tape("before", self.shape.width + (self.back.norm == "exact"), norm)
-        return [_self(before, moved, "move") for moved in self.moved(tape, norm)]
+        return [_self(before, moved, "move") for _, moved, _ in self.moved(tape, norm)]
 
-    def moved(self, tape: Tape, norm: int) -> dict[Slot, float]:
-        """Where the stream moved along the gradient is kept, and how far it is moved."""
-        names = {
-            "exact": {},
-            "finite-difference": {"moved": self.back.step},
-            "central": {"moved": self.back.central, "moved back": -self.back.central},
+    def moved(self, tape: Tape, norm: int) -> list[tuple[str, Slot, float]]:
+        """Where the stream moved along the gradient is kept, by name, and how far it is moved."""
+        names: list[tuple[str, float]] = {
+            "exact": [],
+            "finite-difference": [("moved", self.back.step)],
+            "central": [("moved", self.back.central), ("moved back", -self.back.central)],
         }[self.back.norm]
-        return {tape(name, self.shape.width, norm): step for name, step in names.items()}
+        return [(name, tape(name, self.shape.width, norm), step) for name, step in names]
 
     def gain(self, tape: Tape, norm: int) -> Mlp:
         """Back through the gain, and what each token says of it."""
@@ -358,7 +358,7 @@ class Tableau:
         back, rate = tape("d normal", d, norm), tape("d gain", d, norm)
         one, none = Matrix.identity(d), Matrix((d, d))
         write = {back: one}
-        write |= {slot: step * one for slot, step in self.moved(tape, norm).items()}
+        write |= {slot: step * one for _, slot, step in self.moved(tape, norm)}
         if not self.back.gains:
             return self.times(gain, error, write, "gain back")
         write = {slot: beside(m, none) for slot, m in write.items()} | {rate: beside(none, one)}
@@ -385,10 +385,11 @@ class Tableau:
             return
         normal, back = self.normal(tape, norm), tape("d normal", d, norm)
         if self.back.norm != "exact":
-            after = [tape(f"normal, {moved.name}", d, norm) for moved in self.moved(tape, norm)]
+            moved = self.moved(tape, norm)
+            after = [tape(f"normal, {name}", d, norm) for name, _, _ in moved]
             *early, last = (
-                Norm(moved, slot, "layer", self.shape.eps, tokens=TEXT)
-                for moved, slot in zip(self.moved(tape, norm), after, strict=True)
+                Norm(slot, found, "layer", self.shape.eps, tokens=TEXT)
+                for (_, slot, _), found in zip(moved, after, strict=True)
             )
             for act in early:  # a layer has one norm
                 yield Layer(norm=act, name=name)
