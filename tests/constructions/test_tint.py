@@ -42,6 +42,10 @@ class Case(NamedTuple):
         return () if self.embeddings else FROZEN
 
 
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 # A large rate in float32 makes changes that its weights can hold; one step is linear in it.
 CASES = [
     Case("random gelu", "exact", stack=2, shards=4),
@@ -50,12 +54,12 @@ CASES = [
     Case("trained gelu", "exact", steps=4, layers=1, stack=3),
     Case("random relu", "exact", "float32", steps=3, layers=1),
     Case("trained gelu", "paper"),
-    Case("random relu", "paper", steps=2, layers=1),
+    slow(Case("random relu", "paper", steps=2, layers=1)),
     Case("random relu", "paper", "float32", rate=100.0, stack=3),
-    Case("trained relu", "paper", "float32", rate=10.0),
+    slow(Case("trained relu", "paper", "float32", rate=10.0)),
     Case("trained gelu", "finite-difference"),
     Case("random gelu", "finite-difference", "float32", rate=100.0),
-    Case("trained gelu", "finite-difference", "float32", rate=10.0),
+    slow(Case("trained gelu", "finite-difference", "float32", rate=10.0)),
 ]
 
 

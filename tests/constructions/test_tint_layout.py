@@ -106,6 +106,7 @@ def test_a_prefix_token_holds_its_rows_alone(x64, tint, dense):
             np.testing.assert_allclose(says[n], getattr(one, name)[0], atol=1e-11)
 
 
+@pytest.mark.slow
 def test_read_and_places_agree_with_run(x64, tint, dense):
     start = names(parameters(small()))
     one, other = simulate(tint), simulate(tint, model=dense)
