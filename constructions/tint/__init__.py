@@ -8,6 +8,7 @@ prefix        a matrix in prefix tokens: forward, transposed, and its descent
 backward      how each part goes back: as in the paper, exactly, or by finite differences
 attention     attention and its gradient as heads
 tableau       the whole program
+contents      what tokens hold at first, and where the results stand
 algorithm     the same by autograd
 construction  the family
 claims        whether it stays what it is when it is trained further

@@ -31,7 +31,8 @@ from constructions.tint.auxiliary import DecoderShape, TrainedAuxiliary, check_a
 from constructions.tint.backward import MODES, Backward
 from constructions.tint.checkpoint import load_auxiliary
 from constructions.tint.claims import CHANGED, CLAIMS, alignment
-from constructions.tint.layout import MATRICES, TEXT, WORDS, Layout, Weights
+from constructions.tint.contents import collect, contents, places
+from constructions.tint.layout import MATRICES, TEXT, Layout
 from constructions.tint.tableau import Tableau
 from constructions.transformer import Transformer, randomise
 from synthetic.adaptation import AdaptationTask, exchanged
@@ -257,49 +258,6 @@ class Tint(Construction):
             changes["position"] = changes["position"][:, : tokens.shape[1]]
         return found | changes | {"prediction": jax.nn.softmax(found["logits_after"])}
 
-    def values(
-        self, weights: algorithm.Weights, tokens: Array, train_mask: Array
-    ) -> dict[str, Array]:
-        """What the tokens hold at first, `{slot: [batch or 1, token, size]}`.
-
-        The batch axis is 1 where all sequences hold the same; entries are 0 at tokens that do not
-        own the slot.
-        """
-        at, time = self.layout, tokens.shape[1]
-
-        def along(pieces: Mapping[str, Array], size: int) -> Array:
-            """Put together what the kinds of tokens hold, `[(batch,) token, size]` each."""
-            dtype = weights["embedding"].dtype
-            parts = []
-            for group in at.groups:
-                part = pieces.get(group, jnp.zeros((at.count(group, time), size), dtype))
-                parts.append(part if part.ndim == 3 else part[None])
-            most = max(map(len, parts))
-            return jnp.concatenate([jnp.broadcast_to(p, (most, *p.shape[1:])) for p in parts], 1)
-
-        held: dict[str, dict[str, Array]] = {s.name: {} for s in self.program.slots if not s.born}
-        for (name, layer), matrix in at.matrices.items():
-            for n, row in enumerate(matrix.rows):
-                held[row.name][matrix.group] = weights[name][layer, matrix.part(n)]
-            held[matrix.number.name][matrix.group] = jnp.eye(
-                matrix.number.size, dtype=weights["embedding"].dtype
-            )
-        for name in ("gain", "offset"):
-            held[name] = {group: weights[name][n, None] for n, group in enumerate(at.norms)}
-        embedding = weights["embedding"]
-        held["embedding"] = {WORDS: embedding, TEXT: embedding[tokens]}
-        held["position"] = {TEXT: weights["position"][:time]}
-        if self.embeddings:
-            one_hot = jnp.eye(self.shape.words, dtype=embedding.dtype)
-            held["word"] = {WORDS: one_hot, TEXT: one_hot[tokens]}
-        last = jnp.arange(time) == time - 1
-        trained = jnp.where(last, 0, train_mask).astype(embedding.dtype)
-        held["train"] = {TEXT: trained[..., None]}
-        if "live" in held:
-            later = jnp.flip(jnp.cumsum(jnp.flip(trained, 1), 1), 1)
-            held["live"] = {TEXT: (later > 0).astype(embedding.dtype)[..., None]}
-        return {name: along(pieces, self.program.slots[name].size) for name, pieces in held.items()}
-
     def embed(self, model: Transformer, tokens: Array, train_mask: Array) -> Embedded:
         """Prefix tokens with the auxiliary model's weights, then the text."""
         return self._embed(model, self.weights, jnp.asarray(tokens), jnp.asarray(train_mask))
@@ -309,7 +267,7 @@ class Tint(Construction):
     ) -> Embedded:
         dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
         weights = jax.tree.map(lambda a: a.astype(dtype), weights)
-        values, time = self.values(weights, tokens, train_mask), tokens.shape[1]
+        values, time = contents(self.layout, weights, tokens, train_mask), tokens.shape[1]
         kinds = self.layout.kinds(time)
         stream = jnp.zeros((len(tokens), len(kinds), model.config.width), dtype)
         for slot in self.program.slots:
@@ -320,32 +278,9 @@ class Tint(Construction):
 
     def places(self, depth: int, tokens: Array, train_mask: Array) -> dict[str, Place]:
         """The changes of the weights in their prefix tokens, and the last hidden states."""
-        at, time = self.layout, jnp.shape(tokens)[1]
-        found = {}
-        for name in MATRICES:
-            matrices = [at.matrices[name, layer] for layer in range(self.shape.layers)]
-            first = np.array([at.tokens(m.group, time).start for m in matrices])
-            rows, per = np.arange(matrices[0].size), matrices[0].number.size
-            columns = np.array([slot.start for slot in matrices[0].changes])[rows // per]
-            found[name] = Place(
-                np.asarray(depth),
-                (first[:, None] + rows % per)[..., None],
-                columns[:, None] + np.arange(matrices[0].changes[0].size),
-                1 / self.learning_rate,
-            )
-        norms = np.array([at.tokens(group, time).start for group in at.norms])
-        for name in ("gain", "offset"):
-            slot = at.norm[f"{name} change"]
-            columns = slot.start + np.arange(slot.size)
-            found[name] = Place(np.asarray(depth), norms[:, None], columns, 1 / self.learning_rate)
-        text = at.tokens(TEXT, time)
-        for name, slot in zip(("before", "after"), self._finals, strict=True):
-            found[f"final_{name}"] = Place.of(slot, text, depth)
-        if self.embeddings:
-            for name, tokens_of in (("embedding", at.tokens(WORDS, time)), ("position", text)):
-                slot = at.trainable[f"{name} change"]
-                found[name] = Place.of(slot, tokens_of, depth, 1 / self.learning_rate)
-        return found
+        return places(
+            self.layout, jnp.shape(tokens)[1], self._finals, 1 / self.learning_rate, depth
+        )
 
     @property
     def _finals(self) -> tuple[Slot, Slot]:
@@ -560,29 +495,9 @@ def simulate(
         tokens, train_mask: `[batch, time]`.
     """
     at, time = c.layout, tokens.shape[1]
-    out = evaluate(c.program, c.values(weights, tokens, train_mask), at.kinds(time))
-    found = {}
-    for name in MATRICES:
-        matrices = [at.matrices[name, layer] for layer in range(c.shape.layers)]
-        found[name] = jnp.stack([_rows(out, m, at.tokens(m.group, time)) for m in matrices], 1)
-    norms = np.array([at.tokens(group, time).start for group in at.norms])
-    for name in ("gain", "offset"):
-        found[name] = out[f"{name} change"][:, norms]
-    found = {name: a / c.learning_rate for name, a in found.items()}
-    text = at.tokens(TEXT, time)
-    for name, slot in zip(("before", "after"), c._finals, strict=True):
-        found[f"final_{name}"] = out[slot.name][:, text.start : text.stop]
-    if c.embeddings:
-        for name, tokens_of in (("embedding", at.tokens(WORDS, time)), ("position", text)):
-            changed = out[f"{name} change"][:, tokens_of.start : tokens_of.stop]
-            found[name] = changed / c.learning_rate
+    out = evaluate(c.program, contents(at, weights, tokens, train_mask), at.kinds(time))
+    found = collect(at, out, time, c._finals, 1 / c.learning_rate)
     return c._say(found, weights)
-
-
-def _rows(out: Mapping[str, Array], matrix: Weights, tokens: range) -> Array:
-    """How [W b] was changed, `[batch, rows, columns + 1]`."""
-    parts = [out[slot.name][:, tokens.start : tokens.stop] for slot in matrix.changes]
-    return jnp.concatenate(parts, 1)
 
 
 _evaluate = simulate

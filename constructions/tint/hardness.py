@@ -4,8 +4,8 @@ With weights a_ij of head h, c_ij = <dy_i, v_j> and keys j <= i, the gradient of
 
     dq_i  =  sum_j a_ij (c_ij - sum_l a_il c_il) k_j / sqrt d.
 
-Let eps_i = 1 - max_j a_ij, m be where the maximum is, and R_i = max_j c_ij - min_j c_ij. The mean of
-c_i with weights a is within eps_i R_i of c_im, and the other weights sum to eps_i, so that
+Let eps_i = 1 - max_j a_ij, m be where the maximum is, and R_i = max_j c_ij - min_j c_ij. The mean
+of c_i with weights a is within eps_i R_i of c_im, and the other weights sum to eps_i, so that
 
     |dq_i|  <=  (a_im eps_i + eps_i) R_i max_j |k_j| / sqrt d  <=  2 eps_i R_i max_j |k_j| / sqrt d.
 
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from constructions.evaluator import evaluate
 from constructions.tint import algorithm
 from constructions.tint.construction import Tint
+from constructions.tint.contents import contents
 from constructions.tint.layout import TEXT
 
 _READ = ("query", "key", "value", "d mixed", "d query")
@@ -81,7 +82,7 @@ def _tape(
 ) -> tuple[Float[Array, "sequence layer head position row"], ...]:
     """What the first pass and its way back keep of attention, in the order of `_READ`."""
     time, text = tokens.shape[1], c.layout.tokens(TEXT, tokens.shape[1])
-    out = evaluate(c.program, c.values(weights, tokens, train), c.layout.kinds(time))
+    out = evaluate(c.program, contents(c.layout, weights, tokens, train), c.layout.kinds(time))
 
     def read(name: str) -> Array:
         slots = [f"pass 0, layer {n}: {name}" for n in range(c.shape.layers)]

@@ -23,7 +23,9 @@ from constructions.tint.construction import Tint, _evaluate
 from constructions.transformer import Transformer
 from synthetic.task import Batch
 
-Changes = Mapping[str, Array]  # by the names of `algorithm.from_arrays`, `[batch, layer, ...]`
+Changes = Mapping[
+    str, Array | np.ndarray
+]  # by the names of `algorithm.from_arrays`, `[batch, layer, ...]`
 
 #: One approximation at a time, none, and all that the paper makes.
 ABLATION = {
@@ -31,6 +33,7 @@ ABLATION = {
     "value-only attention": Backward(attention="value-only"),
     "attention by differences": Backward(attention="finite-difference"),
     "norms by differences": Backward(norm="finite-difference"),
+    "norms by central differences": Backward(norm="central"),
     "activation by differences": Backward(activation="finite-difference"),
     "gains not trained": Backward(gains=False),
     "all (paper)": MODES["paper"],
@@ -111,18 +114,16 @@ def descended(
     trained: tuple[str, ...],
     value_only: bool = False,
 ) -> Float[Array, "batch time word"]:
-    """Logits after gradient descent by autograd, `algorithm.descend`."""
-    after = algorithm.descend(
-        weights,
-        tokens,
-        train,
-        shape,
-        steps=steps,
-        rate=rate,  # type: ignore[arg-type]
-        trained=trained,
-        value_only=value_only,
-    )
-    return jax.vmap(partial(algorithm.decode, shape=shape))(after, tokens)
+    """Logits after gradient descent by autograd, as `algorithm.descend`, at any rate."""
+
+    def one(tokens: Array, train: Array) -> Array:
+        now = dict(weights)
+        for _ in range(steps):
+            slope = jax.grad(algorithm.loss)(now, tokens, train, shape, value_only)
+            now |= {name: now[name] - rate * slope[name] for name in trained}
+        return algorithm.decode(now, tokens, shape)
+
+    return jax.vmap(one)(tokens, train)
 
 
 # How near a step is to gradient descent
@@ -215,7 +216,7 @@ def ablation(
     return found
 
 
-def _flat(arrays: list[Array]) -> np.ndarray:
+def _flat(arrays: list[Array | np.ndarray]) -> np.ndarray:
     """All numbers of every sequence, `[sequence, number]`."""
     parts = [np.asarray(a, np.float64) for a in arrays]
     return np.concatenate([a.reshape(len(a), -1) for a in parts], 1)

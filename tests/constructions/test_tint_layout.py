@@ -23,6 +23,7 @@ from tint_oracle import (
 )
 
 from constructions.tint import Tint
+from constructions.tint.contents import contents
 from constructions.transformer import Transformer
 
 MATRICES = ("query", "key", "value", "output", "hidden", "back")
@@ -46,7 +47,7 @@ def test_training_the_given_model_later_changes_nothing(x64):
     nnx.update(given, jax.tree.map(lambda a: a + 1, nnx.state(given, nnx.Param)))
     found = parameters(tint.auxiliary)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, parameters(small())))
-    values = tint.values(tint.weights, jnp.asarray(TEXTS), jnp.asarray(TRAINED))
+    values = contents(tint.layout, tint.weights, jnp.asarray(TEXTS), jnp.asarray(TRAINED))
     np.testing.assert_array_equal(
         values["embedding"][0, tint.layout.tokens("words", TIME).start :][:5],
         parameters(small())["tokens"]["embedding"],

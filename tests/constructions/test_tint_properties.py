@@ -22,6 +22,7 @@ from tint_oracle import (
 
 from constructions.evaluator import evaluate
 from constructions.tint import MODES, Backward, Tint, logits
+from constructions.tint.contents import contents
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_error_of_the_difference_of_a_norm(x64):
     centred g, a = <n, u> / D, b = |u|^2 / D and s^2 the variance and what is added to it."""
     step = 1e-4
     tint = Tint(small(), Backward(norm="finite-difference", step=step), learning_rate=RATE)
-    values = tint.values(tint.weights, jnp.asarray(TEXTS), jnp.asarray(TRAINED))
+    values = contents(tint.layout, tint.weights, jnp.asarray(TEXTS), jnp.asarray(TRAINED))
     out = jax.jit(lambda values: evaluate(tint.program, values, tint.layout.kinds(TIME)))(values)
     for norm in (1, 2):
         x, g, plain, after = (
