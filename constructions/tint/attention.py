@@ -17,7 +17,7 @@ from math import sqrt
 
 from constructions.matrices import Matrix
 from constructions.program import CAUSAL, Head, Window
-from constructions.slots import Slot, concatenate, constant
+from constructions.slots import Affine, Slot, concatenate, constant
 from constructions.tint.auxiliary import DecoderShape
 from constructions.tint.backward import Backward
 from constructions.tint.layout import TEXT, place
@@ -42,48 +42,75 @@ def attend_back(
     given: tuple[Slot, Slot, Slot, Slot, Slot],
     wanted: tuple[Slot, Slot, Slot],
 ) -> list[Head]:
-    """Gradients of queries, keys and values; of "value-only" attention, of the last alone.
+    """Exact gradients of queries, keys and values; of "value-only" attention, of the last alone.
 
     Args:
         shape, back: of the decoder, and how it goes back.
-        given: q, k, v, dy and m, the last with a number for each head. Where differences are
-            taken, in the place of m the queries that some later loss depends on, and 0 for the
-            others: what these say to a key cancels, but not to the last bit.
+        given: q, k, v, dy and m, the last with a number for each head.
         wanted: dq, dk, dv.
     """
     (q, k, v, dy, mean), (dq, dk, dv) = given, wanted
-    scale, step, found = sqrt(shape.heads / shape.width), back.central, []
+    scale, found = sqrt(shape.heads / shape.width), []
     for h, rows, where in _heads(shape):
-        qh, kh, vh, dyh = q[rows], k[rows], v[rows], dy[rows]
-
-        def forth(query, key, value, to, name, factor=None, h=h):  # type: ignore[no-untyped-def]
-            return Head(
-                query, key, value, to, "softmax", TEXT, TEXT, CAUSAL, scale=scale, factor=factor,
-                name=f"{name} {h}",
-            )  # fmt: skip
-
-        def across(query, key, value, to, name, factor=None, h=h):  # type: ignore[no-untyped-def]
-            return Head(
-                query, key, value, to, "transposed_softmax", TEXT, TEXT, LATER, scale=scale,
-                factor=factor, name=f"{name} {h}",
-            )  # fmt: skip
-
-        found.append(across(kh, qh, dyh, {dv: where}, "d value"))
+        qh, kh, vh, dyh, write = q[rows], k[rows], v[rows], dy[rows], scale * where
+        found.append(_head(ACROSS, kh, qh, dyh, {dv: where}, scale, f"d value {h}"))
         if back.attention == "exact":
             error, value = concatenate(dyh, -mean[h : h + 1]), concatenate(vh, constant(1.0))
             found += [
-                forth(qh, kh, kh, {dq: scale * where}, "d query", (error, value)),
-                across(kh, qh, qh, {dk: scale * where}, "d key", (value, error)),
+                _head(FORTH, qh, kh, kh, {dq: write}, scale, f"d query {h}", (error, value)),
+                _head(ACROSS, kh, qh, qh, {dk: write}, scale, f"d key {h}", (value, error)),
             ]
-        elif back.attention == "finite-difference":
-            for e in (step, -step):
-                moved, both = concatenate(qh, (e / scale) * dyh), concatenate(kh, vh)
-                write = scale / (2 * e) * where
-                found += [
-                    forth(moved, both, kh, {dq: write}, "d query"),
-                    across(both, moved, mean[rows], {dk: write}, "d key"),
-                ]
     return found
+
+
+def difference_back(
+    shape: DecoderShape,
+    step: float,
+    given: tuple[Slot, Slot, Slot, Slot, Slot, Slot],
+    wanted: tuple[Slot, Slot, Slot],
+) -> list[Head]:
+    """The same by central differences, along the directions u_i = dy_i / r_i of the gradients.
+
+    One step then suits gradients of any size r_i, which multiplies what comes out; for keys it
+    stands at the queries that are summed over.
+
+    Args:
+        shape: of the decoder.
+        step: of the differences.
+        given: q, k, v, dy, u and r q.
+        wanted: dq over r, dk, dv.
+    """
+    (q, k, v, dy, along, sized), (dq, dk, dv) = given, wanted
+    scale, found = sqrt(shape.heads / shape.width), []
+    for h, rows, where in _heads(shape):
+        qh, kh, both = q[rows], k[rows], concatenate(k[rows], v[rows])
+        found.append(_head(ACROSS, kh, qh, dy[rows], {dv: where}, scale, f"d value {h}"))
+        for e in (step, -step):
+            moved, write = concatenate(qh, (e / scale) * along[rows]), scale / (2 * e) * where
+            found += [
+                _head(FORTH, moved, both, kh, {dq: write}, scale, f"d query {h}"),
+                _head(ACROSS, both, moved, sized[rows], {dk: write}, scale, f"d key {h}"),
+            ]
+    return found
+
+
+FORTH, ACROSS = ("softmax", CAUSAL), ("transposed_softmax", LATER)
+
+
+def _head(
+    way: tuple[str, Window],
+    query: Affine,
+    key: Affine,
+    value: Affine,
+    write: dict[Slot, Matrix],
+    scale: float,
+    name: str,
+    factor: tuple[Affine, Affine] | None = None,
+) -> Head:
+    mixer, window = way
+    return Head(
+        query, key, value, write, mixer, TEXT, TEXT, window, scale=scale, factor=factor, name=name
+    )
 
 
 def _heads(shape: DecoderShape) -> list[tuple[int, slice, Matrix]]:

@@ -39,9 +39,6 @@ def contents(at: Layout, weights: Weights, tokens: Array, train_mask: Array) -> 
         held["word"] = {WORDS: one_hot, TEXT: one_hot[tokens]}
     trained = jnp.where(jnp.arange(time) == time - 1, 0, train_mask).astype(embedding.dtype)
     held["train"] = {TEXT: trained[..., None]}
-    if "live" in held:
-        later = jnp.flip(jnp.cumsum(jnp.flip(trained, 1), 1), 1)
-        held["live"] = {TEXT: (later > 0).astype(embedding.dtype)[..., None]}
     dtype = embedding.dtype
     return {
         name: _along(at, time, pieces, at.slots[name].size, dtype) for name, pieces in held.items()

@@ -204,11 +204,6 @@ class Layout:
         """Whether the auxiliary model is trained on what it says here of the next word: 1 or 0."""
         return self.slots.add("train", 1, tokens=TEXT)
 
-    @cached_property
-    def live(self) -> Slot:
-        """Whether some position from here on is trained on: 1 or 0."""
-        return self.slots.add("live", 1, tokens=TEXT)
-
     def tape(self, name: str, size: int) -> Slot:
         """A new slot for an activation at the tokens of the text, kept to the end."""
         return self.slots.add(name, size, tokens=TEXT, born=1, accumulates=True)

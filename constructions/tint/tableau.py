@@ -24,7 +24,7 @@ import numpy as np
 from constructions.matrices import Matrix, beside
 from constructions.program import SELF, Head, Layer, Mlp, Norm, Program
 from constructions.slots import Affine, Slot, concatenate, constant
-from constructions.tint.attention import attend, attend_back
+from constructions.tint.attention import attend, attend_back, difference_back
 from constructions.tint.auxiliary import DecoderShape
 from constructions.tint.backward import Backward
 from constructions.tint.layout import TEXT, WORDS, Layout, place
@@ -81,7 +81,6 @@ class Tableau:
         fixed = self.layout
         _ = fixed.matrices, fixed.norm, fixed.embedding, fixed.position, fixed.train
         _ = fixed.trainable if self.embeddings else None
-        _ = fixed.live if self.back.attention == "finite-difference" else None
         for number in range(self.steps + 1):
             self.tapes.append(Tape(fixed, number))
             layers += self.forward(self.tapes[-1])
@@ -105,11 +104,7 @@ class Tableau:
                 for head in matrix[name].apply(read, slot)
             ]
             yield Layer(heads, name=f"queries, keys, values {layer}")
-            asked = None
-            if self.back.attention == "finite-difference" and tape.number < self.steps:
-                live = tape("live query", d, layer)
-                asked = self.times(q, np.ones((d, 1)) @ self.layout.live, {live: 1.0}, "live")
-            yield Layer(attend(self.shape, q, k, v, y), asked, name=f"attention {layer}")
+            yield Layer(attend(self.shape, q, k, v, y), name=f"attention {layer}")
             heads = matrix["output"].apply(y, stream)
             yield Layer(heads, self.keep(tape, 2 * layer + 1), name=f"output {layer}")
             yield self.normalise(tape, 2 * layer + 1)
@@ -178,18 +173,18 @@ class Tableau:
         dq, dk, dv, dy = (tape(f"d {n}", d, layer) for n in ("query", "key", "value", "mixed"))
         heads = matrix["output"].transpose(down, dy)
         heads += matrix["output"].descend(down, y)
-        if self.back.attention == "finite-difference":
-            mean = tape("live query", d, layer)
-        else:
-            mean = tape("<dy, y>", self.shape.heads, layer)
-        products = None
+        mean, products = tape("<dy, y>", self.shape.heads, layer), None
         if self.back.attention == "exact":
             each = np.kron(np.eye(self.shape.heads), np.ones((1, d // self.shape.heads)))
             products = self.times(dy, y, {mean: each}, "<dy, y>")
         yield Layer(heads, products, name=f"output {layer}, back")
-        given, wanted = (q, k, v, dy, mean), (dq, dk, dv)
-        heads = attend_back(self.shape, self.back, given, wanted)
-        yield Layer(heads, name=f"attention {layer}, back")
+        name = f"attention {layer}, back"
+        if self.back.attention == "finite-difference":
+            yield from self.differences(tape, layer, name)
+        else:
+            yield Layer(
+                attend_back(self.shape, self.back, (q, k, v, dy, mean), (dq, dk, dv)), name=name
+            )
         read, d_read = tape("normed", d, norm), tape("d normed", d, norm)
         heads = []
         for name, slot in (("query", dq), ("key", dk), ("value", dv)):
@@ -204,6 +199,23 @@ class Tableau:
     def times(a: Affine, b: Affine, write: dict[Slot, Any], name: str) -> Mlp:
         """Products of numbers at a token: a gated MLP without an activation."""
         return Mlp(a, write, b, "identity", TEXT, name)
+
+    def differences(self, tape: Tape, layer: int, name: str) -> Iterator[Layer]:
+        """Attention back by differences along the gradients' directions, times their sizes."""
+        d = self.shape.width
+        q, k, v, dy = (tape(n, d, layer) for n in ("query", "key", "value", "d mixed"))
+        dq, dk, dv = (tape(f"d {n}", d, layer) for n in ("query", "key", "value"))
+        along, size = tape("direction of d mixed", d, layer), tape("size of d mixed", 1, layer)
+        sized, unsized = (tape(f"{n}, sized", d, layer) for n in ("query", "d query over"))
+        measure = Head(
+            along, dy, ONE, {size: 1 / d}, queries=TEXT, keys=TEXT, window=SELF, name="size"
+        )
+        sizes = np.ones((d, 1)) @ size
+        scale = self.times(q, sizes, {sized: 1.0}, "sized queries")
+        yield Layer([measure], scale, direction(dy, along), name=name)
+        given = (q, k, v, dy, along, sized)
+        heads = difference_back(self.shape, self.back.central, given, (unsized, dk, dv))
+        yield Layer(heads, self.times(unsized, sizes, {dq: 1.0}, "sized"), name=name)
 
     # Words and positions
 
@@ -338,18 +350,11 @@ class Tableau:
         return Layer(heads, scale, act, name=group)
 
     def prepare(self, tape: Tape, norm: int) -> list[Head]:
-        """Of finite differences: what was normalised, to be moved along the gradient."""
-        before = tape("before", self.shape.width + (self.back.norm == "exact"), norm)
-        return [_self(before, moved, "move") for _, moved, _ in self.moved(tape, norm)]
-
-    def moved(self, tape: Tape, norm: int) -> list[tuple[str, Slot, float]]:
-        """Where the stream moved along the gradient is kept, by name, and how far it is moved."""
-        names: list[tuple[str, float]] = {
-            "exact": [],
-            "finite-difference": [("moved", self.back.step)],
-            "central": [("moved", self.back.central), ("moved back", -self.back.central)],
-        }[self.back.norm]
-        return [(name, tape(name, self.shape.width, norm), step) for name, step in names]
+        """Of one-sided differences: what was normalised, to be moved along the gradient."""
+        if self.back.norm != "finite-difference":
+            return []
+        before, moved = (tape(n, self.shape.width, norm) for n in ("before", "moved"))
+        return [_self(before, moved, "move")]
 
     def gain(self, tape: Tape, norm: int) -> Mlp:
         """Back through the gain, and what each token says of it."""
@@ -358,7 +363,8 @@ class Tableau:
         back, rate = tape("d normal", d, norm), tape("d gain", d, norm)
         one, none = Matrix.identity(d), Matrix((d, d))
         write = {back: one}
-        write |= {slot: step * one for _, slot, step in self.moved(tape, norm)}
+        if self.back.norm == "finite-difference":
+            write[tape("moved", d, norm)] = self.back.step * one
         if not self.back.gains:
             return self.times(gain, error, write, "gain back")
         write = {slot: beside(m, none) for slot, m in write.items()} | {rate: beside(none, one)}
@@ -384,21 +390,14 @@ class Tableau:
             yield Layer(heads, name=name)
             return
         normal, back = self.normal(tape, norm), tape("d normal", d, norm)
-        if self.back.norm != "exact":
-            moved = self.moved(tape, norm)
-            after = [tape(f"normal, {name}", d, norm) for name, _, _ in moved]
-            *early, last = (
-                Norm(slot, found, "layer", self.shape.eps, tokens=TEXT)
-                for (_, slot, _), found in zip(moved, after, strict=True)
-            )
-            for act in early:  # a layer has one norm
-                yield Layer(norm=act, name=name)
-            if early:
-                change = (0.5 / self.back.central) * (after[0] - after[1])
-            else:
-                change = (1 / self.back.step) * (after[0] - normal)
-            heads.append(_self(change, down, "difference"))
-            yield Layer(heads, norm=last, name=name)
+        if self.back.norm == "finite-difference":
+            moved, after = (tape(n, d, norm) for n in ("moved", "normal, moved"))
+            act = Norm(moved, after, "layer", self.shape.eps, tokens=TEXT)
+            heads.append(_self((1 / self.back.step) * (after - normal), down, "difference"))
+            yield Layer(heads, norm=act, name=name)
+            return
+        if self.back.norm == "central":
+            yield from self.central(tape, norm, heads, name)
             return
         # (I - 1 1^T / D - x x^T / D) d normal, then times 1 / sigma
         flat = tape("d normal, projected", d, norm)
@@ -417,6 +416,34 @@ class Tableau:
         inverse = 1 / (self.ratio * self.known) * tape("normal", d + 1, norm)[d:]
         act = self.times(flat, np.ones((d, 1)) @ inverse, {down: 1.0}, "1 / sigma")
         yield Layer(heads, act, name=name)
+
+    def central(self, tape: Tape, norm: int, heads: list[Head], name: str) -> Iterator[Layer]:
+        """Back by a difference along the gradient's direction u, times its size <u, g> / D."""
+        d, step = self.shape.width, self.back.central / 10
+        before, back = tape("before", d, norm), tape("d normal", d, norm)
+        along = tape("direction", d, norm)
+        moved = [tape(n, d, norm) for n in ("moved", "moved back")]
+        after = [tape(f"normal, {n}", d, norm) for n in ("moved", "moved back")]
+        heads = heads + [
+            _self(before + sign * step * along, slot, "move")
+            for sign, slot in zip((1, -1), moved, strict=True)
+        ]
+        yield Layer(heads, norm=direction(back, along), name=name)
+        first, second = (
+            Norm(slot, found, "layer", self.shape.eps, tokens=TEXT)
+            for slot, found in zip(moved, after, strict=True)
+        )
+        yield Layer(norm=first, name=name)
+        difference = Head(
+            along, back, (0.5 / step) * (after[0] - after[1]), {tape("d stream", d): 1 / d},
+            queries=TEXT, keys=TEXT, window=SELF, name="difference",
+        )  # fmt: skip
+        yield Layer([difference], norm=second, name=name)
+
+
+def direction(read: Slot, write: Slot) -> Norm:
+    """A vector over its root mean square; 0 stays 0."""
+    return Norm(read, write, "rms", 1e-24, tokens=TEXT)
 
 
 def _self(value: Affine, slot: Slot, name: str) -> Head:
