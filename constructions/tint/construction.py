@@ -498,6 +498,3 @@ def simulate(
     out = evaluate(c.program, contents(at, weights, tokens, train_mask), at.kinds(time))
     found = collect(at, out, time, c._finals, 1 / c.learning_rate)
     return c._say(found, weights)
-
-
-_evaluate = simulate

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from constructions.tint import algorithm
 from constructions.tint.auxiliary import EPS, DecoderShape, decoder, logits
-from constructions.tint.construction import Tint, _evaluate
+from constructions.tint.construction import Tint, simulate
 from constructions.tint.measurements import descended
 from constructions.transformer import Transformer, randomise
 from synthetic.task import Batch
@@ -72,7 +72,7 @@ def answers(
     weights = c.weights if weights is None else weights
     (tokens,), wanted = batch.inputs, batch.target[:, -1] - task.labels.start
     train = jnp.ones(tokens.shape, bool) if everywhere else task.before_labels(tokens)
-    found = _evaluate(c, weights, tokens, train)
+    found = simulate(c, weights, tokens, train)
     tuned = descended(weights, tokens, train, c.learning_rate, c.shape, c.steps, c.trained)
     alone = _decode(weights, tokens[:, -1:], c.shape)
 

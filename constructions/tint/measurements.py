@@ -19,7 +19,7 @@ from constructions.tint import algorithm
 from constructions.tint.auxiliary import DecoderShape
 from constructions.tint.backward import MODES, Backward
 from constructions.tint.claims import CHANGED
-from constructions.tint.construction import Tint, _evaluate
+from constructions.tint.construction import Tint, simulate
 from constructions.transformer import Transformer
 from synthetic.task import Batch
 
@@ -92,7 +92,7 @@ def adaptation(c: Tint, batch: Batch, weights: algorithm.Weights | None = None) 
     """
     weights = c.weights if weights is None else weights
     tokens, train = batch.inputs
-    found = _evaluate(c, weights, tokens, train)
+    found = simulate(c, weights, tokens, train)
     after = descended(weights, tokens, train, c.learning_rate, c.shape, c.steps, c.trained)
 
     def loss(scores: Array) -> np.ndarray:
@@ -140,7 +140,7 @@ def written(
     c: Tint, tokens: Array, train: Array, weights: algorithm.Weights | None = None
 ) -> dict[str, Array]:
     """What the simulator adds to all weights of blocks and norms, over the learning rate."""
-    found = _evaluate(c, c.weights if weights is None else weights, tokens, train)
+    found = simulate(c, c.weights if weights is None else weights, tokens, train)
     return {name: found[name] for name in CHANGED}
 
 
