@@ -1,13 +1,15 @@
 """Hand-built transformers, and the one class that they share with trained ones.
 
 slots, program       a construction as a tableau over named slots of the residual stream
+matrices             what programs read and write with: sums of blocks, mostly of the identity
 checks, compiler     program -> dense weights of the one transformer
 config, transformer  the one transformer: its shape, its weights, its named sites
 blank                a shape to be trained, with no construction behind it
 layer, mixers        one layer, and how scores become attention weights
 symmetries           what leaves a model's function unchanged
 canonical            what is left: the invariants by which weights are compared
-evaluator            the same programs, run slot by slot without dense weights
+evaluator            the same programs, run slot by slot without dense weights, by stream and maps
+materials            what a program is made of beyond a plain transformer
 family               what every family offers; `verify`
 claims               statements about trained models that a number decides
 runs                 fits of a family on disk

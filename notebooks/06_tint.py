@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from constructions.evaluator import counts
+from constructions.materials import materials
 from constructions.tint import MODES, Tint, TrainedAuxiliary, algorithm
 from constructions.tint.hardness import hardness
 from constructions.tint.measurements import (
@@ -48,6 +49,7 @@ from constructions.tint.measurements import (
     mean,
     written,
 )
+from constructions.tint.sizes import PUBLISHED, table
 from constructions.transformer import randomise
 from synthetic.adaptation import AdaptationTask
 
@@ -81,12 +83,18 @@ for layer in passes.values():
     if layer.name in ("output 0", "output 0, back"):
         for head in layer.single_heads:
             print(f"{head.name:26} {head.mixer}, from {head.queries[0]} to {head.keys[0]}")
-kinds = [head.mixer for layer in c.program.layers for head in layer.single_heads]
-mlps = [layer.mlp for layer in c.program.layers if layer.mlp is not None]
-print({kind: kinds.count(kind) for kind in sorted(set(kinds))}, "heads")
-print(len([mlp for mlp in mlps if mlp.gate is not None]), "of", len(mlps), "MLPs are gated")
+print(materials(c.program).markdown())
+print(f"{materials(c.program).plain:.0%} of the heads are such as GPT-2 has")
 print(counts(c.program))
 print(f"the auxiliary model has {c.shape.parameters} parameters")
+
+# %% [markdown]
+# Real sizes follow from the numbers of a configuration, without allocating anything: the program's
+# own entries, what is stored with the auxiliary model's weights, and the paper's parameters, by its
+# formula and with the prefix tokens and tables that it leaves out.
+
+# %%
+print(table("exact", ("GPT-2",) if QUICK else tuple(PUBLISHED)))
 
 # %% [markdown]
 # No map of the program holds a learned number: the weights of the auxiliary model come in with the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,8 @@ def number(value: Any, digits: int = 3) -> str:
         return "n/a"
     if isinstance(value, bool | str):
         return str(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {number(v, digits)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(number(item, digits) for item in value)}]"
     if isinstance(value, int | np.integer):

@@ -12,6 +12,10 @@ contents      what tokens hold at first, and where the results stand
 algorithm     the same by autograd
 construction  the family
 claims        whether it stays what it is when it is trained further
+sizes         counts of simulators of published models, beside the paper's
+measurements  how near a step is to gradient descent, and what it is worth on text
+hardness      what value-only attention drops, and a bound on it
+labels        labels of words, learnt in context, by descent and by simulation
 """
 
 from constructions.family import Family
