@@ -8,7 +8,7 @@ transformer class, trained. `verify` measures how far the second equals the firs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -200,6 +200,37 @@ class Construction(ABC):
         """Inputs of the construction's task."""
         return self.task.sample(key, batch).inputs
 
+    def context_size(self, *inputs: Any) -> int:
+        """How many examples of the context can be left out one by one; see `subset`.
+
+        Raises:
+            ValueError: the inputs are not made of examples.
+        """
+        del inputs
+        raise ValueError(f"{type(self).__name__}: its inputs have no examples to leave out")
+
+    def subset(self, kept: Sequence[int] | np.ndarray, *inputs: Any) -> tuple[Any, ...]:
+        """The same inputs with these examples of the context only, the others removed.
+
+        Args:
+            kept: numbers in 0..`context_size` - 1, ascending.
+            inputs: as `sample` gives them.
+        """
+        del kept
+        raise ValueError(f"{type(self).__name__}: its inputs have no examples to leave out")
+
+    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+        """What of a prediction is about no example of the context; the rest is removed or 0.
+
+        Of one shape for all subsets of the inputs.
+
+        Args:
+            prediction: for `subset(kept, *inputs)`.
+            kept, inputs: as for `subset`.
+        """
+        del kept, inputs
+        return prediction
+
     def read(self, model: Transformer, *inputs: Array) -> dict[str, Array]:
         """The values named in `trace`, as the model holds them; pure."""
         stream, groups, _ = self.embed(model, *inputs)
@@ -356,7 +387,7 @@ def verify(
 
 
 @partial(jax.jit, static_argnums=0)
-def _values(construction: Construction, model: Transformer, *inputs: Array) -> dict[str, Array]:
+def _values(construction: Construction, model: Any, *inputs: Array) -> dict[str, Array]:
     named = construction.read(model, *inputs)
     # the prediction as users get it, from a run that computes only the tokens that are read
     return named | {"prediction": construction.apply(model, *inputs)}

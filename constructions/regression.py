@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,6 +63,16 @@ class Regression(Construction):
                 raise ValueError(f"{name} has shape {shape}, must hold at least one token")
             if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array)).all():
                 raise ValueError(f"{name} holds NaN or infinite values, must be finite")
+
+    def context_size(self, *inputs: Any) -> int:
+        """N, the number of pairs."""
+        return inputs[0].shape[1]
+
+    def subset(self, kept: Sequence[int] | np.ndarray, *inputs: Any) -> tuple[Any, ...]:
+        """These pairs (x_i, y_i) only; the queries stay."""
+        x, y, x_query = inputs
+        index = np.asarray(kept, int)
+        return x[:, index], y[:, index], x_query
 
     def floats(self, like: Any, *inputs: ArrayLike) -> list[Array]:
         """Checked inputs in one floating point type, `like`'s or a wider one that they have."""

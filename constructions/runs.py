@@ -32,6 +32,7 @@ from synthetic.checkpoints import Checkpoints
 from synthetic.recipe import Recipe
 from synthetic.runs import RunDirectory
 from synthetic.saved import RunError, check_arrays, load_state, named, unnamed
+from synthetic.step import seed_keys
 
 KIND = "fit"
 FIELDS = ("family", "settings", "dtype", "recipe")
@@ -176,6 +177,12 @@ def load_run(path: str | PathLike[str]) -> Run:
         optimum=counterpart.optimum,
         path=run.path,
     )
+
+
+def initial_models(run: Run) -> tuple[Transformer, ...]:
+    """The weights that the fits of a run began with, one model a seed: drawn again, bit for bit."""
+    counterpart = run.construction.counterpart()
+    return tuple(counterpart.init(seed_keys(seed)[0]) for seed in run.seeds)
 
 
 def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transformer, ...]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,6 +68,18 @@ class Softened(Construction):
     def places(self, depth: int, *inputs: Array) -> dict[str, Place]:
         """Where the construction keeps them."""
         return self.construction.places(depth, *inputs)
+
+    def context_size(self, *inputs: Any) -> int:
+        """The construction's."""
+        return self.construction.context_size(*inputs)
+
+    def subset(self, kept: Sequence[int] | np.ndarray, *inputs: Any) -> tuple[Any, ...]:
+        """The construction's."""
+        return self.construction.subset(kept, *inputs)
+
+    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+        """The construction's."""
+        return self.construction.answers(prediction, kept, *inputs)
 
     def check(self, *inputs: Any) -> None:
         """The construction's checks."""

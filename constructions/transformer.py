@@ -319,3 +319,13 @@ def randomise(model: Transformer, key: Array, std: float | Array) -> Transformer
 
     arrays = jax.tree_util.tree_map_with_path(draw, model.arrays())
     return Transformer(model.config, arrays)
+
+
+def cast(model: Transformer, dtype: Any) -> Transformer:
+    """The same model with its weights in another floating point type; all else is left as it is."""
+
+    def one(leaf: Array) -> Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(one, state))

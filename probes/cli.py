@@ -148,7 +148,7 @@ class Probe:
     """Use one probe on a saved run."""
 
     tool: Positional[str]
-    """linear, interchange, similarity, interpolation, roll-out or training"""
+    """such as linear, degrees or graft; README.md says what each answers, a wrong name lists them"""
     run_directory: Annotated[Path, arg(name="run")]
     seed: int = 0
     json: Path | None = None

@@ -31,6 +31,8 @@ from constructions.compiler import compile_program
 from constructions.family import Construction
 from constructions.transformer import Transformer
 from probes import interpolation, similarity
+from probes.fourier import degree_weights
+from probes.subsets import all_subsets
 from synthetic.task import Batch
 
 CONSTRUCTION, TRAINED, RANDOM = "construction", "trained", "random init"
@@ -110,6 +112,30 @@ def roll_out_gap(e: Evidence) -> float:
     return float(jnp.abs(jnp.log(rolled(e.model) / theirs)).max())
 
 
+def _on_subsets(e: Evidence, model: Transformer) -> np.ndarray:
+    """Answers for every subset of four examples, `[subset, batch, ...]`, less their mean."""
+    inputs = jax.tree.map(lambda a: a[:64], e.examples.inputs)
+    players = min(4, e.construction.context_size(*inputs))
+    found = all_subsets(e.construction, model, inputs, players)
+    return found - found.mean(0)
+
+
+def subset_distance(e: Evidence) -> float:
+    """Root mean square difference of what examples change, over all subsets of four of them."""
+    theirs = e.once("subsets", lambda: _on_subsets(e, e.reference))
+    return float(np.linalg.norm(_on_subsets(e, e.model) - theirs) / np.linalg.norm(theirs))
+
+
+def degree_distance(e: Evidence) -> float:
+    """|log of the share of degree 2 and above over the construction's|, in four examples.
+
+    See `probes.fourier`; the share is what no linear datamodel has.
+    """
+    theirs = e.once("subsets", lambda: _on_subsets(e, e.reference))
+    ours, theirs = (degree_weights(v) for v in (_on_subsets(e, e.model), theirs))
+    return abs(float(np.log(ours[2:].sum() / ours.sum()) - np.log(theirs[2:].sum() / theirs.sum())))
+
+
 STATISTICS: dict[str, Callable[[Evidence], float]] = {
     "excess_loss": excess_loss,
     "prediction_distance": prediction_distance,
@@ -117,6 +143,8 @@ STATISTICS: dict[str, Callable[[Evidence], float]] = {
     "weight_distance": weight_distance,
     "interpolation_gap": interpolation_gap,
     "roll_out_gap": roll_out_gap,
+    "subset_distance": subset_distance,
+    "degree_distance": degree_distance,
 }
 
 

@@ -126,3 +126,5 @@ def show_result(result: Result) -> None:
     for name, values in zip(result.rows, result.values, strict=True):
         table.add_row(name, *map(number, values))
     _show(table)
+    if result.note:
+        print(result.note)

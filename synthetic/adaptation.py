@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from synthetic.task import Batch
+from synthetic.task import Batch, Outcome
 from synthetic.text import Corpus, TextTask, cross_entropy
 
 
@@ -30,6 +31,8 @@ class AdaptationTask:
     corpus: Corpus
     length: int = 16
     share: float = 0.5
+
+    outcome: ClassVar[Outcome] = "probabilities"
 
     def __post_init__(self) -> None:
         TextTask(self.corpus, self.length)

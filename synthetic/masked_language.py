@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from synthetic.grammar import Grammar
-from synthetic.sentences import Sampler, sample
-from synthetic.task import Batch
+from synthetic.sentences import Sampler, Sentences, sample
+from synthetic.task import Batch, Outcome
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class MaskedLanguageTask:
     rate: float = 0.15
     highest: float | None = None
     final: float | None = None
+
+    outcome: ClassVar[Outcome] = "probabilities"
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
@@ -75,6 +77,13 @@ class MaskedLanguageTask:
 
     def sample_during(self, key: Array, batch: int, progress: Float[Array, ""]) -> Batch:
         """As `sample`, at a rate between `rate` and `final`."""
+        drawn, mask = self.draw(key, batch, progress)
+        return Batch((drawn.tokens, drawn.lengths, mask), (drawn.tokens, mask))
+
+    def draw(
+        self, key: Array, batch: int, progress: Float[Array, ""]
+    ) -> tuple[Sentences, Bool[Array, "batch time"]]:
+        """The sentences of `sample_during`, with their trees, and which words are hidden."""
         words_key, mask_key, rate_key = jax.random.split(key, 3)
         drawn = sample(self._sampler, words_key, batch, self.max_length)
         there = jnp.arange(self.max_length) < drawn.lengths[:, None]
@@ -83,8 +92,7 @@ class MaskedLanguageTask:
             rate = rate + (self.final - rate) * progress
         if self.highest is not None:
             rate = jax.random.uniform(rate_key, (batch, 1), minval=rate, maxval=self.highest)
-        mask = there & jax.random.bernoulli(mask_key, rate, drawn.tokens.shape)
-        return Batch((drawn.tokens, drawn.lengths, mask), (drawn.tokens, mask))
+        return drawn, there & jax.random.bernoulli(mask_key, rate, drawn.tokens.shape)
 
     def loss(self, prediction: Float[Array, "batch time word"], batch: Batch) -> Array:
         """Cross-entropy at hidden words in nats, `[batch]`; the mean is that over hidden words."""

@@ -1,6 +1,6 @@
 """What a task is: a sampler of batches and a loss, nothing else."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from jax import Array
 
@@ -37,3 +37,22 @@ class Curriculum(Task, Protocol):
     def sample_during(self, key: Array, batch: int, progress: Array) -> Batch:
         """As `sample`, at the share `progress` of a fit's steps, 0 (first) to 1 (last)."""
         ...
+
+
+#: What a prediction is: numbers beside a target, probabilities of outcomes, or their logits.
+Outcome = Literal["values", "probabilities", "logits"]
+
+
+def outcome(task: Task) -> Outcome:
+    """What the predictions of a task are; a task says so in its attribute `outcome`.
+
+    "values" have Gaussian likelihood, of variance 1; the others have a last axis of outcomes.
+
+    Raises:
+        ValueError: the attribute is something else.
+    """
+    found: Any = getattr(task, "outcome", "values")
+    if found not in get_args(Outcome):
+        allowed = ", ".join(get_args(Outcome))
+        raise ValueError(f"{type(task).__name__}.outcome is {found!r}, must be one of {allowed}")
+    return found

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from synthetic import chart
 from synthetic.grammar import Grammar
 from synthetic.sentences import sample
-from synthetic.task import Batch
+from synthetic.task import Batch, Outcome
 
 UNITS = ("characters", "bytes")
 
@@ -117,7 +118,9 @@ class Corpus:
 
 
 class NextToken:
-    """The loss of predicting every next token."""
+    """The loss of predicting every next token, and what is predicted: their probabilities."""
+
+    outcome: ClassVar[Outcome] = "probabilities"
 
     def loss(self, prediction: Float[Array, "batch time word"], batch: Batch) -> Array:
         """Mean cross-entropy of a sequence in nats a token, `[batch]`."""

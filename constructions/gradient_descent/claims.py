@@ -181,6 +181,17 @@ ONE_STEP_CLAIMS = (
         "into the context as it was initialised.",
     ),
     Claim(
+        "every subset",
+        "With any of its examples left out, it does what the gradient step does with the others.",
+        "subset_distance",
+        0.07,
+        "<=",
+        "the additive part is Saunshi et al. 2022, arXiv 2210.01072; here it is all of it",
+        catches=(*_STEPS, "one step too many", "centred attention"),
+        note="Both are sums over examples, exactly (probes.fourier): every linear layer is. What no "
+        "example has a part in is left out, such as W_0.",
+    ),
+    Claim(
         "input scale",
         "It fails on inputs of another scale exactly as gradient descent does.",
         input_scale_gap,
@@ -242,6 +253,15 @@ TWO_STEP_CLAIMS = (
         f"{_PAPER}, section 3",
         catches=(*_STEPS, *_CURVATURE),
         gauge="invariant: a distance of canonical tensors",
+    ),
+    Claim(
+        "degrees",
+        "As little of it is more than a sum over examples as of GD++: the share of degrees 2 to 4.",
+        "degree_distance",
+        0.05,
+        "<=",
+        "Saunshi et al. 2022, arXiv 2210.01072, on a context; degrees: probes.fourier",
+        catches=(*_STEPS, *_CURVATURE),
     ),
 )
 

@@ -9,7 +9,7 @@ every position, since the outside probability of a word never looks at that word
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +22,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from constructions.claims import Claim, NearMiss, predict
 from constructions.compiler import compile_program
-from constructions.evaluator import counts, evaluate
+from constructions.counts import counts
+from constructions.evaluator import evaluate
 from constructions.family import Construction, Counterpart, Embedded, Place
 from constructions.inside_outside.algorithm import inside_outside
 from constructions.inside_outside.claims import CLAIMS, divergence
@@ -151,6 +152,23 @@ class InsideOutside(Construction):
     def check(self, tokens: Any, lengths: Any, mask: Any = None) -> None:
         """ValueError for sentences that are longer than the construction, and other bad input."""
         check_sentences(len(self.grammar.vocabulary), self.max_length, tokens, lengths, mask)
+
+    def context_size(self, *inputs: Any) -> int:
+        """Positions of the longest sentence: their words can be hidden."""
+        return inputs[0].shape[1]
+
+    def subset(self, kept: Sequence[int] | np.ndarray, *inputs: Any) -> tuple[Any, ...]:
+        """The sentences with the words of all other positions hidden."""
+        tokens, lengths, mask = inputs
+        hidden = np.ones(tokens.shape[1], bool)
+        hidden[np.asarray(kept, int)] = False
+        there = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        return tokens, lengths, mask | (there & hidden)
+
+    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+        """The posteriors of the words that are hidden from the start; 0 elsewhere."""
+        del kept
+        return jnp.where(inputs[2][..., None], prediction, 0)
 
     def trace(self, tokens: ArrayLike, lengths: ArrayLike, mask: ArrayLike) -> dict[str, Array]:
         """The algorithm; tokens and mask are `[batch, time]`, lengths `[batch]`.

@@ -13,6 +13,7 @@ first token BOS whose state is 0 is what t = 1 finds; without it s_1 would be pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,6 +112,21 @@ class NextState(Construction):
             raise ValueError(f"states has dtype {inputs[0].dtype}, must be real")
         if not isinstance(inputs[0], Tracer) and not np.isfinite(np.asarray(inputs[0])).all():
             raise ValueError("states holds NaN or infinite values, must be finite")
+
+    def context_size(self, *inputs: Any) -> int:
+        """All states but the last."""
+        return inputs[0].shape[1] - 1
+
+    def subset(self, kept: Sequence[int] | np.ndarray, *inputs: Any) -> tuple[Any, ...]:
+        """The sequence of these states and the last one; zeros follow, which no answer sees."""
+        (states,) = inputs
+        left = states[:, np.append(np.asarray(kept, int), states.shape[1] - 1)]
+        return (jnp.pad(left, [(0, 0), (0, states.shape[1] - left.shape[1]), (0, 0)]),)
+
+    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+        """What is predicted from the last state, `[batch, dim]`."""
+        del inputs
+        return prediction[:, len(kept)]
 
     def embed(self, model: Transformer, states: States) -> Embedded:
         """BOS, then a token a state; constructed tokens need no BOS, the first has z = 0."""

@@ -1,0 +1,26 @@
+"""The tools of `orrery probe TOOL --run RUN`: name -> function of a run and a seed, to a table."""
+
+from __future__ import annotations
+
+from probes.tools import comparison, context
+from probes.tools.result import Result, Tool
+
+TOOLS: dict[str, Tool] = {
+    "linear": comparison.linear,
+    "interchange": comparison.interchange,
+    "similarity": comparison.functions,
+    "interpolation": comparison.interpolation,
+    "roll-out": comparison.roll_out,
+    "training": comparison.training,
+    "degrees": context.degrees,
+    "saliency": context.maps,
+}
+
+__all__ = ["TOOLS", "Result", "Tool", "find"]
+
+
+def find(name: str) -> Tool:
+    """The tool of that name; ValueError lists the known ones."""
+    if name not in TOOLS:
+        raise ValueError(f"unknown tool {name!r}, must be one of {', '.join(TOOLS)}")
+    return TOOLS[name]

@@ -1,0 +1,67 @@
+"""What a tool returns: one table, which can be printed, kept as JSON or drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from constructions.runs import Run
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table of numbers, None where one is not defined.
+
+    Attributes:
+        title: what the numbers are.
+        columns, rows: names.
+        values: `[row][column]`.
+        note: what a reader should know, one line; empty where there is nothing.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[str]
+    values: list[list[float | None]]
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def draw(self) -> bytes:
+        """The table as a heat map, PNG."""
+        from matplotlib.figure import Figure
+
+        shown = np.array(self.values, float)
+        width, height = 4 + 0.7 * len(self.columns), 4 + 0.3 * len(self.rows)
+        figure = Figure(figsize=(min(width, 16), min(height, 14)), layout="constrained")
+        axis = figure.subplots()
+        image = axis.imshow(shown, aspect="auto", cmap="cividis")
+        axis.set_xticks(range(len(self.columns)), self.columns, rotation=90)
+        axis.set_yticks(range(len(self.rows)), self.rows)
+        axis.set_title(self.title, fontsize=9, wrap=True)
+        figure.colorbar(image, ax=axis)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160)
+        return buffer.getvalue()
+
+
+#: A tool: from a run and a seed to a table; ValueError, in one line, where a run does not fit it.
+Tool = Callable[[Run, int], Result]
+
+
+def table(title: str, columns: Any, rows: Any, values: Any, note: str = "") -> Result:
+    """A `Result` from anything array-like; numbers that are not finite become None."""
+    array = np.asarray(values, float)
+    plain = [[float(v) if np.isfinite(v) else None for v in row] for row in array]
+    return Result(title, [str(c) for c in columns], [str(r) for r in rows], plain, note)
+
+
+def seed_names(run: Run) -> list[str]:
+    """A row for each trained model of a run."""
+    return [f"seed {seed}" for seed in run.seeds]
