@@ -16,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from common import paired, ratio, report
 
-from constructions.evaluator import counts
+from constructions.counts import counts
 from constructions.tint import Tint, algorithm, decoder
 from constructions.tint.auxiliary import DecoderShape
-from constructions.tint.claims import CHANGED
 from constructions.tint.construction import simulate
+from constructions.tint.weights import CHANGED, Weights
 from constructions.transformer import randomise
 
 WORDS, HEADS, RATE, ROUNDS = 100, 4, 1e-3, 15
 
 
 @partial(jax.jit, static_argnames="shape")
-def direct(weights: algorithm.Weights, tokens: Any, train: Any, shape: DecoderShape) -> Any:
+def direct(weights: Weights, tokens: Any, train: Any, shape: DecoderShape) -> Any:
     """Logits before and after one step of gradient descent, and the weights after it."""
     after = algorithm.descend(weights, tokens, train, shape, steps=1, rate=RATE, trained=CHANGED)
     decode = partial(algorithm.decode, shape=shape)

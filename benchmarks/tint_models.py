@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from common import report
 
-from constructions.tint import MODES, Tint, TrainedAuxiliary, algorithm
+from constructions.tint import MODES, Tint, TrainedAuxiliary
 from constructions.tint.hardness import hardness
 from constructions.tint.labels import answers, fitted
 from constructions.tint.measurements import (
@@ -34,6 +34,7 @@ from constructions.tint.measurements import (
     mean,
     written,
 )
+from constructions.tint.weights import from_arrays
 from constructions.transformer import Transformer, randomise
 from synthetic.adaptation import AdaptationTask
 from synthetic.task import Batch
@@ -72,7 +73,7 @@ def shifted(settings: TrainedAuxiliary, few: bool = False) -> AdaptationTask:
 
 
 def weights_of(model: Transformer) -> dict[str, jax.Array]:
-    return algorithm.from_arrays(model.arrays())
+    return from_arrays(model.arrays())
 
 
 def note(text: str) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from common import report
 from nltk.tree import Tree
 
-from constructions.evaluator import counts
+from constructions.counts import counts
 from constructions.inside_outside import InsideOutside
 from constructions.inside_outside.tableau import layout
 from synthetic import brackets, treebank

@@ -34,9 +34,9 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from constructions.evaluator import counts
+from constructions.counts import counts
 from constructions.materials import materials
-from constructions.tint import MODES, Tint, TrainedAuxiliary, algorithm
+from constructions.tint import MODES, Tint, TrainedAuxiliary
 from constructions.tint.hardness import hardness
 from constructions.tint.measurements import (
     ABLATION,
@@ -50,6 +50,7 @@ from constructions.tint.measurements import (
     written,
 )
 from constructions.tint.sizes import PUBLISHED, table
+from constructions.tint.weights import from_arrays
 from constructions.transformer import randomise
 from synthetic.adaptation import AdaptationTask
 
@@ -150,9 +151,7 @@ for depth in depths:
     settings = auxiliary(depth)
     base, text = settings.model, Tint(settings).text
     drawn = randomise(base, jax.random.key(1), 0.02)
-    weights = {
-        kind: algorithm.from_arrays(m.arrays()) for kind, m in (("fitted", base), ("random", drawn))
-    }
+    weights = {kind: from_arrays(m.arrays()) for kind, m in (("fitted", base), ("random", drawn))}
     words, mask = AdaptationTask(text, settings.length).sample(jax.random.key(2), 32).inputs
     costs[depth] = ablation(base, words, mask, weights, {way: ABLATION[way] for way in ways})
 

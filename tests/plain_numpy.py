@@ -143,8 +143,12 @@ def _layer(layer, weights, stream, groups, token_groups):
                 if group.gates:
                     logits = (rows(name) for name in ("input_gate", "forget_gate"))
                     gates = [1 / (1 + np.exp(-logit)) for logit in logits]
+                factor = None
+                if group.factor_dim:
+                    factor = [rows(name) for name in ("factor_query", "factor_key")]
                 q, k, v = (rows(name) for name in ("query", "key", "value"))
-                mixed, a = attend(group.mixer, q, k, v, w["scale"][n], sees, ridge, gates)
+                scale = w["scale"][n]
+                mixed, a = attend(group.mixer, q, k, v, scale, sees, ridge, gates, factor)
                 attention.append(a)
                 outputs.append(np.stack([w["output"][n] @ m for m in mixed]))
                 update += outputs[-1]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from constructions.claims import Measurement
-from constructions.evaluator import counts
+from constructions.counts import counts
 from constructions.inside_outside.construction import InsideOutside
 from synthetic import chart
 from synthetic.grammar import Grammar

@@ -3,14 +3,20 @@
 auxiliary     the small decoder that is trained: its shape, and models fitted to text of a grammar
 checkpoint    the same out of, and into, a local folder of weights in Hugging Face format
 formats       names and settings of such folders, for GPT-2 and OPT
+weights       the weights of a decoder by name, out of a model's arrays and back
 layout        kinds of tokens and slots: weights in prefix tokens, activations in the text's
-prefix        a matrix in prefix tokens: forward, transposed, and its descent
 backward      how each part goes back: as in the paper, exactly, or by finite differences
+parts         what a token does with its own values
+prefix        a matrix in prefix tokens: forward, transposed, and its descent
 attention     attention and its gradient as heads
+norms         LayerNorms, forward and back
+words         embeddings, positions and the readout
 tableau       the whole program
 contents      what tokens hold at first, and where the results stand
 algorithm     the same by autograd
+checks        settings and inputs that it takes
 construction  the family
+counterpart   itself, trained further, and simulators that are nearly right
 claims        whether it stays what it is when it is trained further
 sizes         counts of simulators of published models, beside the paper's
 measurements  how near a step is to gradient descent, and what it is worth on text

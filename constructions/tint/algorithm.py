@@ -9,100 +9,14 @@ attention counts its weights a_ij as constants where it is differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from constructions.tint.auxiliary import DecoderShape
-
-Weights = Mapping[str, Array]  # as `from_arrays` gives them
-
-
-def from_arrays(arrays: Any) -> dict[str, Array]:
-    """The weights of a decoder by their names here, from `Transformer.arrays()`.
-
-    Returns:
-        query, key, value, output, hidden, back: [W b], `[layer, rows, columns + 1]`;
-        gain, offset: of the norms, `[2 layers + 1, width]`;
-        embedding `[words, width]`; position `[positions, width]`.
-    """
-    layer = arrays["segments"][0]["layers"][0]
-    heads, mlp = layer["heads"][0], layer["mlp"]
-    count, width = heads["output_bias"].shape
-
-    def augmented(w: Array, b: Array) -> Array:
-        w = w.reshape(count, -1, w.shape[-1])
-        return jnp.concatenate([w, b.reshape(count, -1, 1)], -1)
-
-    out = jnp.moveaxis(heads["output"], 1, 2).reshape(count, width, -1)
-    norms = [layer["norm"], layer["mlp_norm"]]
-    found = {
-        name: augmented(heads[name], heads[f"{name}_bias"]) for name in ("query", "key", "value")
-    }
-    return found | {
-        "output": augmented(out, heads["output_bias"]),
-        "hidden": augmented(mlp["hidden"], mlp["hidden_bias"]),
-        "back": augmented(mlp["output"], mlp["output_bias"]),
-        **{
-            name: jnp.concatenate(
-                [
-                    jnp.stack([norm[name] for norm in norms], 1).reshape(-1, width),
-                    arrays["final_norm"][name][None],
-                ]
-            )
-            for name in ("gain", "offset")
-        },
-        "embedding": arrays["tokens"]["embedding"],
-        "position": arrays["tokens"]["position"],
-    }
-
-
-def to_arrays(weights: Weights, arrays: Any) -> Any:
-    """The inverse of `from_arrays`, for weights with any leading axes; wiring as in `arrays`.
-
-    Wiring gets the leading axes as well, so that every leaf has them.
-    """
-    layer = arrays["segments"][0]["layers"][0]
-    old, lead = layer["heads"][0], weights["embedding"].shape[:-2]
-    count, heads, rows, width = old["query"].shape
-
-    def wide(a: Array) -> Array:
-        return jnp.broadcast_to(a, (*lead, *a.shape))
-
-    def matrix(name: str) -> Array:
-        return weights[name][..., :-1]
-
-    def bias(name: str) -> Array:
-        return weights[name][..., -1]
-
-    new = {name: wide(old[name]) for name in old}
-    for name in ("query", "key", "value"):
-        new[name] = matrix(name).reshape(*lead, count, heads, rows, width)
-        new[f"{name}_bias"] = bias(name).reshape(*lead, count, heads, rows)
-    out = matrix("output").reshape(*lead, count, width, heads, rows)
-    new["output_bias"] = bias("output")
-    new["output"] = jnp.moveaxis(out, -2, -3)
-    norms = {n: weights[n][..., :-1, :].reshape(*lead, count, 2, width) for n in ("gain", "offset")}
-    found = {
-        "heads": {0: new},
-        "norm": {n: a[..., 0, :] for n, a in norms.items()},
-        "mlp_norm": {n: a[..., 1, :] for n, a in norms.items()},
-        "mlp": {
-            "hidden": matrix("hidden"),
-            "hidden_bias": bias("hidden"),
-            "output": matrix("back"),
-            "output_bias": bias("back"),
-        },
-    }
-    return {
-        "segments": {0: {"layers": {0: found}}},
-        "final_norm": {n: weights[n][..., -1, :] for n in ("gain", "offset")},
-        "tokens": {n: weights[n] for n in ("embedding", "position")},
-    }
+from constructions.tint.weights import Weights
 
 
 def decode(
@@ -154,7 +68,7 @@ def descend(
     shape: DecoderShape,
     *,
     steps: int,
-    rate: float,
+    rate: float | Array,
     trained: tuple[str, ...],
     value_only: bool = False,
 ) -> dict[str, Array]:

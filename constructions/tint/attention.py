@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from math import sqrt
 
-from constructions.matrices import Matrix
 from constructions.program import CAUSAL, Head, Window
-from constructions.slots import Affine, Slot, concatenate, constant
+from constructions.slots import Affine, Slot, concatenate
 from constructions.tint.auxiliary import DecoderShape
-from constructions.tint.backward import Backward
-from constructions.tint.layout import TEXT, place
+from constructions.tint.layout import TEXT
+from constructions.tint.parts import ONE
 
 LATER: Window = (0, None)
 
@@ -29,45 +28,50 @@ def attend(shape: DecoderShape, q: Slot, k: Slot, v: Slot, y: Slot) -> list[Head
     """y_i += sum_j softmax_j(<q_i, k_j> / sqrt d) v_j, head by head."""
     return [
         Head(
-            q[rows], k[rows], v[rows], {y: where}, "softmax", TEXT, TEXT, CAUSAL,
-            scale=sqrt(shape.heads / shape.width), name=f"attention {h}",
+            q[rows], k[rows], v[rows], {y[rows]: 1.0}, "softmax", TEXT, TEXT, CAUSAL,
+            scale=_scale(shape), name=f"attention {h}",
         )
-        for h, rows, where in _heads(shape)
+        for h, rows in _heads(shape)
     ]  # fmt: skip
 
 
-def attend_back(
+def value_back(shape: DecoderShape, q: Slot, k: Slot, dy: Slot, dv: Slot) -> list[Head]:
+    """Gradients of values: all that goes back of "value-only" attention."""
+    return [
+        _head(ACROSS, k[rows], q[rows], dy[rows], {dv[rows]: 1.0}, shape, f"d value {h}")
+        for h, rows in _heads(shape)
+    ]
+
+
+def score_back(
     shape: DecoderShape,
-    back: Backward,
     given: tuple[Slot, Slot, Slot, Slot, Slot],
-    wanted: tuple[Slot, Slot, Slot],
+    wanted: tuple[Slot, Slot],
 ) -> list[Head]:
-    """Exact gradients of queries, keys and values; of "value-only" attention, of the last alone.
+    """Gradients of queries and keys.
 
     Args:
-        shape, back: of the decoder, and how it goes back.
+        shape: of the decoder.
         given: q, k, v, dy and m, the last with a number for each head.
-        wanted: dq, dk, dv.
+        wanted: dq, dk.
     """
-    (q, k, v, dy, mean), (dq, dk, dv) = given, wanted
-    scale, found = sqrt(shape.heads / shape.width), []
-    for h, rows, where in _heads(shape):
-        qh, kh, vh, dyh, write = q[rows], k[rows], v[rows], dy[rows], scale * where
-        found.append(_head(ACROSS, kh, qh, dyh, {dv: where}, scale, f"d value {h}"))
-        if back.attention == "exact":
-            error, value = concatenate(dyh, -mean[h : h + 1]), concatenate(vh, constant(1.0))
-            found += [
-                _head(FORTH, qh, kh, kh, {dq: write}, scale, f"d query {h}", (error, value)),
-                _head(ACROSS, kh, qh, qh, {dk: write}, scale, f"d key {h}", (value, error)),
-            ]
+    (q, k, v, dy, mean), (dq, dk), found = given, wanted, []
+    for h, rows in _heads(shape):
+        qh, kh, scale = q[rows], k[rows], _scale(shape)
+        error, value = concatenate(dy[rows], -mean[h : h + 1]), concatenate(v[rows], ONE)
+        forth, across = (error, value), (value, error)
+        found += [
+            _head(FORTH, qh, kh, kh, {dq[rows]: scale}, shape, f"d query {h}", forth),
+            _head(ACROSS, kh, qh, qh, {dk[rows]: scale}, shape, f"d key {h}", across),
+        ]
     return found
 
 
-def difference_back(
+def score_differences(
     shape: DecoderShape,
     step: float,
-    given: tuple[Slot, Slot, Slot, Slot, Slot, Slot],
-    wanted: tuple[Slot, Slot, Slot],
+    given: tuple[Slot, Slot, Slot, Slot, Slot],
+    wanted: tuple[Slot, Slot],
 ) -> list[Head]:
     """The same by central differences, along the directions u_i = dy_i / r_i of the gradients.
 
@@ -77,19 +81,17 @@ def difference_back(
     Args:
         shape: of the decoder.
         step: of the differences.
-        given: q, k, v, dy, u and r q.
-        wanted: dq over r, dk, dv.
+        given: q, k, v, u and r q.
+        wanted: dq over r, dk.
     """
-    (q, k, v, dy, along, sized), (dq, dk, dv) = given, wanted
-    scale, found = sqrt(shape.heads / shape.width), []
-    for h, rows, where in _heads(shape):
-        qh, kh, both = q[rows], k[rows], concatenate(k[rows], v[rows])
-        found.append(_head(ACROSS, kh, qh, dy[rows], {dv: where}, scale, f"d value {h}"))
+    (q, k, v, along, sized), (dq, dk), found = given, wanted, []
+    for h, rows in _heads(shape):
+        kh, both, scale = k[rows], concatenate(k[rows], v[rows]), _scale(shape)
         for e in (step, -step):
-            moved, write = concatenate(qh, (e / scale) * along[rows]), scale / (2 * e) * where
+            moved, by = concatenate(q[rows], (e / scale) * along[rows]), scale / (2 * e)
             found += [
-                _head(FORTH, moved, both, kh, {dq: write}, scale, f"d query {h}"),
-                _head(ACROSS, both, moved, sized[rows], {dk: write}, scale, f"d key {h}"),
+                _head(FORTH, moved, both, kh, {dq[rows]: by}, shape, f"d query {h}"),
+                _head(ACROSS, both, moved, sized[rows], {dk[rows]: by}, shape, f"d key {h}"),
             ]
     return found
 
@@ -102,20 +104,24 @@ def _head(
     query: Affine,
     key: Affine,
     value: Affine,
-    write: dict[Slot, Matrix],
-    scale: float,
+    write: dict[Affine, float],
+    shape: DecoderShape,
     name: str,
     factor: tuple[Affine, Affine] | None = None,
 ) -> Head:
     mixer, window = way
     return Head(
-        query, key, value, write, mixer, TEXT, TEXT, window, scale=scale, factor=factor, name=name
-    )
+        query, key, value, write, mixer, TEXT, TEXT, window,
+        scale=_scale(shape), factor=factor, name=name,
+    )  # fmt: skip
 
 
-def _heads(shape: DecoderShape) -> list[tuple[int, slice, Matrix]]:
-    """(number, its rows, what puts them in their place) for every head."""
+def _scale(shape: DecoderShape) -> float:
+    """1 / sqrt d."""
+    return sqrt(shape.heads / shape.width)
+
+
+def _heads(shape: DecoderShape) -> list[tuple[int, slice]]:
+    """(number, its rows) for every head."""
     d = shape.width // shape.heads
-    return [
-        (h, slice(h * d, (h + 1) * d), place(h * d, d, shape.width)) for h in range(shape.heads)
-    ]
+    return [(h, slice(h * d, (h + 1) * d)) for h in range(shape.heads)]

@@ -15,11 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence
-from constructions.tint.layout import MATRICES
+from constructions.tint.weights import CHANGED
 
 _SOURCE = "construction of Panigrahi et al. 2023, arXiv 2307.01189; trained further here"
-#: What a simulation changes.
-CHANGED = (*MATRICES, "gain", "offset")
 
 
 class Alignment(NamedTuple):

@@ -6,8 +6,7 @@ prefix tokens; each sequence of a batch trains a copy of its own. `tableau` has 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from os import PathLike
@@ -21,8 +20,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from constructions.claims import Claim, NearMiss
-from constructions.compiler import compile_program
-from constructions.evaluator import SlotBySlot, counts, evaluate
+from constructions.counts import counts
+from constructions.evaluator import SlotBySlot, evaluate
 from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
 from constructions.program import Program
 from constructions.slots import Slot
@@ -30,14 +29,16 @@ from constructions.tint import algorithm
 from constructions.tint.auxiliary import DecoderShape, TrainedAuxiliary, check_auxiliary
 from constructions.tint.backward import MODES, Backward
 from constructions.tint.checkpoint import load_auxiliary
-from constructions.tint.claims import CHANGED, CLAIMS, alignment
+from constructions.tint.checks import check_mode, check_numbers, check_texts
+from constructions.tint.claims import CLAIMS
 from constructions.tint.contents import collect, contents, places
-from constructions.tint.layout import MATRICES, TEXT, Layout
+from constructions.tint.counterpart import counterpart, near_misses
+from constructions.tint.layout import TEXT, Layout
 from constructions.tint.tableau import Tableau
-from constructions.transformer import Transformer, randomise
+from constructions.tint.weights import CHANGED, MATRICES, Weights, from_arrays, to_arrays
+from constructions.transformer import Transformer
 from synthetic.adaptation import AdaptationTask, exchanged
 from synthetic.text import Corpus
-from synthetic.train import Recipe
 
 #: Entries beyond which no dense weights are made: 0.8 GB in float32.
 DENSE = 2 * 10**8
@@ -109,29 +110,14 @@ class Tint(Construction):
         check_auxiliary(given)
         # training the given model later must not change what this one simulates
         object.__setattr__(self, "auxiliary", Transformer(given.config, given.arrays()))
-        known = isinstance(self.mode, str) and self.mode in MODES
-        fields = [f.name for f in dataclasses.fields(Backward)]
-        if isinstance(self.mode, Mapping):
-            known = set(self.mode) <= set(fields)
-        if not (known or isinstance(self.mode, Backward)):
-            raise ValueError(
-                f"mode is {self.mode!r}, must be one of {list(MODES)}, a Backward, or some of its "
-                f"fields, {', '.join(fields)}"
-            )
-        for name in ("steps", "stack", "shards"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, must be a whole number of at least 1")
-        shape, per_token = self.shape, self.shape.width // self.stack
-        if shape.width % self.stack or shape.hidden % max(per_token, 1):
-            raise ValueError(
-                f"stack is {self.stack}, must divide the auxiliary's width, {shape.width}, into "
-                f"tokens that its {shape.hidden} hidden units fill as well"
-            )
-        if self.shards > shape.width:
-            raise ValueError(f"shards is {self.shards}, must be at most the width, {shape.width}")
-        if not (np.isfinite(self.learning_rate) and self.learning_rate):
-            raise ValueError(f"learning_rate is {self.learning_rate!r}, must be finite and not 0")
+        check_mode(self.mode)
+        check_numbers(
+            self.shape,
+            steps=self.steps,
+            stack=self.stack,
+            shards=self.shards,
+            learning_rate=self.learning_rate,
+        )
         _ = self.back, self.task
 
     def __repr__(self) -> str:
@@ -174,8 +160,8 @@ class Tint(Construction):
 
     @property
     def weights(self) -> dict[str, Array]:
-        """The auxiliary model's weights by their names in `algorithm`."""
-        return algorithm.from_arrays(self.auxiliary.arrays())
+        """The auxiliary model's weights by their names in `constructions.tint.weights`."""
+        return from_arrays(self.auxiliary.arrays())
 
     @cached_property
     def task(self) -> AdaptationTask:
@@ -204,26 +190,23 @@ class Tint(Construction):
 
     def check(self, tokens: Any, train_mask: Any) -> None:
         """ValueError for tokens or masks that are none."""
-        tokens, train_mask = np.asarray(tokens), np.asarray(train_mask)
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
-            raise ValueError(
-                f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, must be [batch, time] "
-                "integers"
-            )
-        if tokens.shape[1] > self.shape.positions:
-            raise ValueError(
-                f"tokens has {tokens.shape[1]} positions, the auxiliary {self.shape.positions}"
-            )
-        if tokens.min() < 0 or tokens.max() >= self.shape.words:
-            raise ValueError(
-                f"tokens are {tokens.min()} to {tokens.max()}, must be 0 to {self.shape.words - 1}"
-            )
-        if train_mask.shape != tokens.shape:
-            raise ValueError(
-                f"train_mask has shape {train_mask.shape}, must be that of tokens, {tokens.shape}"
-            )
-        if not np.isin(train_mask, (0, 1)).all():
-            raise ValueError("train_mask must be 0 or 1 (or bool) everywhere")
+        check_texts(self.shape, tokens, train_mask)
+
+    def context_size(self, *inputs: Any) -> int:
+        """Positions of the text: what follows them can be left out of the training."""
+        return inputs[0].shape[1]
+
+    def subset(self, kept: Sequence[int] | np.ndarray, *inputs: Any) -> tuple[Any, ...]:
+        """The same text, trained on what follows these positions only."""
+        tokens, train_mask = inputs
+        chosen = np.zeros(tokens.shape[1], bool)
+        chosen[np.asarray(kept, int)] = True
+        return tokens, jnp.asarray(train_mask, bool) & chosen
+
+    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+        """The predictions at positions that are not trained on; 0 elsewhere."""
+        del kept
+        return jnp.where(jnp.asarray(inputs[1], bool)[..., None], 0, prediction)
 
     def trace(self, tokens: Array, train_mask: Array) -> dict[str, Array]:
         """The algorithm, by autograd; tokens and mask are `[batch, time]`.
@@ -263,7 +246,7 @@ class Tint(Construction):
         return self._embed(model, self.weights, jnp.asarray(tokens), jnp.asarray(train_mask))
 
     def _embed(
-        self, model: Transformer, weights: algorithm.Weights, tokens: Array, train_mask: Array
+        self, model: Transformer, weights: Weights, tokens: Array, train_mask: Array
     ) -> Embedded:
         dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
         weights = jax.tree.map(lambda a: a.astype(dtype), weights)
@@ -298,18 +281,18 @@ class Tint(Construction):
         return self._read(model, self.weights, jnp.asarray(tokens), jnp.asarray(train_mask))
 
     def _read(
-        self, model: Model, weights: algorithm.Weights, tokens: Array, train_mask: Array
+        self, model: Model, weights: Weights, tokens: Array, train_mask: Array
     ) -> dict[str, Array]:
         if isinstance(model, SlotBySlot):
             weights = jax.tree.map(lambda a: a.astype(model.dtype), weights)
             return simulate(self, weights, tokens, train_mask)
         stream, groups, _ = self._embed(model, weights, tokens, train_mask)
         out = model(stream, groups)
-        places = self.places(0, tokens, train_mask)
-        found = {name: place.gather(out[None]) for name, place in places.items()}
+        where = self.places(0, tokens, train_mask)
+        found = {name: place.gather(out[None]) for name, place in where.items()}
         return self._say(found, weights)
 
-    def _say(self, found: dict[str, Array], weights: algorithm.Weights) -> dict[str, Array]:
+    def _say(self, found: dict[str, Array], weights: Weights) -> dict[str, Array]:
         """The named values, with logits in the place of the last hidden states."""
         before = after = weights["embedding"]
         if self.embeddings:
@@ -323,8 +306,8 @@ class Tint(Construction):
     def compile(self, dtype: Any = None) -> Compiled:
         """Dense weights of the one transformer, where there are at most `DENSE` of them.
 
-        In the place of larger ones stands the program, which `run`, `read` and `apply` take as
-        well and run slot by slot.
+        In the place of more stands the program, which `run`, `read` and `apply` take as well and
+        run slot by slot.
         """
         if counts(self.program).dense <= DENSE:
             return super().compile(dtype)
@@ -374,73 +357,38 @@ class Tint(Construction):
             name: jnp.broadcast_to(a, (batch, *self.weights[name].shape))
             for name, a in after.items()
         }
-        arrays = algorithm.to_arrays(after, self.auxiliary.arrays())
         model = nnx.eval_shape(lambda: Transformer(self.auxiliary.config, self.auxiliary.arrays()))
         state = nnx.state(model, nnx.Param)
-        nnx.replace_by_pure_dict(state, _only(nnx.to_pure_dict(state), arrays))
+        nnx.replace_by_pure_dict(state, to_arrays(after, self.shape.heads))
         return state
 
     def counterpart(self) -> Counterpart:
         """The construction itself, trained further on the loss of the words that it does not see.
 
         Only the simulator's own weights are trained; the auxiliary model comes in as before.
+
+        Raises:
+            ValueError: there would be more than `DENSE` of them.
         """
-        base = self.compile().model
-        std = base.config.width**-0.5
-        # each entry of a hand-built stack of dozens of layers moves all that is behind it
-        recipe = Recipe(
-            steps=600,
-            batch=16,
-            learning_rate=1e-6,
-            schedule="cosine",
-            warmup=20,
-            clip=1.0,
-            chunk=50,
-        )
-        quick = replace(recipe, steps=60, batch=8, chunk=20)
-        inputs = self.task.sample(jax.random.key(2**20), 32).inputs
-        wanted = jax.jit(self.trace)(*inputs)
-
-        def measure(model: Transformer) -> dict[str, Array]:
-            return alignment(self.read(model, *inputs), wanted)._asdict()
-
-        return Counterpart(
-            lambda key: base,
-            self.task,
-            recipe,
-            metrics=measure,
-            quick=quick,
-            random=lambda key: randomise(base, key, std),
-        )
+        self._be_dense()
+        return counterpart(self)
 
     def near_misses(self) -> dict[str, NearMiss]:
-        """Simulators with another step, or another gradient."""
+        """Simulators with another step, or another gradient.
 
-        def other(**changes: Any) -> NearMiss:
-            return NearMiss(replace(self, **changes).compile().model, self)
+        Raises:
+            ValueError: as `counterpart`.
+        """
+        self._be_dense()
+        return near_misses(self)
 
-        def without(*names: str) -> NearMiss:
-            """No head whose name begins like this says anything."""
-            layers = [
-                replace(
-                    layer,
-                    heads=[
-                        replace(head, write={slot: 0 * m for slot, m in head.write.items()})
-                        if head.name.startswith(names)
-                        else head
-                        for head in layer.single_heads
-                    ],
-                )
-                for layer in self.program.layers
-            ]
-            return NearMiss(compile_program(replace(self.program, layers=layers)), self)
-
-        return {
-            "up the gradient": other(learning_rate=-self.learning_rate),
-            "half the step": other(learning_rate=self.learning_rate / 2),
-            "attention does not go back": without("d value", "d query", "d key"),
-            "value-only attention": without("d query", "d key"),
-        }
+    def _be_dense(self) -> None:
+        entries = counts(self.program).dense
+        if entries > DENSE:
+            raise ValueError(
+                f"auxiliary: its simulator would have {entries} dense weights, must be at most "
+                f"{DENSE} for a counterpart or near-misses"
+            )
 
     @property
     def examples(self) -> int:
@@ -469,29 +417,20 @@ def _scores(hidden: Array, embedding: Array) -> Array:
     return jnp.einsum(f"bth,{each}h->btw", hidden, embedding, precision="highest")
 
 
-def _only(shape: Any, arrays: Any) -> Any:
-    """Those of `arrays` that `shape` has."""
-    if not isinstance(shape, dict):
-        return arrays
-    return {name: _only(part, arrays[name]) for name, part in shape.items()}
-
-
 @partial(jax.jit, static_argnums=0)
 def _compiled(
-    c: Tint, model: Model, weights: algorithm.Weights, tokens: Array, train_mask: Array
+    c: Tint, model: Model, weights: Weights, tokens: Array, train_mask: Array
 ) -> dict[str, Array]:
     return c._read(model, weights, tokens, train_mask)
 
 
 @partial(jax.jit, static_argnums=0)
-def simulate(
-    c: Tint, weights: algorithm.Weights, tokens: Array, train_mask: Array
-) -> dict[str, Array]:
+def simulate(c: Tint, weights: Weights, tokens: Array, train_mask: Array) -> dict[str, Array]:
     """The named values of `Tint.trace` by the program, slot by slot; jitted and unchecked.
 
     Args:
         c: a construction.
-        weights: of an auxiliary model of its shape, as `algorithm.from_arrays` names them.
+        weights: of an auxiliary model of its shape, as `constructions.tint.weights` names them.
         tokens, train_mask: `[batch, time]`.
     """
     at, time = c.layout, tokens.shape[1]

@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from constructions.family import Place
 from constructions.slots import Slot
-from constructions.tint.algorithm import Weights
-from constructions.tint.layout import MATRICES, TEXT, WORDS, Layout
+from constructions.tint.layout import TEXT, WORDS, Layout
+from constructions.tint.weights import MATRICES, Weights
 
 #: The last hidden states of the first pass and of the last.
 Finals = tuple[Slot, Slot]

@@ -1,18 +1,20 @@
 """Where GPT-2 and OPT keep the numbers of a decoder: names, orders, and settings in words.
 
-A block has eight parts, each a matrix [out, in] (or a gain) and a vector: `norm`, `query`, `key`,
-`value`, `output`, `mlp_norm`, `hidden`, `result`. A format says which arrays hold which of them.
+A block has the matrices of `weights.MATRICES`, each [out, in] with a vector, and two norms, each a
+gain and an offset. A format says which arrays hold which of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from constructions.tint.auxiliary import EPS, DecoderShape
+from constructions.tint.weights import CHANGED, NORMS, from_arrays, to_arrays
 
 #: What both formats call our activations; their "gelu" is another, with the error function.
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
@@ -53,52 +55,56 @@ class Format:
     def names(self, shape: DecoderShape) -> dict[str, tuple[int, ...]]:
         """Names of all arrays, without the prefix, and their shapes."""
         d, rows = shape.width, shape.positions + self.offset
-        out = {part: shape.hidden if part == "hidden" else d for part in _PARTS}
         names = {self.tables[0]: (shape.words, d), self.tables[1]: (rows, d)}
-        for layer in range(shape.layers):
-            for module, parts in self.modules.items():
-                size = sum(out[part] for part in parts)
-                matrix = (size, shape.hidden if "result" in parts else d)
-                weight = (d,) if parts[0] in _NORMS else matrix[:: -1 if self.transposed else 1]
-                start = self.block.format(layer) + module
-                names |= {f"{start}.weight": weight, f"{start}.bias": (size,)}
+        for start, parts in self._modules(shape):
+            size = sum(shape.hidden if part == "hidden" else d for part in parts)
+            matrix = (size, shape.hidden if "back" in parts else d)
+            weight = (d,) if parts[0] in NORMS else matrix[:: -1 if self.transposed else 1]
+            names |= {f"{start}.weight": weight, f"{start}.bias": (size,)}
         return names | {f"{self.final}.weight": (d,), f"{self.final}.bias": (d,)}
 
     def arrays(self, shape: DecoderShape, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """A decoder's parameters, nested as `Config.shapes`, from arrays named as in `names`."""
-        found: dict[str, list[np.ndarray]] = {}
-        for layer in range(shape.layers):
-            for module, parts in self.modules.items():
-                start = self.block.format(layer) + module
-                weight, bias = tensors[f"{start}.weight"], tensors[f"{start}.bias"]
-                weight = weight.T if self.transposed else weight
-                for at, part in enumerate(parts):
-                    for name, array in (("weight", weight), ("bias", bias)):
-                        piece = np.split(array, len(parts))[at]
-                        found.setdefault(f"{part}.{name}", []).append(piece)
-        layers = {name: np.stack(pieces) for name, pieces in found.items()}
-        embedding, position = (tensors[name] for name in self.tables)
-        final = {"gain": tensors[f"{self.final}.weight"], "offset": tensors[f"{self.final}.bias"]}
-        return {
-            "segments": {0: {"layers": {0: _nested(shape, layers)}}},
-            "final_norm": final,
-            "tokens": {"embedding": embedding, "position": position[self.offset :]},
-        }
+        found: dict[str, list[np.ndarray]] = {name: [] for name in CHANGED}
+        for start, parts in self._modules(shape):
+            weight, bias = tensors[f"{start}.weight"], tensors[f"{start}.bias"]
+            if parts[0] in NORMS:
+                found["gain"].append(weight)
+                found["offset"].append(bias)
+                continue
+            weight = weight.T if self.transposed else weight
+            rows = np.split(np.concatenate([weight, bias[:, None]], 1), len(parts))
+            for part, own in zip(parts, rows, strict=True):
+                found[part].append(own)
+        for name, kind in (("gain", "weight"), ("offset", "bias")):
+            found[name].append(tensors[f"{self.final}.{kind}"])
+        weights = {name: np.stack(each) for name, each in found.items()}
+        weights["embedding"], position = (tensors[name] for name in self.tables)
+        return to_arrays(weights | {"position": position[self.offset :]}, shape.heads)
 
     def tensors(self, shape: DecoderShape, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The inverse of `arrays`; rows in front of the positions are 0."""
-        layers = _flat(shape, arrays["segments"][0]["layers"][0])
-        tables, final = arrays["tokens"], arrays["final_norm"]
-        position = np.pad(np.asarray(tables["position"]), ((self.offset, 0), (0, 0)))
-        tensors = dict(zip(self.tables, (tables["embedding"], position), strict=True))
+        w = from_arrays(jax.tree.map(np.asarray, arrays))
+        position = np.pad(w["position"], ((self.offset, 0), (0, 0)))
+        tensors = dict(zip(self.tables, (w["embedding"], position), strict=True))
+        for n, (start, parts) in enumerate(self._modules(shape)):
+            layer = n // len(self.modules)
+            if parts[0] in NORMS:
+                norm = 2 * layer + NORMS.index(parts[0])
+                weight, bias = w["gain"][norm], w["offset"][norm]
+            else:
+                rows = np.concatenate([w[part][layer] for part in parts])
+                weight, bias = rows[:, :-1], rows[:, -1]
+                weight = weight.T if self.transposed else weight
+            tensors |= {f"{start}.weight": weight, f"{start}.bias": bias}
+        tensors |= {f"{self.final}.weight": w["gain"][-1], f"{self.final}.bias": w["offset"][-1]}
+        return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+    def _modules(self, shape: DecoderShape) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(what the names of its arrays begin with, its parts) of all modules, layer by layer."""
         for layer in range(shape.layers):
             for module, parts in self.modules.items():
-                start = self.block.format(layer) + module
-                for name in ("weight", "bias"):
-                    array = np.concatenate([layers[f"{part}.{name}"][layer] for part in parts])
-                    tensors[f"{start}.{name}"] = array.T if self.transposed else array
-        tensors |= {f"{self.final}.weight": final["gain"], f"{self.final}.bias": final["offset"]}
-        return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+                yield self.block.format(layer) + module, parts
 
     def shape(self, fields: Mapping[str, Any]) -> DecoderShape:
         """The decoder of a config's fields; ValueError names one that is not simulated."""
@@ -164,43 +170,6 @@ class Format:
         return float(eps)
 
 
-_NORMS = ("norm", "mlp_norm")
-_PARTS = ("norm", "query", "key", "value", "output", "mlp_norm", "hidden", "result")
-
-
-def _nested(shape: DecoderShape, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A layer's parameters as `LayerConfig.shapes` nests them, all layers stacked."""
-    count, width, row = shape.layers, shape.width, shape.width // shape.heads
-    heads: dict[str, np.ndarray] = {}
-    for name in ("query", "key", "value"):
-        heads[name] = parts[f"{name}.weight"].reshape(count, shape.heads, row, width)
-        heads[f"{name}_bias"] = parts[f"{name}.bias"].reshape(count, shape.heads, row)
-    output = parts["output.weight"].reshape(count, width, shape.heads, row)
-    heads |= {"output": output.swapaxes(1, 2), "output_bias": parts["output.bias"]}
-    norms = {n: {"gain": parts[f"{n}.weight"], "offset": parts[f"{n}.bias"]} for n in _NORMS}
-    mlp = {"hidden": parts["hidden.weight"], "hidden_bias": parts["hidden.bias"]}
-    mlp |= {"output": parts["result.weight"], "output_bias": parts["result.bias"]}
-    return {"heads": {0: heads}, "mlp": mlp, **norms}
-
-
-def _flat(shape: DecoderShape, layer: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The inverse of `_nested`."""
-    count, width = shape.layers, shape.width
-    heads, mlp = layer["heads"][0], layer["mlp"]
-    parts: dict[str, Any] = {}
-    for name in ("query", "key", "value"):
-        parts[f"{name}.weight"] = np.asarray(heads[name]).reshape(count, width, width)
-        parts[f"{name}.bias"] = np.asarray(heads[f"{name}_bias"]).reshape(count, width)
-    output = np.asarray(heads["output"]).swapaxes(1, 2)
-    parts |= {"output.weight": output.reshape(count, width, width)}
-    parts |= {"output.bias": heads["output_bias"]}
-    for name in _NORMS:
-        parts |= {f"{name}.weight": layer[name]["gain"], f"{name}.bias": layer[name]["offset"]}
-    parts |= {"hidden.weight": mlp["hidden"], "hidden.bias": mlp["hidden_bias"]}
-    parts |= {"result.weight": mlp["output"], "result.bias": mlp["output_bias"]}
-    return {name: np.asarray(array) for name, array in parts.items()}
-
-
 _FIXED = {
     "tie_word_embeddings": (True, "a head of its own is not simulated"),
     "add_cross_attention": (False, "attention to another sequence is not simulated"),
@@ -233,7 +202,7 @@ FORMATS = {
             "attn.c_proj": ("output",),
             "ln_2": ("mlp_norm",),
             "mlp.c_fc": ("hidden",),
-            "mlp.c_proj": ("result",),
+            "mlp.c_proj": ("back",),
         },
         final="ln_f",
         transposed=True,
@@ -268,7 +237,7 @@ FORMATS = {
             "self_attn.out_proj": ("output",),
             "final_layer_norm": ("mlp_norm",),
             "fc1": ("hidden",),
-            "fc2": ("result",),
+            "fc2": ("back",),
         },
         final="final_layer_norm",
         transposed=False,

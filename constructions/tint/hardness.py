@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from constructions.evaluator import evaluate
-from constructions.tint import algorithm
 from constructions.tint.construction import Tint
 from constructions.tint.contents import contents
 from constructions.tint.layout import TEXT
+from constructions.tint.weights import Weights
 
 _READ = ("query", "key", "value", "d mixed", "d query")
 
@@ -45,9 +45,7 @@ class Hardness(NamedTuple):
     bound: Float[Array, "sequence layer head position"]
 
 
-def hardness(
-    c: Tint, tokens: Array, train: Array, weights: algorithm.Weights | None = None
-) -> Hardness:
+def hardness(c: Tint, tokens: Array, train: Array, weights: Weights | None = None) -> Hardness:
     """How hard attention is, and the gradient of its queries, in the first pass.
 
     Args:
@@ -78,7 +76,7 @@ def hardness(
 
 @partial(jax.jit, static_argnums=0)
 def _tape(
-    c: Tint, weights: algorithm.Weights, tokens: Array, train: Array
+    c: Tint, weights: Weights, tokens: Array, train: Array
 ) -> tuple[Float[Array, "sequence layer head position row"], ...]:
     """What the first pass and its way back keep of attention, in the order of `_READ`."""
     time, text = tokens.shape[1], c.layout.tokens(TEXT, tokens.shape[1])

@@ -19,6 +19,7 @@ from constructions.tint import algorithm
 from constructions.tint.auxiliary import EPS, DecoderShape, decoder, logits
 from constructions.tint.construction import Tint, simulate
 from constructions.tint.measurements import descended
+from constructions.tint.weights import Weights
 from constructions.transformer import Transformer, randomise
 from synthetic.task import Batch
 from synthetic.train import Recipe, fit
@@ -52,7 +53,7 @@ def answers(
     c: Tint,
     task: WordLabels,
     batch: Batch,
-    weights: algorithm.Weights | None = None,
+    weights: Weights | None = None,
     everywhere: bool = False,
 ) -> dict[str, Float[np.ndarray, " sequence"]]:
     """Whether the right label has the highest probability of all labels, 1 or 0.
@@ -91,6 +92,6 @@ def answers(
 
 @partial(jax.jit, static_argnames="shape")
 def _decode(
-    weights: algorithm.Weights, tokens: Int[Array, "batch time"], shape: DecoderShape
+    weights: Weights, tokens: Int[Array, "batch time"], shape: DecoderShape
 ) -> Float[Array, "batch time word"]:
     return jax.vmap(partial(algorithm.decode, weights, shape=shape))(tokens)

@@ -21,16 +21,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from constructions.matrices import Matrix
 from constructions.slots import Affine, Slot, Slots
 from constructions.tint.auxiliary import DecoderShape
+from constructions.tint.weights import MATRICES
 
 TEXT, WORDS = "text", "words"
-#: Matrices of one auxiliary layer, in the order of a forward pass.
-MATRICES = ("query", "key", "value", "output", "hidden", "back")
 
 
-class Weights(NamedTuple):
+class StoredMatrix(NamedTuple):
     """A matrix [W b] in prefix tokens; slot s at token k of the group has row s K + k.
 
     Attributes:
@@ -56,11 +54,6 @@ class Weights(NamedTuple):
     def part(self, row: int) -> slice:
         """Which rows of the matrix slot `row` holds, over the tokens."""
         return slice(row * self.number.size, (row + 1) * self.number.size)
-
-
-def place(start: int, rows: int, size: int) -> Matrix:
-    """Puts a vector of `rows` numbers at `start` of one of `size`, `[size, rows]`."""
-    return Matrix.identity(rows).placed(size, start)
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,7 @@ class Layout:
         return range(sum(counts[:n]), sum(counts[: n + 1]))
 
     @cached_property
-    def matrices(self) -> Mapping[tuple[str, int], Weights]:
+    def matrices(self) -> Mapping[tuple[str, int], StoredMatrix]:
         """Every matrix of the auxiliary model, by name and layer."""
         owners = {
             (name, layer): self.group(name, layer)
@@ -163,7 +156,7 @@ class Layout:
             return tuple(found)
 
         return {
-            m: Weights(group, slots_of("row", m[0]), slots_of("change", m[0]), number)
+            m: StoredMatrix(group, slots_of("row", m[0]), slots_of("change", m[0]), number)
             for m, group in owners.items()
         }
 
@@ -207,3 +200,18 @@ class Layout:
     def tape(self, name: str, size: int) -> Slot:
         """A new slot for an activation at the tokens of the text, kept to the end."""
         return self.slots.add(name, size, tokens=TEXT, born=1, accumulates=True)
+
+
+class Tape:
+    """The slots of one forward pass, which its backward pass reads, by name and layer."""
+
+    def __init__(self, layout: Layout, number: int) -> None:
+        self.layout, self.number = layout, number
+        self.slots: dict[tuple[str, int | None], Slot] = {}
+
+    def __call__(self, name: str, size: int, layer: int | None = None) -> Slot:
+        """The slot of that name, made where it is first asked for."""
+        if (name, layer) not in self.slots:
+            where = f"pass {self.number}" + ("" if layer is None else f", layer {layer}")
+            self.slots[name, layer] = self.layout.tape(f"{where}: {name}", size)
+        return self.slots[name, layer]

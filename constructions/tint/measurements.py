@@ -18,14 +18,12 @@ from jaxtyping import Array, Float
 from constructions.tint import algorithm
 from constructions.tint.auxiliary import DecoderShape
 from constructions.tint.backward import MODES, Backward
-from constructions.tint.claims import CHANGED
 from constructions.tint.construction import Tint, simulate
+from constructions.tint.weights import CHANGED, Weights
 from constructions.transformer import Transformer
 from synthetic.task import Batch
 
-Changes = Mapping[
-    str, Array | np.ndarray
-]  # by the names of `algorithm.from_arrays`, `[batch, layer, ...]`
+Changes = Mapping[str, Array | np.ndarray]  # by the names of `weights`, `[batch, layer, ...]`
 
 #: One approximation at a time, none, and all that the paper makes.
 ABLATION = {
@@ -79,7 +77,7 @@ class Adaptation(NamedTuple):
         }
 
 
-def adaptation(c: Tint, batch: Batch, weights: algorithm.Weights | None = None) -> Adaptation:
+def adaptation(c: Tint, batch: Batch, weights: Weights | None = None) -> Adaptation:
     """What `c.steps` steps change on a batch of an `AdaptationTask`, simulated and by autograd.
 
     Dynamic evaluation (Krause et al. 2018, arXiv 1709.07432) at the simulator's learning rate, with
@@ -105,7 +103,7 @@ def adaptation(c: Tint, batch: Batch, weights: algorithm.Weights | None = None) 
 
 @partial(jax.jit, static_argnames=("shape", "steps", "trained", "value_only"))
 def descended(
-    weights: algorithm.Weights,
+    weights: Weights,
     tokens: Array,
     train: Array,
     rate: float | Array,
@@ -114,16 +112,19 @@ def descended(
     trained: tuple[str, ...],
     value_only: bool = False,
 ) -> Float[Array, "batch time word"]:
-    """Logits after gradient descent by autograd, as `algorithm.descend`, at any rate."""
+    """Logits after gradient descent by autograd (`algorithm.descend`), at any rate; jitted."""
 
-    def one(tokens: Array, train: Array) -> Array:
-        now = dict(weights)
-        for _ in range(steps):
-            slope = jax.grad(algorithm.loss)(now, tokens, train, shape, value_only)
-            now |= {name: now[name] - rate * slope[name] for name in trained}
-        return algorithm.decode(now, tokens, shape)
-
-    return jax.vmap(one)(tokens, train)
+    after = algorithm.descend(
+        weights,
+        tokens,
+        train,
+        shape,
+        steps=steps,
+        rate=rate,
+        trained=trained,
+        value_only=value_only,
+    )
+    return jax.vmap(partial(algorithm.decode, shape=shape))(after, tokens)
 
 
 # How near a step is to gradient descent
@@ -137,7 +138,7 @@ class Fidelity(NamedTuple):
 
 
 def written(
-    c: Tint, tokens: Array, train: Array, weights: algorithm.Weights | None = None
+    c: Tint, tokens: Array, train: Array, weights: Weights | None = None
 ) -> dict[str, Array]:
     """What the simulator adds to all weights of blocks and norms, over the learning rate."""
     found = simulate(c, c.weights if weights is None else weights, tokens, train)
@@ -146,7 +147,7 @@ def written(
 
 @partial(jax.jit, static_argnames=("shape", "value_only"))
 def downhill(
-    weights: algorithm.Weights,
+    weights: Weights,
     tokens: Array,
     train: Array,
     shape: DecoderShape,
@@ -189,7 +190,7 @@ def ablation(
     auxiliary: Transformer,
     tokens: Array,
     train: Array,
-    weights: Mapping[str, algorithm.Weights] | None = None,
+    weights: Mapping[str, Weights] | None = None,
     approximations: Mapping[str, Backward] = ABLATION,
 ) -> dict[str, dict[str, Fidelity]]:
     """What each approximation costs, against the true gradient of all weights of blocks and norms.

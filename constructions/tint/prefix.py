@@ -17,16 +17,15 @@ from typing import NamedTuple
 import numpy as np
 
 from constructions.program import Head
-from constructions.slots import Affine, Slot, concatenate, constant
-from constructions.tint.layout import TEXT, Weights, place
-
-ONE = constant(1.0)
+from constructions.slots import Affine, Slot, concatenate
+from constructions.tint.layout import TEXT, StoredMatrix
+from constructions.tint.parts import ONE
 
 
 class Prefix(NamedTuple):
     """A matrix, the learning rate of its descent, and the number of parts of a row."""
 
-    weights: Weights
+    weights: StoredMatrix
     rate: float
     shards: int
 
@@ -38,7 +37,7 @@ class Prefix(NamedTuple):
                 query=augmented[part],
                 key=w.now(row)[part],
                 value=w.number,
-                write={y: place(w.part(row).start, w.number.size, w.size)},
+                write={y[w.part(row)]: 1.0},
                 queries=TEXT,
                 keys=w.group,
                 name=f"{w.group}, row {row}",
@@ -55,7 +54,7 @@ class Prefix(NamedTuple):
                 query=dy[w.part(row)],
                 key=w.number,
                 value=w.now(row)[part],
-                write={dx: place(part.start, part.stop - part.start, dx.size)},
+                write={dx[part]: 1.0},
                 queries=TEXT,
                 keys=w.group,
                 name=f"{w.group} transposed, row {row}",
@@ -72,7 +71,7 @@ class Prefix(NamedTuple):
                 query=w.number,
                 key=dy[w.part(row)],
                 value=augmented[part],
-                write={change: -self.rate * place(part.start, part.stop - part.start, change.size)},
+                write={change[part]: -self.rate},
                 queries=w.group,
                 keys=TEXT,
                 name=f"{w.group} descends, row {row}",

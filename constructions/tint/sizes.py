@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from constructions.evaluator import counts
+from constructions.counts import counts
 from constructions.materials import materials
 from constructions.tint.auxiliary import DecoderShape
 from constructions.tint.backward import MODES

@@ -13,7 +13,8 @@ from flax import nnx
 
 from constructions.checks import ProgramError, check
 from constructions.compiler import compile_program
-from constructions.evaluator import counts, evaluate
+from constructions.counts import counts
+from constructions.evaluator import evaluate
 from constructions.program import CAUSAL, SELF, Head, Layer, Mlp, Norm, Program, erase
 from constructions.slots import Slots, concatenate, constant
 

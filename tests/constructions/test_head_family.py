@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from constructions.compiler import ProgramError, compile_program
-from constructions.evaluator import counts, evaluate
+from constructions.counts import counts
+from constructions.evaluator import evaluate
 from constructions.program import HeadFamily, Layer, Program
 from constructions.slots import Slots
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.evaluator import counts
+from constructions.counts import counts
 from constructions.inside_outside import InsideOutside
 from synthetic import chart
 from synthetic.grammar import Grammar

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.evaluator import counts
+from constructions.counts import counts
 from constructions.inside_outside import InsideOutside
 from constructions.inside_outside.low_rank import LowRank, balanced_truncation
 from constructions.settings import construct, plain_settings

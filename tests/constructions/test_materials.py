@@ -7,7 +7,7 @@ from flax import nnx
 
 from constructions import CATALOGUE
 from constructions.compiler import compile_program
-from constructions.evaluator import counts
+from constructions.counts import counts
 from constructions.materials import EXTRAS, materials
 from constructions.tint.auxiliary import DecoderShape, decoder
 from constructions.tint.backward import MODES

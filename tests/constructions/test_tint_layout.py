@@ -22,6 +22,8 @@ from tint_oracle import (
     updated,
 )
 
+from constructions.evaluator import SlotBySlot
+from constructions.family import verify
 from constructions.tint import Tint
 from constructions.tint.contents import contents
 from constructions.transformer import Transformer
@@ -165,3 +167,21 @@ def test_near_misses(x64, tint, dense):
         assert (after == start[name]).all() == (
             still or name.endswith("/0/norm/gain") or name.endswith("/0/norm/offset")
         ), name
+
+
+def test_without_dense_weights(x64, tint, monkeypatch):
+    """Where there would be too many the program stands in their place, and nothing is trained."""
+    monkeypatch.setattr("constructions.tint.construction.DENSE", 0)
+    model = tint.compile().model
+    assert isinstance(model, SlotBySlot)
+    one, other = simulate(tint), simulate(tint, model=model)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one, other))
+    for asked in (tint.counterpart, tint.near_misses):
+        with pytest.raises(ValueError, match="auxiliary: its simulator would have .* at most 0"):
+            asked()
+
+
+@pytest.mark.slow
+def test_certificate_without_dense_weights(tint, monkeypatch):
+    monkeypatch.setattr("constructions.tint.construction.DENSE", 0)
+    assert verify(tint, batch=4).passed

@@ -57,6 +57,16 @@ MESA = LayerConfig(
     ),
     mlp=MlpConfig(3, "relu"),
 )
+FACTOR = LayerConfig(
+    heads=(
+        HeadsConfig("softmax", 2, 3, 2, bias=True, factor_dim=2),
+        HeadsConfig("linear", 1, 2, 3, factor_dim=1),
+    ),
+    mlp=MlpConfig(3, "identity"),
+)
+TRANSPOSED = LayerConfig(
+    heads=(HeadsConfig("transposed_softmax", 2, 2, 3, factor_dim=3), HeadsConfig("linear", 1, 2, 2))
+)
 EMPTY = LayerConfig(norm=NormConfig("layer", read=(0, 3), write=(3, 6)))
 
 CONFIGS = {
@@ -70,6 +80,7 @@ CONFIGS = {
         NormConfig("rms"),
     ),
     "mesa": Config(WIDTH, (SegmentConfig((MESA,), 2), SegmentConfig((PLAIN,))), KINDS),
+    "factors": Config(WIDTH, (SegmentConfig((FACTOR,), 2), SegmentConfig((TRANSPOSED,))), KINDS),
     "no weights": Config(WIDTH, (SegmentConfig((EMPTY,), 2), SegmentConfig((PLAIN, EMPTY), 2))),
 }
 
