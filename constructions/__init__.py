@@ -9,6 +9,7 @@ layer, mixers        one layer, and how scores become attention weights
 symmetries           what leaves a model's function unchanged
 canonical            what is left: the invariants by which weights are compared
 evaluator            the same programs, run slot by slot without dense weights, by stream and maps
+counts               how large a program and its model are
 materials            what a program is made of beyond a plain transformer
 family               what every family offers; `verify`
 claims               statements about trained models that a number decides
@@ -22,12 +23,18 @@ noisy_regression     linear transformers that meet noise of unknown level
 inside_outside       attention between the ends of spans that parses, and masked language models
 mesa                 in-context least squares on sequences; mesa_mixer is the layer that it takes
 tint                 a transformer that trains another one in its forward pass
+hyper_transformer    attention that writes the weights of a classifier
 
 `CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it.
 """
 
 from constructions.family import Family
 from constructions.gradient_descent import GD_PLUS_PLUS, GRADIENT_DESCENT
+from constructions.hyper_transformer import (
+    HYPER_GRADIENT,
+    HYPER_PROTOTYPES,
+    HYPER_SEMI_SUPERVISED,
+)
 from constructions.inside_outside import INSIDE_OUTSIDE
 from constructions.kernel_descent import KERNEL_DESCENT
 from constructions.mesa import MESA_POLYNOMIAL, MESA_RIDGE
@@ -47,6 +54,9 @@ CATALOGUE: dict[str, Family] = {
         MESA_RIDGE,
         MESA_POLYNOMIAL,
         TINT,
+        HYPER_GRADIENT,
+        HYPER_PROTOTYPES,
+        HYPER_SEMI_SUPERVISED,
     )
 }
 

@@ -8,6 +8,12 @@ span_interchange, span_pairs   whether a constituent is passed on as one thing
 interchange, attribution       what a model uses: exchanged values, their first-order estimate
 patching                       the machinery that those two share
 similarity                     predictions, sensitivities, activations
+subsets, fourier, saliency     what a prediction makes of the examples in its context
+flat                           a model as a function of one vector, for all that follows
+grafting, npeff                which weights carry a skill, which examples are treated alike
+fisher, averaging              merging models by Fisher information, averages of checkpoints
+kernels, descent, sharpness    what training does: empirical kernels, paths, curvature
+arcs, emergence, selectivity   heads that follow dependency arcs, when; units that follow classes
 interpolation                  lines between models, damped roll-outs
 ledger                         claims, their controls, their verdicts
 comparison, sections, losses   everything a report shows, as data

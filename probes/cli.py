@@ -148,7 +148,7 @@ class Probe:
     """Use one probe on a saved run."""
 
     tool: Positional[str]
-    """such as linear, degrees or graft; README.md says what each answers, a wrong name lists them"""
+    """such as linear or degrees: README.md says what each answers; a wrong name lists all"""
     run_directory: Annotated[Path, arg(name="run")]
     seed: int = 0
     json: Path | None = None

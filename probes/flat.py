@@ -49,7 +49,8 @@ class Flat:
 
     @cached_property
     def _raveled(self) -> tuple[Array, Callable[[Array], Any]]:
-        return ravel_pytree(self._split[1])
+        with jax.ensure_compile_time_eval():  # kept beyond a jit that asks first
+            return ravel_pytree(self._split[1])
 
     @property
     def theta(self) -> Float[Array, " weight"]:

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from constructions import CATALOGUE
-from constructions.evaluator import counts, evaluate
+from constructions.counts import counts
+from constructions.evaluator import evaluate
 from constructions.family import verify
 from constructions.transformer import Transformer
 from probes.ledger import STATISTICS, ledger

@@ -54,7 +54,8 @@ class InsideOutside(Construction):
         scale: factor on what a word's token holds, which cancels in every probability and keeps
             float32 from underflow; None takes one that about undoes what a rule costs.
         masking: of the task: the probability that a word is hidden.
-        layers, heads, width: of the counterpart.
+        layers, heads, width, activation: of the counterpart; "relu" has units that
+            `probes.selectivity` can look at.
         reduction: a `LowRank`, or its JSON form, that spans of two words or more pass through, so
             that its rank takes the place of the number of nonterminals in the program; None for
             the exact one. The method `low_rank` makes one.
@@ -68,6 +69,7 @@ class InsideOutside(Construction):
     heads: int = 4
     width: int = 64
     reduction: Any = None
+    activation: str = "gelu"
 
     def __post_init__(self) -> None:
         grammar = self.grammar
@@ -85,6 +87,8 @@ class InsideOutside(Construction):
         object.__setattr__(self, "max_length", int(self.max_length))
         if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale is {self.scale!r}, must be finite and above 0")
+        if self.activation not in ("gelu", "relu"):
+            raise ValueError(f"activation is {self.activation!r}, must be 'gelu' or 'relu'")
         reduction, labels = self.reduction, len(grammar.nonterminals)
         if isinstance(reduction, Mapping):
             reduction = LowRank.from_json(reduction)
@@ -362,7 +366,9 @@ class InsideOutside(Construction):
         learned embeddings and positions.
         """
         words = len(self.grammar.vocabulary)
-        base = language_model(words, self.max_length, self.layers, self.heads, self.width)
+        base = language_model(
+            words, self.max_length, self.layers, self.heads, self.width, self.activation
+        )
         batch = self.task.sample(jax.random.key(2**20), 512)
         exact = chart.inside_outside(self.grammar, *batch.inputs).word_posterior
         recipe = Recipe(

@@ -17,17 +17,23 @@ from constructions.transformer import Transformer
 
 
 def language_model(
-    words: int, max_length: int, layers: int = 3, heads: int = 4, width: int = 64
+    words: int,
+    max_length: int,
+    layers: int = 3,
+    heads: int = 4,
+    width: int = 64,
+    activation: str = "gelu",
 ) -> Transformer:
     """A softmax transformer with learned positions and every weight 0.
 
-    Every layer is norm, heads, norm, MLP of four times the width (gelu); scores are divided by the
+    Every layer is norm, heads, norm, MLP of four times the width; scores are divided by the
     square root of a head's rows; nothing attends to padding.
 
     Args:
         words: size of the vocabulary; MASK, BOS, EOS and PAD come on top.
         max_length: words of the longest sentence.
         layers, heads, width: width is a multiple of heads.
+        activation: of the MLPs.
 
     Raises:
         ValueError: a size below 1, or a width that its heads do not divide.
@@ -40,7 +46,7 @@ def language_model(
     rows, norm = width // heads, NormConfig(affine=True)
     layer = LayerConfig(
         heads=(HeadsConfig("softmax", heads, rows, rows),),
-        mlp=MlpConfig(4 * width, "gelu", bias=True),
+        mlp=MlpConfig(4 * width, activation, bias=True),
         norm=norm,
         mlp_norm=norm,
     )

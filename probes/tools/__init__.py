@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from probes.tools import comparison, context
+from probes.tools import comparison, context, syntax, training, weights
 from probes.tools.result import Result, Tool
 
 TOOLS: dict[str, Tool] = {
@@ -14,6 +14,16 @@ TOOLS: dict[str, Tool] = {
     "training": comparison.training,
     "degrees": context.degrees,
     "saliency": context.maps,
+    "graft": weights.graft,
+    "npeff": weights.npeff,
+    "fisher-merge": weights.fisher_merge,
+    "averaging": weights.averaging,
+    "kernel": training.kernel,
+    "sharpness": training.sharpest,
+    "zeroth-order": training.zeroth_order,
+    "distillation": training.distillation,
+    "arcs": syntax.arcs,
+    "selectivity": syntax.units,
 }
 
 __all__ = ["TOOLS", "Result", "Tool", "find"]

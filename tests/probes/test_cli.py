@@ -97,7 +97,12 @@ def test_resume_may_repeat_the_options(run: Path, capsys: Any) -> None:
 
 
 #: Tools whose assumptions a regression run of a few steps does not meet, and what they say.
-REFUSED = {"saliency": "RegressionTask predicts numbers"}
+REFUSED = {
+    "saliency": "RegressionTask predicts numbers",
+    "averaging": "the run has 1 checkpoints, averaging needs two",
+    "arcs": "family 'gradient-descent' has no grammar",
+    "selectivity": "",
+}
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -1,0 +1,241 @@
+r"""A gradient step on softmax cross-entropy by linear attention: attention writes a classifier.
+
+The algorithm, on examples (e_i, y_i), i <= n, whose features e_i end in a constant 1, from W_0 = 0:
+
+    W_{k+1,c} = W_kc + (eta / n) sum_i (y_ic - p_ic) e_i,    p_i = softmax(W_k e_i),
+
+gradient descent on the mean cross-entropy -(1/n) sum_i log p_{i, y_i}. At W_0 all p_ic are 1/C.
+
+The construction (after Zhmoginov et al. 2022, arXiv 2201.04182; the equations are ours). Example
+tokens hold (e_i, y_i), with y_i one-hot, class tokens (W_c, 1_c), and query tokens (e, logits).
+The first step is one head of linear attention from class tokens to examples,
+
+    query 1_c - 1/C,  key y,  value e,  written to W with eta / n,
+
+since (1_c - 1/C) . y_i = y_ic - 1/C. Every further step takes two layers. In the softmax of
+attention from examples to class tokens stands that of the cross-entropy,
+
+    query e,  key W,  value 1_c,  softmax, written to p;
+    query 1_c,  key y - p,  value e,  linear, written to W with eta / n.
+
+The last layer applies the classifier, query e, key W, value 1_c, to the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike
+
+from constructions.claims import Claim, NearMiss
+from constructions.compiler import compile_program
+from constructions.family import Embedded, Place
+from constructions.hyper_transformer.claims import GRADIENT_CLAIMS
+from constructions.hyper_transformer.episodes import GROUPS, FewShot, rows
+from constructions.program import Head, Layer, Program, erase
+from constructions.regression import at_least_one, finite_number
+from constructions.slots import Slots, concatenate
+from synthetic.classes import Labels, Queries, Support
+
+
+@dataclass(frozen=True)
+class HyperGradient(FewShot):
+    """`steps` steps of gradient descent on the mean cross-entropy of labelled examples.
+
+    Episodes of any size are allowed: eta / n stays what it is on the task, n = classes * shots.
+    Examples without labels are not attended to.
+
+    Attributes:
+        dim: of the features, without the constant.
+        classes: C, at least 2.
+        shots: labelled examples of each class in the task.
+        steps: K, at least 1; the model has 2 K layers.
+        step_size: eta. None: the best one for a single step on the task; more steps need it given.
+        queries, spread, noise: of the task, see `synthetic.classes`.
+
+    Raises:
+        ValueError: a setting out of range, named.
+    """
+
+    dim: int = 8
+    classes: int = 5
+    shots: int = 2
+    steps: int = 1
+    step_size: float | int | None = None
+    queries: int = 5
+    spread: float | int = 1.0
+    noise: float | int = 1.0
+
+    unlabelled = 0
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        at_least_one(self, "steps")
+        if self.step_size is None and self.steps > 1:
+            raise ValueError(f"step_size is None, must be given for steps={self.steps}")
+        size = self.task.step_size() if self.step_size is None else self.step_size
+        object.__setattr__(self, "step_size", finite_number("step_size", size))
+
+    @property
+    def rate(self) -> float:
+        """eta / n."""
+        assert self.step_size is not None  # __post_init__ has filled it in
+        return self.step_size / self.task.labelled
+
+    @property
+    def program(self) -> Program:
+        """The step from zero, K - 1 times softmax and step, then the classifier."""
+        return self._program()
+
+    def _program(
+        self,
+        centre: bool = True,
+        mixer: str = "linear",
+        order: np.ndarray | None = None,
+        without: int | None = None,
+    ) -> Program:
+        """`centre`: with the 1/C; `mixer`: of the step from zero; `order`: of codes read out;
+        `without`: a feature that is not written.
+        """
+        slots, codes = Slots(), np.eye(self.classes)
+        shown = ("labelled", "unlabelled", "query")
+        features = slots.add("features", self.dim, tokens=shown, meaning="e_i, e")
+        one = slots.add("constant", 1, tokens=shown, meaning="1")
+        weights = slots.add(
+            "weights", self.dim + 1, tokens="class", accumulates=True, meaning="W_c, bias last"
+        )
+        label = slots.add(
+            "label", self.classes, tokens=("labelled", "class"), meaning="y_i; the code 1_c"
+        )
+        logits = slots.add(
+            "logits", self.classes, tokens="query", born=2 * self.steps, meaning="W_c e"
+        )
+        example = concatenate(features, one)
+        zero = codes - centre / self.classes
+        written = np.eye(self.dim + 1) * (np.arange(self.dim + 1) != without)
+        first = Head(
+            query=zero @ label,
+            key=label,
+            value=example,
+            write={weights: self.rate * written},
+            mixer=mixer,
+            queries="class",
+            keys="labelled",
+            name="step from zero",
+        )
+        layers = [Layer([first])]
+        if self.steps > 1:
+            guess = slots.add(
+                "guess", self.classes, tokens="labelled", accumulates=True, meaning="p_i"
+            )
+            softmax = Head(
+                query=example,
+                key=weights,
+                value=label,
+                write={guess: 1.0},
+                mixer="softmax",
+                queries="labelled",
+                keys="class",
+                name="softmax",
+            )
+            step = replace(first, query=label, key=label - guess, mixer="linear", name="step")
+            further = [Layer([softmax, erase(guess)]), Layer([step])]
+            layers += further * (self.steps - 1)
+        read = Head(
+            query=example,
+            key=weights,
+            value=(codes if order is None else codes[order]) @ label,
+            write={logits: 1.0},
+            queries="query",
+            keys="class",
+            name="classify",
+        )
+        return Program(slots, [*layers, Layer([read])], token_groups=GROUPS)
+
+    def trace(self, support: ArrayLike, labels: ArrayLike, queries: ArrayLike) -> dict[str, Array]:
+        """The algorithm, in weight space; arguments and errors as for `predict`.
+
+        Returns:
+            weight: W_k, `[batch, step, class, dim + 1]`, k = 0..K, the bias last.
+            guess: p_i at W_1..W_{K-1}, `[batch, step, labelled, class]`; none for a single step.
+            prediction: logits W_K e, `[batch, query, class]`.
+        """
+        support, labels, queries = self.typed(0.0, support, labels, queries)
+        einsum = partial(jnp.einsum, precision="highest")
+        shown = self.one_hot(labels, support)
+        e, q = (jnp.pad(a, [(0, 0), (0, 0), (0, 1)], constant_values=1) for a in (support, queries))
+        e = e[:, : labels.shape[1]]
+        weights, guesses = [jnp.zeros((len(e), self.classes, self.dim + 1), e.dtype)], []
+        for _ in range(self.steps):
+            guesses.append(jax.nn.softmax(einsum("bcd,bnd->bnc", weights[-1], e)))
+            step = einsum("bnc,bnd->bcd", shown - guesses[-1], e)
+            weights.append(weights[-1] + self.rate * step)
+        found = {"weight": jnp.stack(weights, 1)}
+        if self.steps > 1:
+            found["guess"] = jnp.stack(guesses[1:], 1)
+        return found | {"prediction": einsum("bcd,bqd->bqc", weights[-1], q)}
+
+    def embed(self, model: Any, support: Support, labels: Labels, queries: Queries) -> Embedded:
+        """Examples (e_i, 1, y_i), class tokens (0, 0, 1_c), queries (e, 1, 0)."""
+        slots, known = self.program.slots, labels.shape[1]
+        features, one, label = (slots[name] for name in ("features", "constant", "label"))
+        shown = {one: jnp.ones((1, 1, 1), support.dtype)}
+        tokens = [
+            {features: support[:, :known], label: self.one_hot(labels, support)} | shown,
+            {features: support[:, known:]} | shown,
+            {label: self.codes(support)},
+            {features: queries} | shown,
+        ]
+        stream = jnp.concatenate([rows(model.config.width, t) for t in tokens], 1)
+        asked = self.tokens(support, queries)[1]
+        groups = self.groups(support, labels, queries)
+        return Embedded(stream, groups, slice(asked.start, asked.stop))
+
+    def places(
+        self, depth: int, support: Support, labels: Labels, queries: Queries
+    ) -> dict[str, Place]:
+        """Weights stand in the class tokens, guesses in the examples, logits in the queries.
+
+        ValueError for an odd depth: K steps have 2 K layers.
+        """
+        if depth % 2:
+            raise ValueError(f"depth is {depth}, must be even: a step and what reads it by turns")
+        slots, (classes, asked) = self.program.slots, self.tokens(support, queries)
+        weight = Place.of(slots["weights"], classes, 0)
+        steps = np.array([0, *range(1, depth, 2)])[:, None, None]
+        found = {
+            "weight": Place(steps, weight.token, weight.column),
+            "prediction": Place.of(slots["logits"], asked, depth),
+        }
+        if self.steps > 1:
+            guess = Place.of(slots["guess"], range(labels.shape[1]), 0)
+            found["guess"] = Place(steps[1:-1] + 1, guess.token, guess.column)
+        return found
+
+    def near_misses(self) -> dict[str, NearMiss]:
+        """Wrong step sizes, a step too many, and a head that is not quite the one of the step."""
+        eta = self.rate * self.task.labelled
+        others = {
+            "step size + 10 %": replace(self, step_size=1.1 * eta),
+            "step size - 10 %": replace(self, step_size=0.9 * eta),
+            "one step too many": replace(self, steps=self.steps + 1, step_size=eta),
+        }
+        order = np.roll(np.arange(self.classes), 1)
+        programs = {name: other.program for name, other in others.items()} | {
+            "codes exchanged": self._program(order=order),
+            "1/C left out": self._program(centre=False),
+            "softmax for linear": self._program(mixer="softmax"),
+            "a feature left out": self._program(without=0),
+        }
+        # the model is another construction's, the claims are measured as this one's
+        return {name: NearMiss(compile_program(p), self) for name, p in programs.items()}
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """Statements about two trained layers; none for more steps."""
+        return GRADIENT_CLAIMS if self.steps == 1 else ()

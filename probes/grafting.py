@@ -1,0 +1,159 @@
+r"""Skill grafting: which few of the weights that a fit moved carry what it learned?
+
+With theta_0 the weights before and theta_1 those after, a mask gamma over the weights gives
+
+    theta(gamma) = theta_0 + gamma * (theta_1 - theta_0),
+
+and its gain is what it recovers of the fall in loss (Panigrahi et al. 2023, arXiv 2302.06600),
+
+    Rel(gamma) = (L(theta_0) - L(theta(gamma))) / (L(theta_0) - L(theta_1)).
+
+The mask is learned as gamma = sigmoid(S) with Adam on -Rel(gamma) + penalty sum gamma, so that
+the penalty is the share of the gain that one weight must be worth, and rounded at the end. S begins
+at 0: what attention computes is a product of several weights, whose gradient vanishes where all of
+them are left out, so the settings of the paper (an empty mask, steps of 1e7) find nothing here.
+
+A mask is a statement about coordinates. W_K -> R W_K, W_Q -> R^-T W_Q changes no prediction and
+every mask, so masks are compared within one lineage only: models fitted on from the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+Weights = Float[Array, " weight"]
+Mask = Bool[Array, " weight"]
+
+#: (weights, key) -> the mean loss on a batch that the key draws; pure.
+Objective = Callable[[Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How a mask is learned.
+
+    Attributes:
+        penalty: least share of the gain that a weight in the mask is worth, at least 0.
+        steps: of Adam, each on a batch of its own; at least 1.
+        learning_rate: of Adam, above 0.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    penalty: float = 1e-3
+    steps: int = 300
+    learning_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.penalty < float("inf"):
+            raise ValueError(f"penalty is {self.penalty}, must be at least 0 and finite")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, must be at least 1")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0 and finite")
+
+
+def graft(before: Weights, after: Weights, mask: Array) -> Weights:
+    """theta_0 + gamma (theta_1 - theta_0); `mask` holds gamma, bool or numbers from 0 to 1."""
+    return before + mask * (after - before)
+
+
+def learn_mask(
+    objective: Objective,
+    before: Weights,
+    after: Weights,
+    fall: float | Array,
+    key: Array,
+    settings: MaskSettings | None = None,
+) -> Mask:
+    """The mask of the weights worth their penalty.
+
+    Args:
+        objective: the loss that the fit is about.
+        before, after: theta_0 and theta_1.
+        fall: L(theta_0) - L(theta_1), above 0.
+        key: of the batches.
+        settings: of the search; None for the defaults.
+
+    Raises:
+        ValueError: `fall` is not above 0: there is no gain to graft.
+    """
+    settings = settings or MaskSettings()
+    if not fall > 0:
+        raise ValueError(f"fall is {float(fall):.3g}, must be above 0: the fit gained nothing")
+    return _search(objective, settings, before, after, jnp.asarray(fall, before.dtype), key)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _search(
+    objective: Objective,
+    settings: MaskSettings,
+    before: Array,
+    after: Array,
+    fall: Array,
+    key: Array,
+) -> Array:
+    optimizer = optax.adam(settings.learning_rate)
+
+    def loss(scores: Array, key: Array) -> Array:
+        gamma = jax.nn.sigmoid(scores)
+        left = objective(graft(before, after, gamma), key) / fall
+        return left + settings.penalty * gamma.sum()
+
+    def step(carry: Any, key: Array) -> tuple[Any, None]:
+        scores, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(scores, key), state)
+        return (optax.apply_updates(scores, updates), state), None
+
+    scores = jnp.zeros_like(before)
+    keys = jax.random.split(key, settings.steps)
+    (scores, _), _ = jax.lax.scan(step, (scores, optimizer.init(scores)), keys)
+    return scores > 0  # gamma above 1/2: weights without any effect stay at it, and out
+
+
+def gains(
+    objective: Objective,
+    before: Weights,
+    after: Weights,
+    masks: Bool[Array, "mask weight"],
+    key: Array,
+) -> Float[Array, " mask"]:
+    """Rel of every mask, all on the batch that `key` draws.
+
+    1 is all of the gain; more is possible where some of what the fit did was noise, and less than 0
+    where a part alone does harm.
+    """
+    loss = jax.jit(objective)  # compiled once for all of them
+    start, end = loss(before, key), loss(after, key)
+    found = jnp.stack([loss(graft(before, after, mask), key) for mask in masks])
+    return (start - found) / (start - end)
+
+
+def top_movement(before: Weights, after: Weights, size: int | Array) -> Mask:
+    """The baseline: the `size` weights that moved furthest."""
+    moved = jnp.abs(after - before)
+    order = jnp.argsort(-moved)
+    return jnp.zeros(moved.shape, bool).at[order].set(jnp.arange(moved.size) < size)
+
+
+def random_mask(before: Weights, after: Weights, size: int | Array, key: Array) -> Mask:
+    """The control: `size` of the weights that moved at all, drawn without replacement."""
+    draw = jax.random.uniform(key, before.shape, before.dtype)
+    return top_movement(jnp.zeros_like(before), jnp.where(after != before, draw + 1, 0), size)
+
+
+def overlap(first: Mask, second: Mask) -> Float[Array, ""]:
+    """|first and second| / |second|, the share of the second mask that the first has too.
+
+    Not symmetric; NaN where the second is empty.
+    """
+    return (first & second).sum() / second.sum()

@@ -1,0 +1,139 @@
+r"""How sharp is a loss where training stands, and where does its step size let it stand?
+
+Sharpness is the largest eigenvalue of the Hessian. Gradient descent of step size eta leaves a
+minimum that is sharper than 2 / eta; on the way it settles at that edge of stability. What else is
+known of edges, each as a function here:
+
+    gradient descent               lambda_max(H) = 2 / eta
+    Adam, moments (b1, b2)         lambda_max(P^-1/2 H P^-1/2) = 2 (1 + b1) / ((1 - b1) eta),
+                                   P = diag(sqrt(v) + eps)
+    scale-invariant, weight decay  lambda_max(H at theta / |theta|) = 2 |theta|^2 / eta
+                                   (Lyu et al. 2022, arXiv 2206.07085)
+
+Normalised gradient descent and descent on sqrt(L) stay at an edge wherever they are, and then move
+along the minimisers towards less sharp ones (Arora et al. 2022, arXiv 2205.09745): `normalised` and
+`root` of `probes.descent`. Losses are functions `loss(theta, data)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+from probes.descent import Loss, Path, Theta
+
+
+@partial(jax.jit, static_argnums=0)
+def hessian_vector(loss: Loss, theta: Theta, data: Any, vector: Theta) -> Theta:
+    """H v, at about the cost of two gradients."""
+
+    def gradient(theta: Array) -> Array:
+        return jax.grad(loss)(theta, data)
+
+    return jax.jvp(gradient, (theta,), (vector,))[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def hessian_vector_by_differences(loss: Loss, theta: Theta, data: Any, vector: Theta) -> Theta:
+    """H v from gradients on both sides, for losses that are differentiable once only.
+
+    Right to about eps^(2/3): 1e-10 in float64, 1e-4 in float32.
+    """
+    span = jnp.finfo(theta.dtype).eps ** (1 / 3) * (1 + jnp.linalg.norm(theta))
+    step = span / jnp.linalg.norm(vector) * vector
+    above, below = (jax.grad(loss)(theta + side * step, data) for side in (1, -1))
+    return (above - below) * (jnp.linalg.norm(vector) / (2 * span))
+
+
+def sharpness(
+    loss: Loss,
+    theta: Theta,
+    data: Any,
+    scale: Float[Array, " weight"] | None = None,
+    product: Callable[..., Array] = hessian_vector,
+) -> float:
+    """The largest eigenvalue of the Hessian (the most positive one), by Lanczos.
+
+    Exact to about 1e-9 of it in float64, 1e-4 in float32.
+
+    Args:
+        loss: twice differentiable.
+        theta: where.
+        data: any pytree.
+        scale: P, all above 0: of the preconditioned Hessian P^-1/2 H P^-1/2 (see `adam_scale`).
+        product: with the Hessian; `hessian_vector_by_differences` where that is not finite.
+
+    Raises:
+        ValueError: the Hessian is not finite there.
+    """
+    weigh = np.ones(theta.size) if scale is None else np.asarray(scale, np.float64) ** -0.5
+
+    def weighed(vector: np.ndarray) -> np.ndarray:
+        given = jnp.asarray(weigh * vector.ravel(), theta.dtype)
+        found = weigh * np.asarray(product(loss, theta, data, given), np.float64)
+        if not np.isfinite(found).all():
+            raise ValueError("the Hessian is not finite at these weights")
+        return found
+
+    start = np.random.default_rng(0).standard_normal(theta.size)
+    first = weighed(start)
+    if theta.size == 1:
+        return float(first[0] / start[0])
+    if not first.any():
+        return 0.0
+    operator = LinearOperator((theta.size, theta.size), matvec=weighed, dtype=np.float64)  # type: ignore[call-arg]
+    tolerance: Any = 1e-10 if theta.dtype == np.float64 else 1e-4
+    try:
+        found = eigsh(
+            operator, 1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False
+        )  # fmt: skip
+    except ArpackNoConvergence as error:
+        raise ValueError("Lanczos did not find the largest eigenvalue of the Hessian") from error
+    return float(found[0])
+
+
+def edge(rate: float, b1: float = 0.0) -> float:
+    """The sharpness at which steps of this size stop being stable.
+
+    2 / rate for gradient descent; with momentum m <- b1 m + (1 - b1) g, as Adam has it,
+    2 (1 + b1) / ((1 - b1) rate): 38 / rate at 0.9. Compare Adam's with preconditioned sharpness.
+    """
+    return 2 * (1 + b1) / ((1 - b1) * rate)
+
+
+def adam_scale(state: Any, b2: float = 0.999, eps: float = 1e-8) -> Float[Array, " weight"]:
+    """P = sqrt(v / (1 - b2^t)) + eps from the state of `optax.adam`, by which it divides."""
+    count, second = (optax.tree.get(state, name) for name in ("count", "nu"))
+    return jnp.sqrt(second / (1 - b2**count)) + eps
+
+
+def along(loss: Loss, path: Path, data: Any) -> Float[np.ndarray, " record"]:
+    """Sharpness at every record of a descent; NaN from where it is no longer finite."""
+    found = np.full(len(path.steps), np.nan)
+    for n, theta in enumerate(path.thetas):
+        if not bool(jnp.isfinite(theta).all()):
+            break
+        found[n] = sharpness(loss, theta, data)
+    return found
+
+
+def spherical_sharpness(loss: Loss, theta: Theta, data: Any) -> float:
+    """Sharpness of a scale-invariant loss at theta / |theta|; |theta|^2 times that at theta.
+
+    Weight decay shrinks theta until |theta|^2 is eta / 2 times this.
+
+    Raises:
+        ValueError: the loss at theta and 2 theta differ.
+    """
+    here, there = loss(theta, data), loss(2 * theta, data)
+    if not abs(here - there) <= 1e-4 * abs(here):
+        raise ValueError(f"loss is {here:.4g} at theta and {there:.4g} at 2 theta, must be equal")
+    return sharpness(loss, theta / jnp.linalg.norm(theta), data)
