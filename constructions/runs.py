@@ -182,7 +182,20 @@ def load_run(path: str | PathLike[str]) -> Run:
 def initial_models(run: Run) -> tuple[Transformer, ...]:
     """The weights that the fits of a run began with, one model a seed: drawn again, bit for bit."""
     counterpart = run.construction.counterpart()
-    return tuple(counterpart.init(seed_keys(seed)[0]) for seed in run.seeds)
+    weights = jax.tree.leaves(nnx.state(run.models[0], nnx.Param))[0]
+    with jax.enable_x64(weights.dtype == "float64"):
+        seeds = jnp.asarray(run.seeds, jnp.uint32)
+        drawn = [counterpart.init(seed_keys(seed)[0]) for seed in seeds]
+        if not isinstance(run.history[-1]["loss"], list):
+            return tuple(drawn)
+
+        def draw(seed: jax.Array) -> Any:
+            return nnx.state(counterpart.init(seed_keys(seed)[0]))
+
+        together = jax.jit(jax.vmap(draw))(seeds)  # as `fit` does, which rounds otherwise
+        for n, model in enumerate(drawn):
+            nnx.update(model, jax.tree.map(lambda a, n=n: a[n], together))
+        return tuple(drawn)
 
 
 def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transformer, ...]]]:

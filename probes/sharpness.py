@@ -17,7 +17,6 @@ along the minimisers towards less sharp ones (Arora et al. 2022, arXiv 2205.0974
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -41,24 +40,11 @@ def hessian_vector(loss: Loss, theta: Theta, data: Any, vector: Theta) -> Theta:
     return jax.jvp(gradient, (theta,), (vector,))[1]
 
 
-@partial(jax.jit, static_argnums=0)
-def hessian_vector_by_differences(loss: Loss, theta: Theta, data: Any, vector: Theta) -> Theta:
-    """H v from gradients on both sides, for losses that are differentiable once only.
-
-    Right to about eps^(2/3): 1e-10 in float64, 1e-4 in float32.
-    """
-    span = jnp.finfo(theta.dtype).eps ** (1 / 3) * (1 + jnp.linalg.norm(theta))
-    step = span / jnp.linalg.norm(vector) * vector
-    above, below = (jax.grad(loss)(theta + side * step, data) for side in (1, -1))
-    return (above - below) * (jnp.linalg.norm(vector) / (2 * span))
-
-
 def sharpness(
     loss: Loss,
     theta: Theta,
     data: Any,
     scale: Float[Array, " weight"] | None = None,
-    product: Callable[..., Array] = hessian_vector,
 ) -> float:
     """The largest eigenvalue of the Hessian (the most positive one), by Lanczos.
 
@@ -69,7 +55,6 @@ def sharpness(
         theta: where.
         data: any pytree.
         scale: P, all above 0: of the preconditioned Hessian P^-1/2 H P^-1/2 (see `adam_scale`).
-        product: with the Hessian; `hessian_vector_by_differences` where that is not finite.
 
     Raises:
         ValueError: the Hessian is not finite there.
@@ -78,7 +63,7 @@ def sharpness(
 
     def weighed(vector: np.ndarray) -> np.ndarray:
         given = jnp.asarray(weigh * vector.ravel(), theta.dtype)
-        found = weigh * np.asarray(product(loss, theta, data, given), np.float64)
+        found = weigh * np.asarray(hessian_vector(loss, theta, data, given), np.float64)
         if not np.isfinite(found).all():
             raise ValueError("the Hessian is not finite at these weights")
         return found

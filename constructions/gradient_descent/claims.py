@@ -188,8 +188,8 @@ ONE_STEP_CLAIMS = (
         "<=",
         "the additive part is Saunshi et al. 2022, arXiv 2210.01072; here it is all of it",
         catches=(*_STEPS, "one step too many", "centred attention"),
-        note="Both are sums over examples, exactly (probes.fourier): every linear layer is. What no "
-        "example has a part in is left out, such as W_0.",
+        note="Both are sums over examples, exactly (probes.fourier), as every linear layer is. "
+        "What no example has a part in, such as W_0, is left out.",
     ),
     Claim(
         "input scale",
@@ -256,7 +256,7 @@ TWO_STEP_CLAIMS = (
     ),
     Claim(
         "degrees",
-        "As little of it is more than a sum over examples as of GD++: the share of degrees 2 to 4.",
+        "As much of it as of GD++ is more than a sum over examples: the degrees 2 to 4.",
         "degree_distance",
         0.05,
         "<=",

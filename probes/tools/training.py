@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,17 @@ from constructions.runs import Run, initial_models
 from probes import kernels
 from probes.descent import descend, gradient_moments
 from probes.flat import Flat
-from probes.sharpness import edge, hessian_vector_by_differences, sharpness
+from probes.sharpness import edge, sharpness
 from probes.tools.result import Result, seed_names, table
 from synthetic.distillation import Distilled, teacher_loss
 from synthetic.task import Batch, outcome
 from synthetic.train import fit
 from synthetic.zeroth_order import minimize_without_gradients, two_values
 
-#: Models of more weights would take minutes.
-MOST = 1_000_000
+#: Models of more weights would take minutes; and those whose curvature is asked for as well.
+MOST, MOST_CURVED = 1_000_000, 20_000
+#: Rows of more seeds say the same.
+SEEDS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +44,15 @@ class Subject:
     @cached_property
     def examples(self) -> int:
         """In a full batch; fewer of sequences, each of which is many predictions."""
-        return 256 if outcome(self.task) == "values" else 16
+        if outcome(self.task) != "values":
+            return 16
+        drawn = jax.eval_shape(lambda key: self.task.sample(key, 1), jax.random.key(0))
+        target = jax.tree.leaves(drawn.target)[0]
+        return max(16, 256 // (target.size // target.shape[-1]))
 
     def steps(self, small: int, large: int) -> int:
-        """How many can be afforded: a model of more than 5000 weights takes its time."""
-        return small if self.flat.theta.size < 5000 else large
+        """How many can be afforded: large models, and those of sequences, take their time."""
+        return small if self.flat.theta.size < 5000 and self.examples > 64 else large
 
     def outputs(self, theta: Any, batch: Any) -> Array:
         """What is linear in weights if anything is: values, or log-probabilities."""
@@ -63,12 +69,6 @@ class Subject:
         """Mean loss."""
         return self.loss(self.outputs(theta, batch), batch)
 
-    def sharpness(self, theta: Array, batch: Any, scale: Array | None = None) -> float:
-        """Largest curvature; by differences where the model is differentiable once only."""
-        with suppress(ValueError, TypeError):
-            return sharpness(self.whole, theta, batch, scale)
-        return sharpness(self.whole, theta, batch, scale, hessian_vector_by_differences)
-
     def fresh(self, model: Any, key: Array) -> Array:
         """Mean loss of a model on examples of the key's own."""
         batch = self.task.sample(key, self.examples)
@@ -81,15 +81,16 @@ class Subject:
         return (self.outputs(theta, batch) * signs).reshape(len(signs), -1).sum(1)
 
 
-def _subjects(run: Run) -> tuple[dict[str, tuple[Subject, Array]], str]:
-    """The construction, and every seed's model at its end and its start; what is left out."""
-    names, models = seed_names(run), dict(zip(seed_names(run), run.models, strict=True))
+def _subjects(run: Run, most: int = MOST) -> tuple[dict[str, tuple[Subject, Array]], str]:
+    """The construction, and two seeds' models at their end and start; what is left out."""
+    names = seed_names(run)[:SEEDS]
+    models = dict(zip(names, run.models, strict=False))
     starts = initial_models(run)
-    models |= {f"{name}, its start": m for name, m in zip(names, starts, strict=True)}
+    models |= {f"{name}, its start": m for name, m in zip(names, starts, strict=False)}
     trained = Subject(Flat(run.construction, run.models[0]))
     size = trained.flat.theta.size
-    if size > MOST:
-        raise ValueError(f"the model has {size} weights, must have at most {MOST} for this tool")
+    if size > most:
+        raise ValueError(f"the model has {size} weights, must have at most {most} for this tool")
     found = {name: (trained, trained.flat.vector(model)) for name, model in models.items()}
     built = run.construction.compile().model
     with suppress(ValueError):  # in the trained models' shape, where it fits into that
@@ -99,21 +100,50 @@ def _subjects(run: Run) -> tuple[dict[str, tuple[Subject, Array]], str]:
         own = Subject(Flat(run.construction, built))
     except ValueError:  # no dense weights at all
         return found, "the construction is too large"
-    if own.flat.theta.size > MOST:
+    if own.flat.theta.size > most:
         return found, f"the construction is too large: {own.flat.theta.size} weights"
     return {"construction": (own, own.flat.theta), **found}, ""
 
 
+class Curved(NamedTuple):
+    """A model with a full batch, and the largest curvature of its loss there."""
+
+    subject: Subject
+    theta: Array
+    batch: Any
+    sharpness: float
+
+
+def _curved(run: Run, seed: int) -> tuple[dict[str, Curved], str]:
+    """The subjects whose loss has second derivatives; what is left out."""
+    subjects, note = _subjects(run, MOST_CURVED)
+    found, missing = {}, []
+    for name, (subject, theta) in subjects.items():
+        batch = subject.task.sample(jax.random.key(seed), subject.examples)
+        try:
+            value = max(sharpness(subject.whole, theta, batch), 1e-6)
+        except (ValueError, TypeError):  # not finite; or of a derivative of its own
+            missing.append(name)
+        else:
+            found[name] = Curved(subject, theta, batch, value)
+    if not found:
+        raise ValueError("the loss has no finite second derivatives, which this tool needs")
+    if missing:
+        lack = f"no finite second derivatives, left out: {', '.join(missing)}"
+        note = "; ".join(filter(None, [note, lack]))
+    return found, note
+
+
 def kernel(run: Run, seed: int) -> Result:
     """Is full-batch descent from here what the kernel says, and does the kernel stay?"""
-    subjects, note = _subjects(run)
-    rows, steps = [], min(subject.steps(100, 20) for subject, _ in subjects.values())
-    for subject, theta in subjects.values():
-        batch = subject.task.sample(jax.random.key(seed), subject.examples)
+    subjects, left = _curved(run, seed)
+    notes = {left}
+    rows, steps = [], min(given.subject.steps(100, 20) for given in subjects.values())
+    for subject, theta, batch, largest in subjects.values():
         few = jax.tree.map(lambda a: a[:16], batch)
         shape = jax.eval_shape(subject.outputs, theta, few).shape
         given = few, jax.random.rademacher(jax.random.key(seed + 1), shape, theta.dtype)
-        rate = 1 / max(subject.sharpness(theta, batch), 1e-6)  # half of what is stable
+        rate = 1 / largest  # half of what is stable
         path = descend(subject.whole, theta, batch, rate, steps, 10)
         grams = [
             kernels.gradient_kernel(j, j)
@@ -129,46 +159,43 @@ def kernel(run: Run, seed: int) -> Result:
                 subject.outputs, subject.loss, theta, batch, rate, steps
             )
         except TypeError:  # of a derivative of its own, backwards only
-            note = "nothing is linearised: the model has no derivative forwards"
+            notes.add("nothing is linearised: the model has no derivative forwards")
         changes = [kernels.kernel_change(grams[0], gram) for gram in grams[1:]]
         losses = path.losses[0], path.losses[-1], straight[-1]
         rows.append([rate, errors[0], np.log10(errors[0] / errors[1]), *changes, *losses])
     columns = ("step size", "error of half a step", "its order", "kernel change, 10 steps",
                f"{steps} steps", "loss before", "after", "after, linearised")  # fmt: skip
+    note = "; ".join(sorted(filter(None, notes)))
     return table("gradient descent and its kernel", columns, subjects, rows, note)
 
 
 def sharpest(run: Run, seed: int) -> Result:
     """The largest curvature, and what becomes of it in steps that it does not bear."""
-    subjects, note = _subjects(run)
+    subjects, note = _curved(run, seed)
     recipe, rows = run.recipe, []
-    steps = min(subject.steps(200, 20) for subject, _ in subjects.values())
-    batches = {}
-    for subject, _ in subjects.values():
-        batches[subject] = subject.task.sample(jax.random.key(seed), subject.examples)
-    trained, theta = subjects[seed_names(run)[0]]
-    rate = 1.25 * edge(1.0) / max(trained.sharpness(theta, batches[trained]), 1e-6)
+    steps = min(given.subject.steps(200, 20) for given in subjects.values())
+    trained = subjects.get(seed_names(run)[0], next(iter(subjects.values())))
+    rate = 1.25 * edge(1.0) / trained.sharpness
 
-    def moments(subject: Subject, theta: Array) -> float:
+    def moments(subject: Subject, theta: Array, batch: Any) -> float:
         if recipe.optimizer not in ("adam", "adamw"):
             return np.nan
         keys = jax.random.split(jax.random.key(seed + 1), 16)
         size = min(recipe.batch, 256)
         mean, variance = second_moment(subject, theta, keys, size)
         scale = jnp.sqrt(mean**2 + variance * size / recipe.batch) + recipe.eps
-        found = subject.sharpness(theta, batches[subject], scale)
+        found = sharpness(subject.whole, theta, batch, scale)
         return found / edge(recipe.learning_rate, recipe.b1)
 
-    for subject, theta in subjects.values():
-        batch = batches[subject]
-        here = subject.sharpness(theta, batch)
+    for subject, theta, batch, here in subjects.values():
         path = descend(subject.whole, theta, batch, rate, steps)
         there = np.nan
         if bool(jnp.isfinite(path.thetas[-1]).all()):
-            there = subject.sharpness(path.thetas[-1], batch) / edge(rate)
+            with suppress(ValueError):  # as far away as that
+                there = sharpness(subject.whole, path.thetas[-1], batch) / edge(rate)
         ends = path.losses[0], path.losses[-1]
-        rows.append([here, edge(1.0) / here, moments(subject, theta), here / edge(rate), there,
-                     *ends])  # fmt: skip
+        adam = moments(subject, theta, batch)
+        rows.append([here, edge(1.0) / here, adam, here / edge(rate), there, *ends])
     columns = ("sharpness", "largest stable step", "Adam's sharpness over its edge",
                f"sharpness over the edge of step {rate:.3g}", f"after {steps} such steps",
                "loss before", "after")  # fmt: skip
@@ -209,9 +236,13 @@ def zeroth_order(run: Run, seed: int) -> Result:
     rate = 0.3 / max(row[2] for row in rows)
     for row, (subject, theta) in zip(rows, subjects.values(), strict=True):
         objective, model = subject.fresh, subject.flat.merge(theta)
-        found = minimize_without_gradients(
-            model, objective, key=jax.random.fold_in(key, 2), steps=steps, rate=rate
-        ).model
+        try:
+            found = minimize_without_gradients(
+                model, objective, key=jax.random.fold_in(key, 2), steps=steps, rate=rate
+            ).model
+        except FloatingPointError:  # too long a step for this one
+            row.append(np.nan)
+            continue
         held = subject.task.sample(jax.random.fold_in(key, 1), 4 * subject.examples)
         row.append(float(subject.whole(subject.flat.vector(found), held)))
     columns = ("weights", "length of the gradient", "trace of the Hessian",
@@ -238,11 +269,12 @@ def distillation(run: Run, seed: int) -> Result:
     first = Flat(construction, initial_models(run)[0])
     if first.theta.size > MOST:
         raise ValueError(f"the model has {first.theta.size} weights, must have at most {MOST}")
-    words = outcome(task) != "values"
-    batch = min(run.recipe.batch, 256)
-    recipe = replace(run.recipe, steps=60 if words else 300, batch=batch, warmup=0, chunk=1000,
+    examples = Subject(first).examples
+    batch = min(run.recipe.batch, 4 * examples, 256)
+    steps = 300 if examples > 64 else 60
+    recipe = replace(run.recipe, steps=steps, batch=batch, warmup=0, chunk=1000,
                      checkpoint_every=1000, ema=None, average_tail=None)  # fmt: skip
-    held = construction.task.sample(jax.random.key(seed), 4 * (64 if words else 1024))
+    held = construction.task.sample(jax.random.key(seed), 16 * examples)
 
     def value(theta: Array) -> float:
         return float(jax.jit(first.loss)(theta, held))
@@ -261,12 +293,12 @@ def distillation(run: Run, seed: int) -> Result:
     for share in (0.0, 0.5):
         fits[share] = fit(
             counterpart.init, Distilled(task, teacher, share), recipe,
-            predict=construction.apply, seeds=run.seeds,
+            predict=construction.apply, seeds=run.seeds[:SEEDS],
         ).models  # fmt: skip
     keys = jax.random.split(jax.random.key(seed + 1), 32)
     said = construction.task.loss(teacher(*held.inputs), held).mean()
     rows = []
-    for n, model in enumerate(run.models):
+    for n, model in enumerate(run.models[:SEEDS]):
         theta = first.vector(model)
         moments = [gradient_moments(loss, sample, theta, keys) for loss in (own, taught)]
         (mean, noise), (other, less) = moments
@@ -275,4 +307,6 @@ def distillation(run: Run, seed: int) -> Result:
         rows.append([less / noise, bias, said, *ends])
     columns = ["gradient's variance, of the task's own", "bias over its error", "teacher's loss"]
     columns += [f"loss, taught {100 * share:.0f} %" for share in fits]
-    return table(f"the algorithm as teacher, {recipe.steps} steps", columns, seed_names(run), rows)
+    return table(
+        f"the algorithm as teacher, {recipe.steps} steps", columns, seed_names(run)[:SEEDS], rows
+    )

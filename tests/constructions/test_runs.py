@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from constructions.runs import Run, fit_family, load_checkpoints, load_run
+from constructions.runs import Run, fit_family, initial_models, load_checkpoints, load_run
 from constructions.settings import construct
 from synthetic.saved import RunError, load_state, save_model
 from synthetic.train import NonFiniteLossError
@@ -155,3 +155,13 @@ def test_divergence_says_the_step() -> None:
     with pytest.raises(NonFiniteLossError, match="step") as caught:
         fit_family(NAME, SMALL, **(RECIPE | {"optimizer": "sgd", "learning_rate": 1e20}))
     assert 0 < caught.value.step < 20
+
+
+@pytest.mark.parametrize("seeds", [{"seed": 3}, {"seeds": [3, 5]}])
+def test_initial_models_are_what_the_fit_began_with(seeds: Any) -> None:
+    """A fit whose steps are lost in rounding ends where it began."""
+    still = RECIPE | {"optimizer": "sgd", "learning_rate": 1e-30, "schedule": "constant"}
+    run = fit_family(NAME, SMALL, **seeds, **still)
+    before = [bits(model) for model in initial_models(run)]
+    assert before == [bits(model) for model in run.models]
+    assert before[0] != before[-1] or len(before) == 1

@@ -1,5 +1,6 @@
 """Kernels of training: against products of gradients by hand, and where they hold."""
 
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -22,13 +23,25 @@ DESCENT = CATALOGUE["gradient-descent"](dim_x=5, num_examples=10, step_size=opti
 
 
 def built(start: str = "construction") -> Flat:
-    """One layer with heads as wide as its tokens: 144 weights."""
+    """One layer with heads as wide as its tokens: 144 weights; made once in each precision."""
+    return _built(start, jnp.zeros(()).dtype)
+
+
+@lru_cache
+def _built(start: str, dtype: Any) -> Flat:
+    del dtype
     wide = DESCENT.counterpart().init(jax.random.key(0)).config
     model = compile_program(DESCENT.program, config=wide)
     return Flat(DESCENT, model if start == "construction" else randomise(model, _KEY, 0.2))
 
 
 _KEY = jax.random.key(1)
+
+
+@lru_cache
+def predictor(flat: Flat) -> Any:
+    """The model's outputs of weights and data, compiled once for all tests."""
+    return jax.jit(lambda theta, batch: flat.predict(theta, *batch.inputs))
 
 
 class Features:
@@ -73,15 +86,15 @@ def change(model: Any, theta: Array, batch: Any, rate: float, steps: int) -> flo
 
 def test_kernels_are_products_of_gradients(x64: None) -> None:
     flat = built("random")
-    batch = TASK.sample(jax.random.key(2), 4)
+    batch = TASK.sample(jax.random.key(2), 6)
+    one_gradient = jax.jit(jax.grad(lambda t, b: predict(t, b)[0, 0, 0]))
 
-    def predict(theta: Any, batch: Any) -> Array:
-        return flat.predict(theta, *batch.inputs)
+    predict = predictor(flat)
 
     rows = []
-    for n in range(4):  # one gradient at a time
+    for n in range(6):  # one gradient at a time
         one = jax.tree.map(lambda a, n=n: a[n : n + 1], batch)
-        rows.append(np.asarray(jax.grad(lambda t, b=one: predict(t, b)[0, 0, 0])(flat.theta)))
+        rows.append(np.asarray(one_gradient(flat.theta, one)))
     jac = kernels.jacobian(predict, flat.theta, batch)
     np.testing.assert_allclose(jac, rows, rtol=1e-12, atol=1e-14)
     for kernel, left, right in (
@@ -101,8 +114,7 @@ def test_one_step_error_is_of_first_order(rule: Any, scale: float, x64: None) ->
     flat, rates = built(), [0.1, 0.01, 0.001]
     batch = TASK.sample(jax.random.key(0), 64)
 
-    def predict(theta: Any, batch: Any) -> Array:
-        return flat.predict(theta, *batch.inputs)
+    predict = predictor(flat)
 
     def loss(found: Any, batch: Any) -> Array:
         return TASK.loss(found, batch).mean()
@@ -137,8 +149,7 @@ def test_one_example_is_the_sign_kernel(x64: None) -> None:
     flat = built("random")
     batch = TASK.sample(jax.random.key(3), 6)
 
-    def predict(theta: Any, batch: Any) -> Array:
-        return flat.predict(theta, *batch.inputs)
+    predict = predictor(flat)
 
     jac = kernels.jacobian(predict, flat.theta, batch)
     pull = jnp.zeros(6).at[2].set(-0.7)
@@ -173,10 +184,9 @@ def test_what_is_linear_in_its_weights_is_kernel_like(x64: None) -> None:
 def test_linearised_descent_is_kernel_descent(x64: None) -> None:
     # of a model that is not linear: two ways to the same linearised training
     flat = built("random")
-    batch = TASK.sample(jax.random.key(4), 16)
+    batch = TASK.sample(jax.random.key(4), 6)
 
-    def predict(theta: Any, batch: Any) -> Array:
-        return flat.predict(theta, *batch.inputs)
+    predict = predictor(flat)
 
     def loss(found: Any, batch: Any) -> Array:
         return TASK.loss(found.reshape(batch.target.shape), batch).mean()
@@ -198,10 +208,9 @@ def test_linearised_descent_is_kernel_descent(x64: None) -> None:
 def test_training_linear_attention_is_not(start: str) -> None:
     flat = built(start)
     batch = TASK.sample(jax.random.key(0), 64)
-    path = descend(flat.loss, flat.theta, batch, 0.1, 1000, 10)
+    path = descend(flat.loss, flat.theta, batch, 0.1, 300, 10)
 
-    def predict(theta: Any, batch: Any) -> Array:
-        return flat.predict(theta, *batch.inputs)
+    predict = predictor(flat)
 
     jacobians = [kernels.jacobian(predict, path.thetas[n], batch) for n in (0, 1, 10, -1)]
     for kernel, least in ((kernels.gradient_kernel, 0.4), (kernels.sign_kernel, 0.25)):
@@ -213,10 +222,10 @@ def test_training_linear_attention_is_not(start: str) -> None:
 def test_width_makes_two_layers_kernel_like() -> None:
     # near-miss of the linear model: how far it is from it falls with the width
     found = []
-    for width in (16, 256, 4096):
+    for width in (16, 256, 2048):
         theta = jax.random.normal(jax.random.key(5), (4 * width,))
-        found.append(change(Wide(width), theta, toy(), 0.3, 100))
-    assert found[0] > 0.1 > found[1] > 3 * found[2], found
+        found.append(change(Wide(width), theta, toy(), 0.3, 50))
+    assert found[0] > 0.1 > found[1] > 2 * found[2], found
 
 
 def test_descent_by_hand_and_its_arguments() -> None:

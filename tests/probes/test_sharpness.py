@@ -58,7 +58,7 @@ def product(theta: Any, data: Any) -> Array:
 
 def test_sharpness_is_that_of_the_dense_hessian(x64: None) -> None:
     flat, batch = attention(1, 0.3, 0)
-    dense = np.asarray(jax.hessian(flat.loss)(flat.theta, batch))
+    dense = np.asarray(jax.jit(jax.hessian(flat.loss))(flat.theta, batch))
     largest = np.linalg.eigvalsh(dense)[-1]
     assert sharpness(flat.loss, flat.theta, batch) == pytest.approx(largest, rel=1e-6)
     scale = np.linspace(0.1, 3, len(dense))
