@@ -24,8 +24,9 @@ from synthetic.task import Batch, outcome
 from synthetic.train import fit
 from synthetic.zeroth_order import minimize_without_gradients, two_values
 
-#: Models of more weights would take minutes; and those whose curvature is asked for as well.
-MOST, MOST_CURVED = 1_000_000, 20_000
+#: Models of more weights would take minutes: those that are fitted, and those that are looked at in
+#: hundreds of steps or by their curvature.
+MOST, MOST_SMALL = 1_000_000, 20_000
 #: Rows of more seeds say the same.
 SEEDS = 2
 
@@ -116,7 +117,7 @@ class Curved(NamedTuple):
 
 def _curved(run: Run, seed: int) -> tuple[dict[str, Curved], str]:
     """The subjects whose loss has second derivatives; what is left out."""
-    subjects, note = _subjects(run, MOST_CURVED)
+    subjects, note = _subjects(run, MOST_SMALL)
     found, missing = {}, []
     for name, (subject, theta) in subjects.items():
         batch = subject.task.sample(jax.random.key(seed), subject.examples)
@@ -219,7 +220,7 @@ def _gradients(subject: Subject, size: int, theta: Array, keys: Array) -> Array:
 
 def zeroth_order(run: Run, seed: int) -> Result:
     """Is each model a local optimum, as far as values of the loss alone can tell?"""
-    subjects, note = _subjects(run)
+    subjects, note = _subjects(run, MOST_SMALL)
     steps = min(subject.steps(1000, 100) for subject, _ in subjects.values())
     key, eps, rows = jax.random.key(seed), 3e-3, []
     for subject, theta in subjects.values():
@@ -295,7 +296,7 @@ def distillation(run: Run, seed: int) -> Result:
             counterpart.init, Distilled(task, teacher, share), recipe,
             predict=construction.apply, seeds=run.seeds[:SEEDS],
         ).models  # fmt: skip
-    keys = jax.random.split(jax.random.key(seed + 1), 32)
+    keys = jax.random.split(jax.random.key(seed + 1), 16)
     said = construction.task.loss(teacher(*held.inputs), held).mean()
     rows = []
     for n, model in enumerate(run.models[:SEEDS]):

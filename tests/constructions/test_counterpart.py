@@ -25,6 +25,7 @@ def test_without_noise_training_finds_the_construction(x64, sizes):
     assert distance == pytest.approx(1e-3, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_stochastic_training_reaches_the_optimum():
     """Within 0.1 % of the closed-form optimum and 3 % of the weights, at N = d = 10."""
     construction = GradientDescent()
