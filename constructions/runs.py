@@ -186,7 +186,7 @@ def initial_models(run: Run) -> tuple[Transformer, ...]:
     with jax.enable_x64(weights.dtype == "float64"):
         seeds = jnp.asarray(run.seeds, jnp.uint32)
         drawn = [counterpart.init(seed_keys(seed)[0]) for seed in seeds]
-        if not isinstance(run.history[-1]["loss"], list):
+        if not run.history or not isinstance(run.history[-1]["loss"], list):
             return tuple(drawn)
 
         def draw(seed: jax.Array) -> Any:

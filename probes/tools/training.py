@@ -277,8 +277,7 @@ def distillation(run: Run, seed: int) -> Result:
                      checkpoint_every=1000, ema=None, average_tail=None)  # fmt: skip
     held = construction.task.sample(jax.random.key(seed), 16 * examples)
 
-    def value(theta: Array) -> float:
-        return float(jax.jit(first.loss)(theta, held))
+    value = jax.jit(lambda theta: first.loss(theta, held))
 
     def own(theta: Any, drawn: Any) -> Array:
         return first.loss(theta, drawn)
@@ -297,12 +296,12 @@ def distillation(run: Run, seed: int) -> Result:
             predict=construction.apply, seeds=run.seeds[:SEEDS],
         ).models  # fmt: skip
     keys = jax.random.split(jax.random.key(seed + 1), 16)
-    said = construction.task.loss(teacher(*held.inputs), held).mean()
+    said = construction.task.loss(jax.jit(teacher)(*held.inputs), held).mean()
+    both = [jax.jit(partial(gradient_moments, loss, sample)) for loss in (own, taught)]
     rows = []
     for n, model in enumerate(run.models[:SEEDS]):
         theta = first.vector(model)
-        moments = [gradient_moments(loss, sample, theta, keys) for loss in (own, taught)]
-        (mean, noise), (other, less) = moments
+        (mean, noise), (other, less) = (moments(theta, keys) for moments in both)
         bias = jnp.linalg.norm(mean - other) / jnp.sqrt((noise + less) / len(keys))
         ends = [value(first.vector(fits[share][n])) for share in fits]
         rows.append([less / noise, bias, said, *ends])
