@@ -264,8 +264,12 @@ def distillation(run: Run, seed: int) -> Result:
     construction, counterpart = run.construction, run.construction.counterpart()
     task = counterpart.task
 
-    def teacher(*inputs: Array) -> Array:
+    def algorithm(*inputs: Array) -> Array:
         return construction.trace(*inputs)["prediction"]
+
+    def teacher(*inputs: Array) -> Array:
+        said = algorithm(*inputs)
+        return jax.nn.softmax(said) if outcome(task) == "logits" else said
 
     first = Flat(construction, initial_models(run)[0])
     if first.theta.size > MOST:
@@ -296,7 +300,7 @@ def distillation(run: Run, seed: int) -> Result:
             predict=construction.apply, seeds=run.seeds[:SEEDS],
         ).models  # fmt: skip
     keys = jax.random.split(jax.random.key(seed + 1), 16)
-    said = construction.task.loss(jax.jit(teacher)(*held.inputs), held).mean()
+    said = construction.task.loss(jax.jit(algorithm)(*held.inputs), held).mean()
     both = [jax.jit(partial(gradient_moments, loss, sample)) for loss in (own, taught)]
     rows = []
     for n, model in enumerate(run.models[:SEEDS]):

@@ -59,3 +59,12 @@ def test_distillation(run: Run) -> None:
     assert (
         min(found["loss, taught 50 %"], found["loss, taught 0 %"]) > 0.95 * found["teacher's loss"]
     )
+
+
+def test_logits_are_taught_as_probabilities() -> None:
+    """The teacher is the exact posterior: it takes noise away and adds no bias."""
+    sizes = {"dim": 2, "classes": 2, "shots": 2, "queries": 2}
+    run = fit_family("hyper-prototypes", sizes, steps=100, batch=64)
+    (found,) = rows(training.distillation(run, 0)).values()
+    assert found["gradient's variance, of the task's own"] < 0.8
+    assert found["bias over its error"] < 3
