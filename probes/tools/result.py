@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,31 @@ class Result:
         return buffer.getvalue()
 
 
-#: A tool: from a run and a seed to a table; ValueError, in one line, where a run does not fit it.
-Tool = Callable[[Run, int], Result]
+OF_ONE_BASIS = "the same function in another basis of the weights has other numbers"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """From a run and a seed to a table; ValueError, in one line, where a run does not fit it.
+
+    Attributes:
+        measure: the function.
+        invariant: whether a model in another basis of its keys and values, which is the same
+            function, has the same numbers. Where it has not, the table's note says so.
+        seeds: how many of the run's seeds it looks at, None for all: rows of more say the same.
+    """
+
+    measure: Callable[[Run, int], Result]
+    invariant: bool = True
+    seeds: int | None = None
+
+    def __call__(self, run: Run, seed: int) -> Result:
+        """The tool's table."""
+        few = replace(run, models=run.models[: self.seeds], seeds=run.seeds[: self.seeds])
+        found = self.measure(few, seed)
+        if self.invariant:
+            return found
+        return replace(found, note="; ".join(filter(None, [found.note, OF_ONE_BASIS])))
 
 
 def table(title: str, columns: Any, rows: Any, values: Any, note: str = "") -> Result:

@@ -1,12 +1,15 @@
 """Every tool on a run of every family: a table, or one line that says what the run lacks."""
 
+from dataclasses import replace
 from functools import cache
 
+import jax
 import numpy as np
 import pytest
 
 from constructions import CATALOGUE
 from constructions.runs import Run, fit_family
+from constructions.symmetries import change_key_basis, change_value_basis
 from probes.tools import TOOLS, find
 
 
@@ -27,6 +30,40 @@ def test_table_or_one_line(tool: str, name: str) -> None:
     values = np.array(result.values, float)
     assert values.shape == (len(result.rows), len(result.columns))
     assert np.isfinite(values).any()
+
+
+@cache
+def twins(name: str) -> tuple[Run, Run]:
+    """A run, and the same with its model in another basis of keys and values."""
+    run = fit_family(name, SMALL[name], steps=20, batch=32)
+    keys = jax.random.split(jax.random.key(1))
+    other = change_value_basis(change_key_basis(run.models[0], keys[0]), keys[1])
+    return run, replace(run, models=(other,))
+
+
+SMALL: dict[str, dict[str, object]] = {
+    "gradient-descent": {"dim_x": 3, "num_examples": 5},
+    "inside-outside": {"grammar": "toy", "max_length": 4, "activation": "relu"},
+}
+
+#: A family for each; tools that read checkpoints see no model of ours.
+FAMILY = dict.fromkeys(TOOLS, "gradient-descent")
+FAMILY |= dict.fromkeys(("saliency", "arcs", "selectivity"), "inside-outside")
+del FAMILY["training"], FAMILY["averaging"], FAMILY["fisher-merge"]
+
+
+@pytest.mark.parametrize("tool", FAMILY)
+def test_what_is_said_of_another_basis_is_so(tool: str) -> None:
+    ours, theirs = (np.array(find(tool)(run, 0).values, float) for run in twins(FAMILY[tool]))
+    same = np.allclose(ours, theirs, rtol=5e-3, atol=1e-4, equal_nan=True)
+    assert same == find(tool).invariant, (ours, theirs)
+
+
+def test_seeds_that_are_left_out_change_nothing() -> None:
+    run = fit_family("gradient-descent", SMALL["gradient-descent"], steps=3, seeds=[4, 5, 6])
+    first = replace(run, models=run.models[:2], seeds=run.seeds[:2])
+    assert find("graft").seeds == 2
+    assert find("graft")(run, 0) == find("graft")(first, 0)
 
 
 def test_unknown_tool_lists_the_known() -> None:
