@@ -139,7 +139,11 @@ plt.show()
 # subtracted, the query among the keys.
 
 # %%
-rows = ledger(construction, result.models[:2] if QUICK else result.models)
+rows = ledger(
+    construction,
+    result.models[:2] if QUICK else result.models,
+    batch=2**12 if QUICK else 2**16,
+)
 for row in rows:
     worst = max(row.trained) if row.claim.direction == "<=" else min(row.trained)
     controls = min(row.values[n] for n in row.claim.catches)

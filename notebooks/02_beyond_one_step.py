@@ -104,7 +104,7 @@ assert compiled.certificate.passed
 from constructions.claims import Evidence
 from constructions.gradient_descent.claims import coefficients
 
-result = descent.fit(seeds=range(2), recipe=descent.counterpart().quick)
+result = descent.fit(seeds=range(1 if QUICK else 2), recipe=descent.counterpart().quick)
 examples = descent.task.sample(jax.random.key(1), 4096)
 for model in result.models:
     evidence = Evidence(descent, model, compiled.model, examples, jax.random.key(2))

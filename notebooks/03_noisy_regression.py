@@ -164,7 +164,8 @@ assert np.ptp(fixed) < 0.1 < shown[2][1] - shown[2][5]
 
 # %%
 best = models[2]
-result = best.fit(seeds=range(1 if QUICK else 3), recipe=best.counterpart().quick)
+quick = best.counterpart().quick
+result = best.fit(seeds=range(1 if QUICK else 3), recipe=quick, steps=750 if QUICK else quick.steps)
 loss = float(task.loss(predictions["depth 2"], examples).mean())
 for number, model in enumerate(result.models):
     trained = float(task.loss(predict(best, model, *examples.inputs), examples).mean())

@@ -114,7 +114,7 @@ def roll_out_gap(e: Evidence) -> float:
 
 def _on_subsets(e: Evidence, model: Transformer) -> np.ndarray:
     """Answers for every subset of four examples, `[subset, batch, ...]`, less their mean."""
-    inputs = jax.tree.map(lambda a: a[:64], e.examples.inputs)
+    inputs = jax.tree.map(lambda a: a[:512], e.examples.inputs)
     players = min(4, e.construction.context_size(*inputs))
     found = all_subsets(e.construction, model, inputs, players)
     return found - found.mean(0)

@@ -27,7 +27,7 @@ WIDEST_PRODUCT = 128
 LARGEST = 250_000
 
 
-class NotApplicable(Exception):
+class NotApplicable(ValueError):
     """A section that this family does not have; the message says why."""
 
 
@@ -153,7 +153,7 @@ def patches(
     construction: Construction, models: Sequence[Transformer], reference: Transformer, seed: int
 ) -> Patches:
     """Effect of exchanging one token's stream between two inputs, at every layer and token."""
-    _check_size(construction, reference)
+    check_size(construction, reference)
     base, source = (construction.sample(key, 64) for key in jax.random.split(jax.random.key(seed)))
     try:
         found = [
@@ -172,13 +172,14 @@ def patches(
 
 def probes(construction: Construction, models: Mapping[str, Subject], seed: int) -> ProbeTable:
     """The probe table of the values that the construction keeps in its stream."""
-    _check_size(construction, construction.compile().model)
+    check_size(construction, construction.compile().model)
     inputs = construction.sample(jax.random.key(0), 2)
     names = tuple(construction.places(construction.program.depth, *inputs))
     return probe_table(construction, models, jax.random.key(seed), names=names)
 
 
-def _check_size(construction: Construction, model: Transformer) -> None:
+def check_size(construction: Construction, model: Transformer) -> None:
+    """NotApplicable, a ValueError, where a stream has more than `LARGEST` numbers an input."""
     inputs = construction.sample(jax.random.key(0), 1)
     tokens = jax.eval_shape(lambda *i: construction.embed(model, *i).stream, *inputs).shape[1]
     numbers = (model.config.depth + 1) * tokens * model.config.width

@@ -14,7 +14,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers s
 os.environ.setdefault(
     "XLA_FLAGS",
     {
-        "0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "0.10": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1 --xla_llvm_disable_expensive_passes=true",
         "0.12": "--xla_backend_optimization_level=0",
     }.get(version("jaxlib")[:4], ""),
 )
@@ -36,8 +37,14 @@ hypothesis.settings.load_profile("orrery")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notebooks first: begun last, the longest of them would leave the other workers idle."""
+    """Notebooks first: begun last, the longest of them would leave the other workers idle.
+
+    Garbage is looked for less often: tracing makes many objects, beside a million of imported ones.
+    """
     items.sort(key=lambda item: item.path.stem != "test_notebooks")
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

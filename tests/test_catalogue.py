@@ -72,7 +72,7 @@ def test_slot_by_slot_equals_dense(construction, x64):
     assert counts(construction.program).dense == sum(a.size for a in stored)
 
 
-def test_counterpart_is_of_the_same_class_and_learns(construction, request):
+def test_counterpart_is_of_the_same_class(construction):
     counterpart = construction.counterpart()
     model = counterpart.init(jax.random.key(0))
     assert type(model) is Transformer
@@ -80,6 +80,17 @@ def test_counterpart_is_of_the_same_class_and_learns(construction, request):
     models = model, construction.compile().model
     predicted = [jax.eval_shape(construction.apply, m, *inputs) for m in models]
     assert predicted[0].shape == predicted[1].shape
+    if counterpart.metrics is not None:
+        measured = jax.eval_shape(counterpart.metrics, model)
+        assert measured and all(value.shape == () for value in measured.values())
+
+
+@pytest.mark.parametrize(
+    "construction",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SHORTER else n for n in sorted(CATALOGUE)],
+    indirect=True,
+)
+def test_counterpart_learns(construction, request):
     settings = SHORTER.get(request.node.callspec.params["construction"], {})
     result = construction.fit(**{"steps": 240, "batch": 64, "chunk": 120} | settings)
     losses = [record["loss"] for record in result.history]

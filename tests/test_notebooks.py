@@ -28,7 +28,6 @@ def test_ipynb_is_the_executed_source(source: Path) -> None:
 def test_runs_at_quick_settings(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORRERY_QUICK", "1")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # figures inline, as a reader sees them
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
     execute(from_source(source))
 
 

@@ -1,5 +1,6 @@
 """What TinT is compared with: jax.grad of the auxiliary model itself, and SGD of optax."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -103,6 +104,36 @@ def plain_scores(shape: DecoderShape, params, tokens, value_only):
     return norm(params["final_norm"], x) @ params["tokens"]["embedding"].T
 
 
+@lru_cache
+def compiled(graph, shape, rate, frozen, value_only):
+    """Scores, and a step of SGD on one sequence; one compilation for all models of a shape."""
+
+    def scores(params, rest, tokens):
+        if value_only:
+            return plain_scores(shape, nnx.to_pure_dict(params), tokens, value_only=True)
+        return logits(nnx.merge(graph, params, rest), tokens[None])[0]
+
+    def loss(params, rest, tokens, mask):
+        total = 0.0
+        says = scores(params, rest, tokens)
+        for t in range(len(tokens) - 1):
+            total += mask[t] * (jax.nn.logsumexp(says[t]) - says[t, tokens[t + 1]])
+        return total
+
+    def step(params, rest, tokens, mask):
+        kind = jax.tree_util.tree_map_with_path(
+            lambda path, _: "still" if named(path) & set(frozen) else "trained", params
+        )
+        rule = optax.multi_transform(
+            {"trained": optax.sgd(rate), "still": optax.set_to_zero()}, kind
+        )
+        gradient = jax.grad(loss)(params, rest, tokens, mask)
+        change, _ = rule.update(gradient, rule.init(params), params)
+        return optax.apply_updates(params, change)
+
+    return jax.jit(scores), jax.jit(step)
+
+
 def reference(model, tokens, masks, *, steps=1, rate, frozen=FROZEN, value_only=False):
     """SGD on every sequence by itself, in float64.
 
@@ -111,38 +142,18 @@ def reference(model, tokens, masks, *, steps=1, rate, frozen=FROZEN, value_only=
     with jax.enable_x64(True):
         model, shape = cast(model, "float64"), check_auxiliary(model)
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-        def scores(params, tokens):
-            if value_only:
-                return plain_scores(shape, nnx.to_pure_dict(params), tokens, value_only=True)
-            return logits(nnx.merge(graph, params, rest), tokens[None])[0]
-
-        def loss(params, tokens, mask):
-            total = 0.0
-            says = scores(params, tokens)
-            for t in range(len(tokens) - 1):
-                total += mask[t] * (jax.nn.logsumexp(says[t]) - says[t, tokens[t + 1]])
-            return total
-
-        kind = jax.tree_util.tree_map_with_path(
-            lambda path, _: "still" if named(path) & set(frozen) else "trained", params
-        )
-        rule = optax.multi_transform(
-            {"trained": optax.sgd(rate), "still": optax.set_to_zero()}, kind
-        )
-
-        @jax.jit
-        def step(params, tokens, mask):
-            change, _ = rule.update(jax.grad(loss)(params, tokens, mask), rule.init(params), params)
-            return optax.apply_updates(params, change)
-
-        says, found = jax.jit(scores), []
+        says, step = compiled(graph, shape, rate, tuple(frozen), value_only)
+        found = []
         for sequence, mask in zip(jnp.asarray(tokens), jnp.asarray(masks, float), strict=True):
             now = params
             for _ in range(steps):
-                now = step(now, sequence, mask)
+                now = step(now, rest, sequence, mask)
             found.append(
-                (says(params, sequence), says(now, sequence), names(nnx.to_pure_dict(now)))
+                (
+                    says(params, rest, sequence),
+                    says(now, rest, sequence),
+                    names(nnx.to_pure_dict(now)),
+                )
             )
         before, after, updated = zip(*found, strict=True)
         return Reference(

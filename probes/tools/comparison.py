@@ -18,6 +18,7 @@ from probes.tools.result import Result, seed_names, table
 
 def linear(run: Run, seed: int) -> Result:
     """Linear probes for every value that the algorithm names."""
+    sections.check_size(run.construction, run.construction.compile().model)
     models = {f"trained {s}": m for s, m in zip(run.seeds, run.models, strict=True)}
     found = probe_table(run.construction, models, jax.random.key(seed))
     return table("held-out R^2 of ridge probes", found.columns, found.names, found.values)
@@ -54,12 +55,18 @@ def functions(run: Run, seed: int) -> Result:
 
 
 def interpolation(run: Run, seed: int) -> Result:
-    """Loss along the line from each trained model to the construction."""
+    """Loss along the line from each trained model to the construction.
+
+    Raises ValueError for models that are more than attention.
+    """
     construction, reference = run.construction, run.construction.compile().model
     batch = construction.task.sample(jax.random.key(seed), 2048)
     fractions = jnp.linspace(0, 1, 11)
     line = jax.jit(lambda model: interpolate(construction, model, reference, batch, fractions))
-    values = [line(model) for model in run.models]
+    try:
+        values = [line(model) for model in run.models]
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     columns = [f"{100 * f:.0f} %" for f in fractions]
     return table("loss between trained (0 %) and construction", columns, seed_names(run), values)
 

@@ -26,7 +26,7 @@ from synthetic.zeroth_order import minimize_without_gradients, two_values
 
 #: Models of more weights would take minutes: those that are fitted, and those that are looked at in
 #: hundreds of steps or by their curvature.
-MOST, MOST_SMALL = 1_000_000, 20_000
+MOST, MOST_SMALL = 2**18, 20_000
 
 
 @dataclass(frozen=True, eq=False)

@@ -261,7 +261,9 @@ def degenerate(kind, dtype, gates):
 
 @pytest.mark.parametrize(
     ("method", "gates", "dtype"),
-    [(m, "", dtype) for m in METHODS for dtype in ("float32", "float64")]
+    [(m, "", "float32") for m in METHODS]
+    + [("exact", "", "float64")]
+    + [pytest.param(m, "", "float64", marks=pytest.mark.slow) for m in METHODS if m != "exact"]
     + [(m, "both", "float32") for m in GATED]
     + [("chunked", "input", "float32")],
 )

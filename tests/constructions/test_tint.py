@@ -49,16 +49,18 @@ def slow(case):
 # A large rate in float32 makes changes that its weights can hold; one step is linear in it.
 CASES = [
     Case("random gelu", "exact", stack=2, shards=4),
-    Case("random gelu", "exact", "float32", rate=100.0, shards=2),
-    Case("trained relu", "exact", steps=2, rate=0.3, embeddings=True),
-    Case("trained gelu", "exact", steps=4, layers=1, stack=3),
-    Case("random relu", "exact", "float32", steps=3, layers=1),
+    Case("random gelu", "exact", "float32", rate=100.0, layers=1, shards=2),
+    slow(Case("random gelu", "exact", "float32", rate=100.0, shards=2)),
+    Case("trained relu", "exact", steps=2, rate=0.3, layers=1, embeddings=True),
+    slow(Case("trained relu", "exact", steps=2, rate=0.3, embeddings=True)),
+    slow(Case("trained gelu", "exact", steps=4, layers=1, stack=3)),
+    Case("random relu", "exact", "float32", steps=3, layers=1, stack=3),
     Case("trained gelu", "paper"),
     slow(Case("random relu", "paper", steps=2, layers=1)),
-    Case("random relu", "paper", "float32", rate=100.0, stack=3),
+    slow(Case("random relu", "paper", "float32", rate=100.0, stack=3)),
     slow(Case("trained relu", "paper", "float32", rate=10.0)),
     Case("trained gelu", "finite-difference"),
-    Case("random gelu", "finite-difference", "float32", rate=100.0),
+    slow(Case("random gelu", "finite-difference", "float32", rate=100.0)),
     slow(Case("trained gelu", "finite-difference", "float32", rate=10.0)),
 ]
 

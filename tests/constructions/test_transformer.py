@@ -129,8 +129,17 @@ def run(model, stream, groups, edits):
     return model.run(stream, groups, sites=tuple(SITES), edits=edits)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("per_example", [False, True], ids=["[token]", "[batch, token]"])
+@pytest.mark.parametrize(
+    ("name", "per_example"),
+    [pytest.param(name, True, id=f"{name}-[batch, token]") for name in CONFIGS]
+    + [
+        # one kind of token in all sequences is another mask, the same for every config
+        pytest.param(
+            name, False, id=f"{name}-[token]", marks=pytest.mark.slow if name != "rich" else ()
+        )
+        for name in CONFIGS
+    ],
+)
 def test_equals_loops(x64, name, per_example):
     config = CONFIGS[name]
     model, arrays = model_of(config)
