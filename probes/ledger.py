@@ -35,6 +35,7 @@ from probes.fourier import degree_weights
 from probes.subsets import all_subsets
 from synthetic.task import Batch
 
+FRACTIONS = tuple(n / 10 for n in range(11))
 CONSTRUCTION, TRAINED, RANDOM = "construction", "trained", "random init"
 
 
@@ -44,18 +45,20 @@ def _weights(construction: Construction, model: Transformer, reference: Transfor
 
 
 @partial(jax.jit, static_argnums=0)
-def _sensitivities(
+def sensitivities(
     construction: Construction, model: Transformer, reference: Transformer, inputs: Any
 ) -> Array:
+    """Mean cosine of the sensitivities of two models, jitted."""
     ours, theirs = (partial(construction.apply, m) for m in (model, reference))
     return similarity.sensitivity_cosine(ours, theirs, inputs)
 
 
 @partial(jax.jit, static_argnums=0)
-def _between(
+def between(
     construction: Construction, model: Transformer, reference: Transformer, examples: Batch
 ) -> Array:
-    fractions = jnp.linspace(0, 1, 11)
+    """Losses at `FRACTIONS` of the line from model to reference, jitted."""
+    fractions = jnp.array(FRACTIONS)
     return interpolation.interpolate(construction, model, reference, examples, fractions)
 
 
@@ -73,7 +76,7 @@ def prediction_distance(e: Evidence) -> float:
 def sensitivity_cosine(e: Evidence) -> float:
     """Mean cosine between d prediction / d query of model and construction; blind to scale."""
     inputs = jax.tree.map(lambda a: a[:1024], e.examples.inputs)
-    return float(_sensitivities(e.construction, e.model, e.reference, inputs))
+    return float(sensitivities(e.construction, e.model, e.reference, inputs))
 
 
 def weight_distance(e: Evidence) -> float:
@@ -83,7 +86,7 @@ def weight_distance(e: Evidence) -> float:
 
 def interpolation_gap(e: Evidence) -> float:
     """Largest loss on the line between model and construction, over the smaller end, less 1."""
-    losses = _between(e.construction, e.model, e.reference, e.examples)
+    losses = between(e.construction, e.model, e.reference, e.examples)
     return float(interpolation.interpolation_gap(losses))
 
 

@@ -178,8 +178,8 @@ def probes(construction: Construction, models: Mapping[str, Subject], seed: int)
     return probe_table(construction, models, jax.random.key(seed), names=names)
 
 
-def check_size(construction: Construction, model: Transformer) -> None:
-    """NotApplicable, a ValueError, where a stream has more than `LARGEST` numbers an input."""
+def check_size(construction: Construction, model: Transformer) -> int:
+    """Numbers in the stream of an input; NotApplicable where they are more than `LARGEST`."""
     inputs = construction.sample(jax.random.key(0), 1)
     tokens = jax.eval_shape(lambda *i: construction.embed(model, *i).stream, *inputs).shape[1]
     numbers = (model.config.depth + 1) * tokens * model.config.width
@@ -187,3 +187,4 @@ def check_size(construction: Construction, model: Transformer) -> None:
         raise NotApplicable(
             f"{numbers} numbers in the stream of an input, too many to look at everywhere"
         )
+    return numbers

@@ -5,22 +5,32 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from constructions.canonical import canonical_distance
+from constructions.claims import predict
 from constructions.runs import Run, load_checkpoints
 from probes import losses, sections, similarity
-from probes.interpolation import interpolate
+from probes.ledger import FRACTIONS, between, sensitivities
 from probes.table import probe_table
 from probes.tools.result import Result, seed_names, table
 
+#: Numbers in the stream of one input up to which values are looked for in all tokens at once.
+SMALL = 10_000
+
 
 def linear(run: Run, seed: int) -> Result:
-    """Linear probes for every value that the algorithm names."""
-    sections.check_size(run.construction, run.construction.compile().model)
+    """Linear probes for every value that the algorithm names.
+
+    Of large models for those only that the construction keeps in its stream: others are looked for
+    in all tokens at once.
+    """
+    construction = run.construction
     models = {f"trained {s}": m for s, m in zip(run.seeds, run.models, strict=True)}
-    found = probe_table(run.construction, models, jax.random.key(seed))
+    if sections.check_size(construction, construction.compile().model) > SMALL:
+        found = sections.probes(construction, models, seed)
+    else:
+        found = probe_table(construction, models, jax.random.key(seed))
     return table("held-out R^2 of ridge probes", found.columns, found.names, found.values)
 
 
@@ -43,10 +53,10 @@ def functions(run: Run, seed: int) -> Result:
     inputs = construction.sample(jax.random.key(seed), 256)
     values = []
     for model in run.models:
-        ours, theirs = (partial(construction.apply, m) for m in (model, reference))
+        ours, theirs = (partial(predict, construction, m) for m in (model, reference))
         distance = similarity.prediction_distance(ours, theirs, inputs)
         try:
-            cosine = float(similarity.sensitivity_cosine(ours, theirs, inputs))
+            cosine = float(sensitivities(construction, model, reference, inputs))
         except (TypeError, ValueError):  # inputs that are no real numbers, a token each
             cosine = np.nan
         values.append([float(distance.relative), float(distance.mean_norm), cosine])
@@ -61,13 +71,11 @@ def interpolation(run: Run, seed: int) -> Result:
     """
     construction, reference = run.construction, run.construction.compile().model
     batch = construction.task.sample(jax.random.key(seed), 2048)
-    fractions = jnp.linspace(0, 1, 11)
-    line = jax.jit(lambda model: interpolate(construction, model, reference, batch, fractions))
     try:
-        values = [line(model) for model in run.models]
+        values = [between(construction, model, reference, batch) for model in run.models]
     except TypeError as error:
         raise ValueError(str(error)) from error
-    columns = [f"{100 * f:.0f} %" for f in fractions]
+    columns = [f"{100 * f:.0f} %" for f in FRACTIONS]
     return table("loss between trained (0 %) and construction", columns, seed_names(run), values)
 
 
@@ -94,7 +102,7 @@ def training(run: Run, seed: int) -> Result:
     rows, values = [], []
     for step, models in load_checkpoints(run.path):
         for name, model in zip(seed_names(run), models, strict=True):
-            ours, theirs = (partial(construction.apply, m) for m in (model, reference))
+            ours, theirs = (partial(predict, construction, m) for m in (model, reference))
             distance = similarity.prediction_distance(ours, theirs, inputs)
             try:
                 weights = float(canonical_distance(model, reference, construction.gauge()))

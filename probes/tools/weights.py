@@ -192,8 +192,8 @@ def fisher_merge(run: Run, seed: int) -> Result:
     """Fisher merges of two checkpoints of each fit, and of the fits of two seeds.
 
     Checkpoints share their start and their basis, as the method assumes; seeds share neither, and
-    show what that costs. Raises ValueError for models of more weights than `MOST_WEIGHTS`, and where
-    the run has neither two of the one nor the other.
+    show what that costs. Raises ValueError for models of more weights than `MOST_WEIGHTS`, and
+    where the run has neither two of the one nor the other.
     """
     flat = Flat(run.construction, run.models[0])
     _check_size(flat, "Fisher merging")
