@@ -97,7 +97,7 @@ class Distilled:
 def teacher_loss(task: Task, prediction: Array, said: Array, batch: Batch) -> Array:
     """The task's loss with a teacher's prediction for the target, `[batch]`.
 
-    Of values, the loss with `said` as the target. Of distributions, the mean of the loss over
+    Of values, the loss with `said` as the target, or as its `value` where it has several fields. Of distributions, the mean of the loss over
     targets from the teacher's: cross-entropy, where the task has targets and with its weights.
 
     Args:
@@ -108,7 +108,9 @@ def teacher_loss(task: Task, prediction: Array, said: Array, batch: Batch) -> Ar
     """
     kind = outcome(task)
     if kind == "values":
-        return task.loss(prediction, Batch(batch.inputs, said))
+        target = batch.target
+        target = target._replace(value=said) if hasattr(target, "_replace") else said
+        return task.loss(prediction, Batch(batch.inputs, target))
     weight = _weights(task, prediction, batch)
     if kind == "logits":
         logs = jax.nn.log_softmax(prediction)

@@ -15,7 +15,7 @@ from probes.tools.result import Result, seed_names, table
 
 #: Examples that are left out in all ways, contexts (fewer for models of more than LARGE weights),
 #: and contexts that maps are made for.
-PLAYERS, CONTEXTS, MAPPED = 8, 16, 12
+PLAYERS, CONTEXTS, MAPPED = 8, 16, 8
 LARGE = 2**18
 
 

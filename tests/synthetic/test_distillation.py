@@ -14,6 +14,7 @@ from synthetic import chart
 from synthetic.distillation import Distilled, Taught, teacher_loss
 from synthetic.grammars import named
 from synthetic.masked_language import MaskedLanguageTask
+from synthetic.noisy import NoisyRegressionTask
 from synthetic.regression import RegressionTask
 from synthetic.task import Batch, Curriculum, outcome
 from synthetic.train import Recipe, fit
@@ -117,6 +118,14 @@ class Labels:
         logs = jax.nn.log_softmax(prediction)
         weight = 1.0 + jnp.arange(len(prediction))
         return -weight * jnp.take_along_axis(logs, batch.target[:, None], 1)[:, 0]
+
+
+def test_a_target_of_several_fields_has_its_value_taught() -> None:
+    task = NoisyRegressionTask(dim_x=3, num_examples=5, max_noise=1.0)
+    batch = task.sample(jax.random.key(0), 4)
+    prediction, said = jax.random.normal(jax.random.key(1), (2, *batch.target.value.shape))
+    expected = jnp.square(prediction - said)[..., 0].mean(1) / 2
+    np.testing.assert_allclose(teacher_loss(task, prediction, said, batch), expected, rtol=1e-6)
 
 
 def test_logits() -> None:
