@@ -97,8 +97,9 @@ class Distilled:
 def teacher_loss(task: Task, prediction: Array, said: Array, batch: Batch) -> Array:
     """The task's loss with a teacher's prediction for the target, `[batch]`.
 
-    Of values, the loss with `said` as the target, or as its `value` where it has several fields. Of distributions, the mean of the loss over
-    targets from the teacher's: cross-entropy, where the task has targets and with its weights.
+    Of values, the loss with `said` as the target, or as its `value` where it has several fields. Of
+    distributions, the mean of the loss over targets from the teacher's: cross-entropy, where the
+    task has targets and with its weights.
 
     Args:
         task: its loss is -sum w log p(target) where its predictions are distributions.
