@@ -262,8 +262,8 @@ def degenerate(kind, dtype, gates):
 @pytest.mark.parametrize(
     ("method", "gates", "dtype"),
     [(m, "", "float32") for m in METHODS]
-    + [("exact", "", "float64")]
-    + [pytest.param(m, "", "float64", marks=pytest.mark.slow) for m in METHODS if m != "exact"]
+    + [("cholesky", "", "float64")]
+    + [pytest.param(m, "", "float64", marks=pytest.mark.slow) for m in METHODS if m != "cholesky"]
     + [(m, "both", "float32") for m in GATED]
     + [("chunked", "input", "float32")],
 )

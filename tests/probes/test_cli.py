@@ -105,7 +105,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+#: `test_tools` has the tables of all.
+SHOWN = ("linear", "training", "graft", *REFUSED)
+
+
+@pytest.mark.parametrize(
+    "tool", [t if t in SHOWN else pytest.param(t, marks=pytest.mark.slow) for t in TOOLS]
+)
 def test_probe(tool: str, run: Path, tmp_path: Path, capsys: Any) -> None:
     file, figure = tmp_path / "p.json", tmp_path / "p.png"
     command = ["probe", tool, "--run", str(run), "--json", str(file), "--figure", str(figure)]
