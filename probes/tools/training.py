@@ -219,7 +219,7 @@ def _gradients(subject: Subject, size: int, theta: Array, keys: Array) -> Array:
 def zeroth_order(run: Run, seed: int) -> Result:
     """Is each model a local optimum, as far as values of the loss alone can tell?"""
     subjects, note = _subjects(run, MOST_SMALL)
-    steps = min(subject.steps(1000, 100) for subject, _ in subjects.values())
+    steps = min(subject.steps(500, 100) for subject, _ in subjects.values())
     key, eps, rows = jax.random.key(seed), 3e-3, []
     for subject, theta in subjects.values():
         held = subject.task.sample(jax.random.fold_in(key, 1), 4 * subject.examples)
