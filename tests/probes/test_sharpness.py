@@ -100,19 +100,23 @@ def test_gradient_descent_settles_at_its_edge(x64: None) -> None:
     flat, batch = attention(1, 0.2, 14)
     loss = partial(squared, flat)
     ends = {}
-    for rate in (0.03, 0.1, 0.3):
+    for rate in (0.03, 0.1):
         path = descend(loss, flat.theta, batch, rate, 2000, 400)
         ends[rate] = path, along(loss, path, batch)[-1] / edge(rate)
     assert ends[0.03][1] < 0.8
     assert abs(ends[0.1][1] - 1) < 0.15
     last = np.asarray(ends[0.1][0].losses[-100:])
     assert np.ptp(last) < 1e-6  # not a matter of oscillation: it stands there
-    # too large a step goes back and forth between two places
-    there = ends[0.3][0].thetas[-1]
+    # too large a step goes back and forth between two places; taken at once, it depends on the
+    # rounding whether it diverges
+    there = ends[0.1][0].thetas[-1]
+    for rate in (0.15, 0.2, 0.25, 0.3):
+        path = descend(loss, there, batch, rate, 2000, 400)
+        there = path.thetas[-1]
     two = np.asarray(descend(loss, there, batch, 0.3, 2, 1).thetas)
     there_and_back = [np.linalg.norm(two[n] - two[0]) for n in (1, 2)]
     assert there_and_back[0] > 1e-3 and there_and_back[1] < 0.1 * there_and_back[0]
-    around = np.asarray(ends[0.3][0].losses[1000:])
+    around = np.asarray(path.losses[1000:])
     assert np.mean(np.diff(around) > 0) == pytest.approx(0.5, abs=0.05)
 
 
