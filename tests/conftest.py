@@ -37,11 +37,12 @@ hypothesis.settings.load_profile("orrery")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notebooks first: begun last, the longest of them would leave the other workers idle.
-
-    Garbage is looked for less often: tracing makes many objects, beside a million of imported ones.
-    """
+    """Notebooks first: begun last, the longest of them would leave the other workers idle."""
     items.sort(key=lambda item: item.path.stem != "test_notebooks")
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for less often: tracing makes many objects, beside a million imported."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

@@ -11,19 +11,18 @@ from probes import fourier
 from probes.flat import Flat
 from probes.ledger import compiled_like
 from probes.saliency import saliency
-from probes.tools.result import Result, seed_names, table
+from probes.tools.result import MOST_WEIGHTS, Result, seed_names, table
 
-#: Examples that are left out in all ways, contexts (fewer for models of more than LARGE weights),
-#: and contexts that maps are made for.
+#: Examples that are left out in all ways, contexts (fewer of large models), and contexts that
+#: maps are made for.
 PLAYERS, CONTEXTS, MAPPED = 8, 16, 8
-LARGE = 2**18
 
 
 def degrees(run: Run, seed: int) -> Result:
     """Shares of the degrees, in examples of the context, of construction and trained models."""
     with jax.enable_x64(True):
         construction = run.construction
-        large = Flat(construction, run.models[0]).theta.size > LARGE
+        large = Flat(construction, run.models[0]).theta.size > MOST_WEIGHTS
         inputs = construction.sample(jax.random.key(seed), CONTEXTS // 4 if large else CONTEXTS)
         players = min(PLAYERS, construction.context_size(*inputs))
         rows = []

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from constructions.runs import Run
+from probes.flat import Flat
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Result:
         return buffer.getvalue()
 
 
+#: Weights of a model beyond which tools that fit it, or take its gradients one by one, refuse it.
+MOST_WEIGHTS = 2**18
+
 OF_ONE_BASIS = "the same function in another basis of the weights has other numbers"
 
 
@@ -76,6 +80,12 @@ class Tool:
         if self.invariant:
             return found
         return replace(found, note="; ".join(filter(None, [found.note, OF_ONE_BASIS])))
+
+
+def check_weights(flat: Flat, tool: str, most: int) -> None:
+    """ValueError for a model of more weights than a tool has time for."""
+    if flat.theta.size > most:
+        raise ValueError(f"the model has {flat.theta.size} weights, {tool} takes at most {most}")
 
 
 def table(title: str, columns: Any, rows: Any, values: Any, note: str = "") -> Result:

@@ -18,15 +18,14 @@ from probes import kernels
 from probes.descent import descend, gradient_moments
 from probes.flat import Flat
 from probes.sharpness import edge, sharpness
-from probes.tools.result import Result, seed_names, table
+from probes.tools.result import MOST_WEIGHTS, Result, check_weights, seed_names, table
 from synthetic.distillation import Distilled, teacher_loss
 from synthetic.task import Batch, outcome
 from synthetic.train import fit
 from synthetic.zeroth_order import minimize_without_gradients, two_values
 
-#: Models of more weights would take minutes: those that are fitted, and those that are looked at in
-#: hundreds of steps or by their curvature.
-MOST, MOST_SMALL = 2**18, 20_000
+#: The most weights of models that are looked at in hundreds of steps, or by their curvature.
+MOST = 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +79,14 @@ class Subject:
         return (self.outputs(theta, batch) * signs).reshape(len(signs), -1).sum(1)
 
 
-def _subjects(run: Run, most: int = MOST) -> tuple[dict[str, tuple[Subject, Array]], str]:
+def _subjects(run: Run, tool: str) -> tuple[dict[str, tuple[Subject, Array]], str]:
     """The construction, and the seeds' models at their end and start; what is left out."""
     names = seed_names(run)
     models = dict(zip(names, run.models, strict=True))
     starts = initial_models(run)
     models |= {f"{name}, its start": m for name, m in zip(names, starts, strict=True)}
     trained = Subject(Flat(run.construction, run.models[0]))
-    size = trained.flat.theta.size
-    if size > most:
-        raise ValueError(f"the model has {size} weights, must have at most {most} for this tool")
+    check_weights(trained.flat, tool, MOST)
     found = {name: (trained, trained.flat.vector(model)) for name, model in models.items()}
     built = run.construction.compile().model
     with suppress(ValueError):  # in the trained models' shape, where it fits into that
@@ -99,7 +96,7 @@ def _subjects(run: Run, most: int = MOST) -> tuple[dict[str, tuple[Subject, Arra
         own = Subject(Flat(run.construction, built))
     except ValueError:  # no dense weights at all
         return found, "the construction is too large"
-    if own.flat.theta.size > most:
+    if own.flat.theta.size > MOST:
         return found, f"the construction is too large: {own.flat.theta.size} weights"
     return {"construction": (own, own.flat.theta), **found}, ""
 
@@ -113,9 +110,9 @@ class Curved(NamedTuple):
     sharpness: float
 
 
-def _curved(run: Run, seed: int) -> tuple[dict[str, Curved], str]:
+def _curved(run: Run, seed: int, tool: str) -> tuple[dict[str, Curved], str]:
     """The subjects whose loss has second derivatives; what is left out."""
-    subjects, note = _subjects(run, MOST_SMALL)
+    subjects, note = _subjects(run, tool)
     found, missing = {}, []
     for name, (subject, theta) in subjects.items():
         batch = subject.task.sample(jax.random.key(seed), subject.examples)
@@ -135,7 +132,7 @@ def _curved(run: Run, seed: int) -> tuple[dict[str, Curved], str]:
 
 def kernel(run: Run, seed: int) -> Result:
     """Is full-batch descent from here what the kernel says, and does the kernel stay?"""
-    subjects, left = _curved(run, seed)
+    subjects, left = _curved(run, seed, "'kernel'")
     notes = {left}
     rows, steps = [], min(given.subject.steps(100, 20) for given in subjects.values())
     for subject, theta, batch, largest in subjects.values():
@@ -170,7 +167,7 @@ def kernel(run: Run, seed: int) -> Result:
 
 def sharpest(run: Run, seed: int) -> Result:
     """The largest curvature, and what becomes of it in steps that it does not bear."""
-    subjects, note = _curved(run, seed)
+    subjects, note = _curved(run, seed, "'sharpness'")
     recipe, rows = run.recipe, []
     steps = min(given.subject.steps(200, 20) for given in subjects.values())
     trained = subjects.get(seed_names(run)[0], next(iter(subjects.values())))
@@ -218,7 +215,7 @@ def _gradients(subject: Subject, size: int, theta: Array, keys: Array) -> Array:
 
 def zeroth_order(run: Run, seed: int) -> Result:
     """Is each model a local optimum, as far as values of the loss alone can tell?"""
-    subjects, note = _subjects(run, MOST_SMALL)
+    subjects, note = _subjects(run, "'zeroth-order'")
     steps = min(subject.steps(500, 100) for subject, _ in subjects.values())
     key, eps, rows = jax.random.key(seed), 3e-3, []
     for subject, theta in subjects.values():
@@ -273,8 +270,7 @@ def distillation(run: Run, seed: int) -> Result:
         return jax.nn.softmax(said) if outcome(task) == "logits" else said
 
     first = Flat(construction, run.models[0])
-    if first.theta.size > MOST:
-        raise ValueError(f"the model has {first.theta.size} weights, must have at most {MOST}")
+    check_weights(first, "'distillation'", MOST_WEIGHTS)
     examples = Subject(first).examples
     batch = min(run.recipe.batch, 4 * examples, 256)
     steps = 300 if examples > 64 else 60

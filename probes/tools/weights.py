@@ -23,12 +23,10 @@ from probes import fisher, grafting
 from probes import npeff as factors
 from probes.flat import Flat
 from probes.interpolation import interpolate
-from probes.tools.result import Result, seed_names, table
+from probes.tools.result import MOST_WEIGHTS, Result, check_weights, seed_names, table
 from synthetic.masked_language import MaskedLanguageTask
 from synthetic.task import Batch
 
-#: The most weights of a model that `graft` and `npeff` take.
-MOST_WEIGHTS = 2**18
 #: Components that `npeff` looks for, examples that it looks at, and how it looks.
 COMPONENTS, EXAMPLES, SEARCH = 8, 128, factors.Search(joint=400, restarts=2)
 #: Outcomes drawn of each example, where it has more; and a component's top examples.
@@ -57,12 +55,6 @@ def _batch_size(flat: Flat, most: int, passes: int = 16) -> int:
     return int(np.clip(min(2**21 * passes // flat.theta.size, long), 16, most))
 
 
-def _check_size(flat: Flat, tool: str) -> None:
-    weights = flat.theta.size
-    if weights > MOST_WEIGHTS:
-        raise ValueError(f"the model has {weights} weights, {tool} takes at most {MOST_WEIGHTS}")
-
-
 def _larger(first: Array, second: Array) -> bool:
     """Whether losses of the same examples are larger in the mean, by more than chance."""
     gap = np.asarray(first, float) - np.asarray(second, float)
@@ -77,7 +69,7 @@ def graft(run: Run, seed: int) -> Result:
     fit did not improve on its start.
     """
     task, flat = run.construction.task, Flat(run.construction, run.models[0])
-    _check_size(flat, "grafting")
+    check_weights(flat, "grafting", MOST_WEIGHTS)
     pairs = [
         (flat.vector(before), flat.vector(after))
         for before, after in zip(initial_models(run), run.models, strict=True)
@@ -135,7 +127,7 @@ def npeff(run: Run, seed: int) -> Result:
     Raises ValueError for models of more weights than `MOST_WEIGHTS`, or that look at none.
     """
     flat = Flat(run.construction, run.models[0])
-    _check_size(flat, "NPEFF")
+    check_weights(flat, "NPEFF", MOST_WEIGHTS)
     drawn, rows_key, starts, null = jax.random.split(jax.random.key(seed), 4)
     batch, labels, kind = _examples(run.construction.task, drawn)
     samples = DRAWN if fisher.outcomes(flat, batch) > DRAWN else 0
@@ -196,7 +188,7 @@ def fisher_merge(run: Run, seed: int) -> Result:
     where the run has neither two of the one nor the other.
     """
     flat = Flat(run.construction, run.models[0])
-    _check_size(flat, "Fisher merging")
+    check_weights(flat, "Fisher merging", MOST_WEIGHTS)
     pairs = _pairs(run)
     if not pairs:
         raise ValueError("the run has one seed and fewer than two checkpoints: nothing to merge")

@@ -141,10 +141,7 @@ def orbit(act, model, *, distance):
 def test_group_leaves_the_function_alone(act, mixer):
     """And, for linear heads, the canonical form; masks differ from head to head."""
     linear = mixer == "linear"
-    model = draw(
-        config(mixer, mixer, depth=2 if linear or act is permute_heads else 1, bias=not linear),
-        mask=None,
-    )
+    model = draw(config(mixer, mixer, depth=2, bias=not linear), mask=None)
     if (act is rescale_heads and mixer in ("softmax", "mesa")) or (
         act is add_gram_pair and not linear
     ):

@@ -105,7 +105,7 @@ REFUSED = {
 }
 
 
-#: `test_tools` has the tables of all.
+#: Those behind the command in the fast suite; every tool has tests of its own.
 SHOWN = ("linear", "training", "graft", *REFUSED)
 
 

@@ -83,20 +83,20 @@ def test_wrong_labels_are_certified_where_examples_are_summed() -> None:
     assert control.completeness.mean() < right - 0.02
 
 
-def test_maps_are_the_evidence() -> None:
+def test_maps_are_the_evidence(x64: None) -> None:
     """In logits the drop without an example is its evidence; so is the order, label by label."""
     evidence = classifier(4)
     found = saliency(Sum(), None, (evidence,), labels=3)
     whole = jax.nn.log_softmax(evidence.sum(1))
     for n in range(4):
         for k, label in enumerate(found.labels[n]):
-            assert np.isclose(found.probability[n, k], jnp.exp(whole[n, label]), rtol=1e-4)
+            assert np.isclose(found.probability[n, k], jnp.exp(whole[n, label]), rtol=1e-12)
             without = jax.nn.log_softmax(evidence[n].sum(0) - evidence[n])[:, label]
-            assert np.allclose(found.maps[n, k], whole[n, label] - without, atol=1e-5)
+            assert np.allclose(found.maps[n, k], whole[n, label] - without, atol=1e-12)
             order = np.argsort(-found.maps[n, k], kind="stable")
             walk = np.cumsum(np.concatenate([np.zeros((1, 3)), evidence[n][order]]), 0)
             path = jax.nn.softmax(walk)[::3, label]
-            assert np.allclose(found.path[n, k], path, atol=1e-5)
+            assert np.allclose(found.path[n, k], path, atol=1e-12)
 
 
 def test_formulas() -> None:

@@ -32,6 +32,12 @@ def test_table_or_one_line(tool: str, name: str) -> None:
     assert np.isfinite(values).any()
 
 
+SMALL: dict[str, dict[str, object]] = {
+    "gradient-descent": {"dim_x": 3, "num_examples": 5},
+    "inside-outside": {"grammar": "toy", "max_length": 4, "activation": "relu"},
+}
+
+
 @cache
 def twins(name: str) -> tuple[Run, Run]:
     """A run, and the same with its model in another basis of keys and values."""
@@ -40,11 +46,6 @@ def twins(name: str) -> tuple[Run, Run]:
     other = change_value_basis(change_key_basis(run.models[0], keys[0]), keys[1])
     return run, replace(run, models=(other,))
 
-
-SMALL: dict[str, dict[str, object]] = {
-    "gradient-descent": {"dim_x": 3, "num_examples": 5},
-    "inside-outside": {"grammar": "toy", "max_length": 4, "activation": "relu"},
-}
 
 #: A family for each; tools that read checkpoints see no model of ours.
 FAMILY = dict.fromkeys(TOOLS, "gradient-descent")
@@ -55,6 +56,7 @@ del FAMILY["training"], FAMILY["averaging"], FAMILY["fisher-merge"]
 @pytest.mark.parametrize("tool", FAMILY)
 def test_what_is_said_of_another_basis_is_so(tool: str) -> None:
     ours, theirs = (np.array(find(tool)(run, 0).values, float) for run in twins(FAMILY[tool]))
+    assert np.isfinite(ours).any()
     same = np.allclose(ours, theirs, rtol=5e-3, atol=1e-4, equal_nan=True)
     assert same == find(tool).invariant, (ours, theirs)
 
