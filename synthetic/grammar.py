@@ -26,6 +26,7 @@ from nltk.tree import Tree
 
 from synthetic import cnf
 from synthetic.productions import TOLERANCE, GrammarError, Production, Word, read
+from synthetic.text_files import TextError, read_text
 
 # Arrays of a larger grammar are refused by name before they fill the memory.
 MAX_BYTES = 4 * 2**30
@@ -233,17 +234,16 @@ class Grammar:
     def from_file(
         cls, path: str | Path, *, clean: bool = False, longest: int | None = None
     ) -> Grammar:
-        """`from_text` of a file in UTF-8 or else Latin-1; messages name the file.
+        """`from_text` of a file in UTF-8 or UTF-16 (`text_files.decode`); messages name the file.
 
         Raises:
             OSError: the file cannot be read.
-            GrammarError: as `from_text` does.
+            GrammarError: the file is no text; as `from_text` does.
         """
-        data = Path(path).read_bytes()
         try:
-            text = data.decode()
-        except UnicodeDecodeError:
-            text = data.decode("latin-1")
+            text = read_text(path)
+        except TextError as error:
+            raise GrammarError(str(error)) from None
         return cls.from_text(text, clean=clean, longest=longest, name=str(path))
 
     @classmethod

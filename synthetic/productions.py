@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from synthetic.text_files import split_lines
+
 TOLERANCE = 1e-6  # on sums of probabilities, which files give in decimals
 
 
@@ -82,7 +84,7 @@ def read(text: str, name: str = "grammar") -> tuple[str, list[Production]]:
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """Lines that say something, with the number of their first; continued ones joined."""
     joined, first = "", 0
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(split_lines(text), 1):
         line = line.strip()
         if not joined:
             first = number

@@ -26,6 +26,7 @@ from nltk.tree import Tree
 
 from synthetic.charts.sparse import RuleList
 from synthetic.grammar import Grammar
+from synthetic.text_files import TextError, line_number, read_text
 
 Direction = Literal["right", "left"]
 
@@ -44,8 +45,8 @@ def read_brackets(*paths: str | Path) -> list[Tree]:
     """The trees of files, and of all `*.mrg` files in folders by name, in that order.
 
     Raises:
-        TreebankError: the brackets are malformed (the message names file and line), or a folder
-            holds no such file.
+        TreebankError: the brackets are malformed (the message names file and line), a file is no
+            text (`text_files.decode`), or a folder holds no such file.
         OSError: a file cannot be read.
     """
     trees = []
@@ -54,24 +55,31 @@ def read_brackets(*paths: str | Path) -> list[Tree]:
         if not files:
             raise TreebankError(f"{path} holds no file *.mrg")
         for file in files:
-            trees += parse_brackets(file.read_text("utf-8", errors="replace"), str(file))
+            try:
+                text = read_text(file)
+            except TextError as error:
+                raise TreebankError(str(error)) from None
+            trees += parse_brackets(text, str(file))
     return trees
 
 
 def parse_brackets(text: str, source: str = "text") -> list[Tree]:
     """Trees in Penn format; the outermost bracket of each may have an empty label.
 
+    Labels and words end at brackets and at white space of ASCII: a no-break space, U+0085 or
+    U+2028 is part of a word.
+
     Raises:
         TreebankError: the brackets are malformed; the message names `source` and the line.
     """
 
     def wrong(position: int, what: str) -> TreebankError:
-        return TreebankError(f"{source}:{text.count(chr(10), 0, position) + 1}: {what}")
+        return TreebankError(f"{source}:{line_number(text, position)}: {what}")
 
     trees: list[Tree] = []
     still_open: list[tuple[Tree, int]] = []
     label_may_follow = False
-    for match in re.finditer(r"[()]|[^\s()]+", text):
+    for match in re.finditer(r"(?a)[()]|[^\s()]+", text):
         token, position = match.group(), match.start()
         if token == "(":
             if label_may_follow and len(still_open) > 1:

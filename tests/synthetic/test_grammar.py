@@ -39,11 +39,25 @@ def test_text_and_nltk_agree():
 
 
 def test_rules_without_probabilities_are_uniform(tmp_path: Path):
-    path = tmp_path / "latin.cfg"
-    path.write_bytes("S -> A A | A A A | 'é'\nA -> 'a'\nA -> 'b'\nA -> 'b'".encode("latin-1"))
+    path = tmp_path / "some.cfg"
+    path.write_bytes("S -> A A | A A A | 'é'\nA -> 'a'\nA -> 'b'\nA -> 'b'".encode())
     grammar = Grammar.from_file(path)
     assert grammar.root[grammar.symbols.index("S/lex")] == pytest.approx(1 / 3)
     assert grammar.emission[grammar.preterminals.index("A")].tolist() == [0.5, 0.5, 0]
+
+
+@pytest.mark.parametrize("mark, encoding", [("", "utf-8"), ("\ufeff", "utf-8"), ("", "utf-16")])
+def test_files_are_read_in_any_encoding_that_is_sure(tmp_path: Path, mark: str, encoding: str):
+    """Words keep what other readers take for the end of a line."""
+    path = tmp_path / "some.pcfg"
+    odd = "x\x85\u2028\u2029\x0b\x0c\x1ex"
+    text = f"S -> A A [1]\r\n# a comment\rA -> 'é' [0.5] \\\r\n | '{odd}' [0.5]\r\n"
+    path.write_bytes((mark + text).encode(encoding))
+    grammar = Grammar.from_file(path)
+    assert grammar.symbols == ("S", "A") and set(grammar.vocabulary) == {"é", odd}
+    path.write_bytes(text.encode("latin-1", errors="ignore"))
+    with pytest.raises(GrammarError, match=r"some\.pcfg: .* byte 32 is not UTF-8"):
+        Grammar.from_file(path)
 
 
 @pytest.mark.parametrize(

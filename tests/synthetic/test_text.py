@@ -31,6 +31,17 @@ def test_from_file(tmp_path):
     assert bytes(ord(raw.vocabulary[n]) for n in raw.tokens) == path.read_bytes()
 
 
+@pytest.mark.parametrize("mark, encoding", [("\ufeff", "utf-8"), ("", "utf-16")])
+def test_a_byte_order_mark_is_no_character(tmp_path, mark, encoding):
+    path = tmp_path / "text.txt"
+    path.write_bytes((mark + "é\r\na").encode(encoding))
+    corpus = Corpus.from_file(path)
+    assert "".join(corpus.vocabulary[n] for n in corpus.tokens) == "é\r\na"
+    assert corpus.vocabulary == ("\n", "\r", "a", "é")
+    raw = Corpus.from_file(path, unit="bytes")
+    assert bytes(ord(raw.vocabulary[n]) for n in raw.tokens) == path.read_bytes()
+
+
 def test_files_that_are_no_text(tmp_path):
     bad, empty = tmp_path / "bad", tmp_path / "empty"
     bad.write_bytes(b"ab\xff\xfe")
