@@ -66,8 +66,8 @@ class Grammar:
     """A grammar in Chomsky normal form. Equal if all its parts are; hashable.
 
     Attributes:
-        nonterminals, preterminals, vocabulary: names, each unique; the first two are disjoint.
-            Without nonterminals every sentence is one word.
+        nonterminals, preterminals, vocabulary: names, each unique, at least one each; the first
+            two are disjoint.
         root: `[symbols]`, symbols being nonterminals, then pre-terminals.
         rules: `[nonterminals, symbols, symbols]`.
         emission: `[preterminals, vocabulary]`.
@@ -87,7 +87,12 @@ class Grammar:
     def __post_init__(self) -> None:
         for name in ("nonterminals", "preterminals", "vocabulary"):
             object.__setattr__(self, name, names(getattr(self, name), name))
-            if name != "nonterminals" and not getattr(self, name):
+            if name == "nonterminals" and not self.nonterminals:
+                raise GrammarError(
+                    "nonterminals is (), must be at least one: without a rule of two symbols every "
+                    "sentence is a single word, and there is nothing to parse"
+                )
+            if not getattr(self, name):
                 raise GrammarError(f"{name} is (), must be different names, at least one")
         both = {*self.nonterminals} & {*self.preterminals}
         if both:
@@ -420,7 +425,7 @@ class Grammar:
     def spectral_radius(self) -> float:
         """Of `M` among nonterminals: below 1 lengths have a mean, above 1 some trees never end."""
         n = len(self.nonterminals)
-        return float(np.abs(np.linalg.eigvals(self.expected_children[:, :n])).max(initial=0))
+        return float(np.abs(np.linalg.eigvals(self.expected_children[:, :n])).max())
 
     @cached_property
     def expected_length(self) -> float:

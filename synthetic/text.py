@@ -214,6 +214,10 @@ def text_entropy(
 
     with the sum by inside-outside, the expectations over drawn sentences. No predictor has a lower
     loss, whatever it knows; one that sees the sentence from its beginning can reach it.
+
+    Raises:
+        ValueError: the grammar is supercritical, so that its sentences have no distribution (those
+            of a critical one have, given `max_length`); as `sentences.sample`.
     """
     drawn = sample(grammar, key, sentences, max_length)
     kept = float(np.log(grammar.length_probabilities(max_length).sum()))

@@ -153,7 +153,7 @@ def collapse(tree: Tree) -> Tree:
 
     def one(node: Tree) -> tuple[list[str], list[Tree | str]]:
         labels = [node.label()]
-        while not is_tag(node) and len(node) == 1:
+        while len(node) == 1 and isinstance(node[0], Tree):
             node = node[0]
             labels.append(node.label())
         for label in labels:

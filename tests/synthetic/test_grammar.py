@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from nltk import CFG, PCFG, Nonterminal
 from nltk.grammar import ProbabilisticProduction
-from nltk.tree import Tree
 
 from synthetic.grammar import Grammar, GrammarError, SupercriticalWarning
 from synthetic.grammars import NAMED, named
@@ -87,6 +86,7 @@ def test_files_are_read_in_any_encoding_that_is_sure(tmp_path: Path, mark: str, 
             "line 4: unary rules in a cycle, C -> A -> B -> C|line 2: .*A -> B -> C -> A",
         ),
         ("S -> S [0.5] | 'a' 'a' [0.5]", "line 1: unary rules in a cycle, S -> S"),
+        ("S -> 'a' [1]", "nonterminals is"),
         ("S -> A A\nA -> ''", "line 2: 'A' has a rule with the word '', must be a string of one"),
         ("S -> 'a' '' [1]", "line 1: 'S' has a rule with the word ''.*rules that derive nothing"),
         ("S -> 'a\0' 'b'", "must be text in UTF-8.* byte 7 is a NUL"),
@@ -133,19 +133,10 @@ def test_cleaning_does_not_mend_sums(text: str, left: str, total: str):
         Grammar.from_text(text, clean=True, longest=2)
 
 
-def test_a_language_of_single_words():
-    grammar = Grammar.from_text("S -> 'yes' [0.25] | T [0.75]\nT -> 'no' [0.5] | 'yes' [0.5]")
-    assert grammar.nonterminals == () and grammar.symbols == ("S", "S+T")
-    np.testing.assert_array_equal(grammar.root, [0.25, 0.75])
-    assert grammar.length_probabilities(3).tolist() == [0, 1, 0, 0]
-    assert grammar.spectral_radius == 0 and grammar.expected_length == 1
-    grammar.check()
-    assert Grammar.from_json(json.loads(json.dumps(grammar.to_json()))) == grammar
-    uniform = Grammar.from_text("S -> 'yes' | 'no'")
-    assert uniform == Grammar.from_nltk(uniform.to_nltk())
-    tree = Tree("S", [Tree("T", ["no"])])
-    assert grammar.normalise(tree) == Tree("S+T", ["no"])
-    assert grammar.restore(grammar.normalise(tree)) == tree
+@pytest.mark.parametrize("text", ["S -> 'yes' | 'no'", "S -> 'a'", "S -> T | 'a'\nT -> 'b'"])
+def test_languages_of_single_words_are_refused_by_name(text: str):
+    with pytest.raises(GrammarError, match=r"nonterminals is \(\), .* every sentence is a single"):
+        Grammar.from_text(text)
 
 
 def test_errors_of_grammars_made_in_nltk():

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ LEFT = "(S " * LESS + "(A b)" + "(A a))" * LESS
 CHAIN = "(S (A a) " + "(X (Y " * LESS + "(B b)" + "))" * LESS + ")"
 
 
-def written(tree: Tree | None) -> str:
+def written(tree: Any) -> str:
     """A tree as brackets, by a stack."""
     out, waiting = [], [tree]
     while waiting:
