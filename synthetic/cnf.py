@@ -173,7 +173,7 @@ class _Conversion:
         while waiting:
             bottom, depth, p = waiting.pop()
             path[depth:] = [bottom]
-            for x, q in reversed(self.given[bottom].items()):
+            for x, q in reversed([*self.given[bottom].items()]):
                 if is_unary(x):
                     waiting.append((str(x[0]), depth + 1, p * q))
             branching, lexical = self.branching[bottom], self.lexical[bottom]
@@ -284,7 +284,7 @@ def restore(tree: Tree) -> Tree:
         """A rest stands for its children, `=w` for the word, and other nodes for their chains."""
         label = node.label()
         rest = label.startswith(REST) and len(node) == 2
-        word = len(node) == 1 and isinstance(node[0], str) and label == WORD + node[0]
+        word = len(node) == 1 and isinstance(node[0], str) and label == f"{WORD}{node[0]}"
         if node is not tree and (rest or word):
             return [], node
         chain = label.removesuffix(LEXICAL).split(CHAIN)

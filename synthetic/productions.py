@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def number(value: object) -> float:
         raise ValueError(f"{shown(value)} is no number") from None
 
 
-def encoded(sentence: object, index: Mapping[str, int], name: str = "the sentence") -> list[int]:
+def encoded(sentence: Any, index: Mapping[str, int], name: str = "the sentence") -> list[int]:
     """The numbers of a sentence's words.
 
     Raises:

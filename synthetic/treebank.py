@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from nltk.tree import Tree
@@ -111,7 +111,7 @@ def parse_brackets(text: str, source: str = "text") -> list[Tree]:
 def tagged(tree: Tree) -> list[tuple[str, str]]:
     """The words of a clean tree with their tags; the tag ends the chain in a collapsed tree."""
     check(tree)
-    return [(node[0], node.label().rsplit(CHAIN, 1)[-1]) for node in tag_nodes(tree)]
+    return [(str(node[0]), node.label().rsplit(CHAIN, 1)[-1]) for node in tag_nodes(tree)]
 
 
 def clean(tree: Tree) -> Tree | None:
@@ -154,7 +154,7 @@ def collapse(tree: Tree) -> Tree:
     def one(node: Tree) -> tuple[list[str], list[Tree | str]]:
         labels = [node.label()]
         while len(node) == 1 and isinstance(node[0], Tree):
-            node = node[0]
+            node = cast(Tree, node[0])
             labels.append(node.label())
         for label in labels:
             if CHAIN in label or PARENT in label or label.startswith(INTERMEDIATE):
