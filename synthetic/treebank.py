@@ -150,7 +150,10 @@ def collapse(tree: Tree) -> Tree:
         TreebankError: a label holds `+` or `^`, or starts with `@`.
     """
     check(tree)
+    return _collapse(tree)
 
+
+def _collapse(tree: Tree) -> Tree:
     def one(node: Tree) -> tuple[list[str], list[Tree | str]]:
         labels = [node.label()]
         while len(node) == 1 and isinstance(node[0], Tree):
@@ -186,12 +189,12 @@ def binarise(tree: Tree, h: int | None = 0, v: int = 1, direction: Direction = "
         ValueError: `h` is negative, `v` is not positive, or `direction` is another.
         TreebankError: a node has one child; `collapse` first.
     """
-    if (h is not None and h < 0) or v < 1 or direction not in ("right", "left"):
-        raise ValueError(
-            f"h={h}, v={v}, direction={direction!r}: must be h >= 0 or None, v >= 1, "
-            "'right' or 'left'"
-        )
+    _refuse_settings(h, v, direction)
     check(tree)
+    return _binarise(tree, h, v, direction)
+
+
+def _binarise(tree: Tree, h: int | None, v: int, direction: Direction) -> Tree:
     top = Tree(tree.label(), [])
     waiting: list[tuple[Tree, Tree, tuple[str, ...]]] = [(tree, top, ())]
     while waiting:
@@ -223,6 +226,14 @@ def binarise(tree: Tree, h: int | None = 0, v: int = 1, direction: Direction = "
             rest = Tree(name, []) if n else made
             rest.extend(pair if direction == "right" else pair[::-1])
     return top
+
+
+def _refuse_settings(h: int | None, v: int, direction: str) -> None:
+    if (h is not None and h < 0) or v < 1 or direction not in ("right", "left"):
+        raise ValueError(
+            f"h={h}, v={v}, direction={direction!r}: must be h >= 0 or None, v >= 1, "
+            "'right' or 'left'"
+        )
 
 
 def unbinarise(tree: Tree) -> Tree:
@@ -311,11 +322,12 @@ def induce(
     """
     if isinstance(trees, Tree):
         raise TreebankError("trees is one Tree, must be a list of them")
+    _refuse_settings(h, v, direction)
     counts, rules, roots, tags = Counter(), Counter(), Counter(), Counter()
     leaves: set[str] = set()
     for number, tree in enumerate(trees):
         check(tree, f"tree {number}")
-        nodes = [binarise(collapse(tree), h, v, direction)]
+        nodes = [_binarise(_collapse(tree), h, v, direction)]
         roots[nodes[0].label()] += 1
         while nodes:
             node = nodes.pop()
