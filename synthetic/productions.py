@@ -91,12 +91,14 @@ def encoded(sentence: Any, index: Mapping[str, int], name: str = "the sentence")
         raise ValueError(f"{name} is {shown(sentence)}, must be a list of words")
     if not len(sentence):
         raise ValueError(f"{name} is [], must be a list of words, at least one")
+    found = []
     for place, word in enumerate(sentence):
         if not isinstance(word, str):
             raise ValueError(f"{name}: word {place} is {shown(word)}, must be a string")
         if word not in index:
             raise ValueError(f"{name}: {shown(word)} is not in the vocabulary")
-    return [index[word] for word in sentence]
+        found.append(index[word])
+    return found
 
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
