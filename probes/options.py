@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from synthetic.text_files import parse_json_text
+
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
 Names = Positional[tuple[str, ...]]
@@ -26,7 +28,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ValueError(f"--set {pair}: must be KEY=VALUE")
         try:
-            settings[key] = json.loads(value)
+            settings[key] = parse_json_text(value)
         except ValueError:
             settings[key] = value
     return settings

@@ -22,6 +22,7 @@ from probes.figures import pictures
 from probes.ledger import CONSTRUCTION, RANDOM, Row
 from probes.style import Picture, number
 from synthetic.saved import RunError, atomic
+from synthetic.text_files import parse_json
 
 PAGE, DATA, FIGURES = "report.html", "report.json", "figures"
 
@@ -153,7 +154,7 @@ def claim_directory(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
 def is_report(directory: Path) -> bool:
     """Whether a directory holds an earlier report."""
     try:
-        content = json.loads((directory / DATA).read_text(encoding="utf-8"))
+        content = parse_json((directory / DATA).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT

@@ -19,6 +19,7 @@ from nltk.tree import Tree
 from probes.rows import LayerScores, Rows, arrays, batch_and_time, checked_lengths, fit
 from synthetic.brackets import best_splits
 from synthetic.sentences import Sentences, ends
+from synthetic.trees import node_spans
 
 RIGHT_BRANCHING, ORACLE = "right-branching", "oracle"
 Span = tuple[int, int]
@@ -60,20 +61,7 @@ def decode(depths: Any) -> set[Span]:
 
 def tree_spans(tree: Tree) -> set[Span]:
     """Spans (first, last) of the nodes over two words or more; unary chains count once."""
-    found = set()
-
-    def walk(node: Any, first: int) -> int:
-        if not isinstance(node, Tree):
-            return first + 1
-        end = first
-        for child in node:
-            end = walk(child, end)
-        if end - first > 1:
-            found.add((first, end - 1))
-        return end
-
-    walk(tree, 0)
-    return found
+    return {(first, end - 1) for _, first, end in node_spans(tree) if end - first > 1}
 
 
 def right_branching(length: int) -> set[Span]:

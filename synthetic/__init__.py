@@ -17,6 +17,7 @@ headed_grammars          our grammars with their head sides
 masked_language          the task of their hidden words
 arc_task                 the same, with attention held to arcs or off them
 classes                  few-shot classification, with the exact posterior
+text_files               text and JSON out of files, in UTF-8 or UTF-16
 text, bigrams            the next token, of files and grammars and of laws of each sequence's own
 chart, charts            inside-outside over batches of sentences: marginals, parses, EM
 treebank                 bracketed trees, and the grammars that they induce

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,8 @@ from synthetic import chart
 from synthetic.charts import sparse
 from synthetic.charts.sparse import RuleList
 from synthetic.grammar import Grammar
-from synthetic.treebank import TOPS, Induced, chain, is_tag
+from synthetic.treebank import TOPS, Induced, chain
+from synthetic.trees import check, is_tag, node_spans, tag_nodes, unfold
 
 Sentence = Sequence[tuple[str, str]]
 
@@ -69,32 +70,31 @@ class Scores(NamedTuple):
     sentences: int
 
 
-def brackets(tree: Tree) -> tuple[list[tuple[str, int, int]], int]:
+def brackets(tree: Tree, name: str = "tree") -> tuple[list[tuple[str, int, int]], int]:
     """Brackets `(label, start, end)`, and the number of words; both count after deletion.
 
-    `end` is exclusive, and children come before their parents.
+    `end` is exclusive, and children come before their parents. Messages call the tree `name`.
+
+    Raises:
+        TreebankError: as `treebank.clean`.
     """
+    check(tree, name, top=True)
+    counted = [0]  # of the words up to each
+    for node in tag_nodes(tree):
+        counted.append(counted[-1] + (node.label() not in PUNCTUATION))
     found: list[tuple[str, int, int]] = []
-
-    def walk(node: Tree, start: int) -> int:
-        if is_tag(node):
-            return start + (node.label() not in PUNCTUATION)
-        end = start
-        for child in node:
-            end = walk(child, end)
-        label = str(node.label())
-        if end > start and label not in TOPS:
-            found.append((SAME_LABEL.get(label, label), start, end))
-        return end
-
-    return found, walk(tree, 0)
+    for node, first, end in node_spans(tree):
+        label, start, stop = str(node.label()), counted[first], counted[end]
+        if not is_tag(node) and stop > start and label not in TOPS:
+            found.append((SAME_LABEL.get(label, label), start, stop))
+    return found, counted[-1]
 
 
 def score(gold: Sequence[Tree], guessed: Sequence[Tree]) -> Scores:
     """Agreement of trees over the same sentences, in the conventions above.
 
     Raises:
-        ValueError: there are not as many trees, or words in a tree.
+        ValueError: there are not as many trees, or words in a tree; as in `brackets`.
     """
     if len(gold) != len(guessed):
         raise ValueError(f"{len(guessed)} trees guessed, must be {len(gold)} as in gold")
@@ -102,7 +102,8 @@ def score(gold: Sequence[Tree], guessed: Sequence[Tree]) -> Scores:
     unlabelled: tuple[Counter, Counter] = (Counter(), Counter())
     each = []
     for number, pair in enumerate(zip(gold, guessed, strict=True)):
-        sides, (words, guessed_words) = zip(*map(brackets, pair), strict=True)
+        named = (f"tree {number} of {side}" for side in ("gold", "guessed"))
+        sides, (words, guessed_words) = zip(*map(brackets, pair, named), strict=True)
         if words != guessed_words:
             raise ValueError(f"tree {number} has {guessed_words} words, must have {words}")
         inner = []
@@ -308,16 +309,14 @@ def _build(
     n: int,
     labels: Callable[[int, int, int], Sequence[str]],
 ) -> Tree:
-    def nodes(i: int, j: int) -> list[Tree]:
+    def one(seed: tuple[int, int]) -> tuple[Sequence[str], list[Any]]:
+        i, j = seed
+        above = labels(n, i, j)
         if i == j:
             word, tag = sentence[i]
-            found = [Tree(tag, [word])]
-        else:
-            k = int(splits[i, j])
-            found = nodes(i, k) + nodes(k + 1, j)
-        for label in reversed(labels(n, i, j)):
-            found = [Tree(label, found)]
-        return found
+            return [*above, tag], [word]
+        k = int(splits[i, j])
+        return above, [(i, k), (k + 1, j)]
 
-    top = nodes(0, len(sentence) - 1)
+    top = unfold((0, len(sentence) - 1), one)
     return top[0] if len(top) == 1 else Tree("TOP", top)

@@ -16,6 +16,7 @@ import numpy as np
 
 from synthetic.runs import RunDirectory
 from synthetic.saved import RunError, atomic, check_arrays, load_model, load_state, save_model
+from synthetic.text_files import parse_json
 
 __all__ = ["Checkpoints", "RunDirectory", "RunError", "load_model", "load_state", "save_model"]
 
@@ -93,7 +94,7 @@ class Checkpoints:
         # Checked before orbax opens anything: it leaves tasks behind where a file is broken.
         folder = self.path / str(step)
         try:
-            if json.loads((folder / MANIFEST).read_text()) != _fingerprints(folder):
+            if parse_json((folder / MANIFEST).read_bytes()) != _fingerprints(folder):
                 return None
         except (OSError, ValueError):
             return None

@@ -25,10 +25,22 @@ from jaxtyping import Array, Float
 from nltk.tree import Tree
 
 from synthetic import cnf
-from synthetic.productions import TOLERANCE, GrammarError, Production, Word, read
+from synthetic.cnf import MAX_BYTES
+from synthetic.productions import (
+    TOLERANCE,
+    GrammarError,
+    Production,
+    Word,
+    encoded,
+    names,
+    normalised,
+    number,
+    read,
+    shown,
+)
+from synthetic.text_files import TextError, read_text
 
-# Arrays of a larger grammar are refused by name before they fill the memory.
-MAX_BYTES = 4 * 2**30
+MOST_OPERATIONS = 3e11  # of `length_probabilities`: minutes
 
 
 class SupercriticalWarning(UserWarning):
@@ -54,13 +66,15 @@ class Grammar:
     """A grammar in Chomsky normal form. Equal if all its parts are; hashable.
 
     Attributes:
-        nonterminals, preterminals, vocabulary: names, each unique; the first two are disjoint.
+        nonterminals, preterminals, vocabulary: names, each unique, at least one each; the first
+            two are disjoint.
         root: `[symbols]`, symbols being nonterminals, then pre-terminals.
         rules: `[nonterminals, symbols, symbols]`.
         emission: `[preterminals, vocabulary]`.
 
     Raises:
-        GrammarError: names repeat, or an array has another shape or a negative or non-finite entry.
+        GrammarError: names repeat or are none (`productions.is_name`), or an array has another
+            shape or a negative or non-finite entry.
     """
 
     nonterminals: tuple[str, ...]
@@ -72,10 +86,14 @@ class Grammar:
 
     def __post_init__(self) -> None:
         for name in ("nonterminals", "preterminals", "vocabulary"):
-            names = tuple(getattr(self, name))
-            if not names or len({*names}) < len(names):
-                raise GrammarError(f"{name} is {names!r}, must be different names, at least one")
-            object.__setattr__(self, name, names)
+            object.__setattr__(self, name, names(getattr(self, name), name))
+            if name == "nonterminals" and not self.nonterminals:
+                raise GrammarError(
+                    "nonterminals is (), must be at least one: without a rule of two symbols every "
+                    "sentence is a single word, and there is nothing to parse"
+                )
+            if not getattr(self, name):
+                raise GrammarError(f"{name} is (), must be different names, at least one")
         both = {*self.nonterminals} & {*self.preterminals}
         if both:
             raise GrammarError(f"{sorted(both)} are both nonterminals and pre-terminals")
@@ -85,7 +103,13 @@ class Grammar:
             ("rules", (n, n + p, n + p)),
             ("emission", (p, v)),
         ):
-            array = np.array(getattr(self, name), np.float64)
+            given = getattr(self, name)
+            if np.iscomplexobj(given):
+                raise GrammarError(f"{name} is complex, must be real")
+            try:
+                array = np.array(given, np.float64)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise GrammarError(f"{name} must be an array of numbers: {error}") from None
             if array.shape != shape:
                 raise GrammarError(f"{name} has shape {array.shape}, must be {shape}")
             if not (array >= 0).all() or not np.isfinite(array).all():
@@ -103,28 +127,39 @@ class Grammar:
         dtype = jnp.result_type(float) if dtype is None else dtype
         return Weights(*(jnp.asarray(a, dtype) for a in (self.root, self.rules, self.emission)))
 
-    def encode(self, sentences: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, sentences: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Words as numbers: tokens `[batch, time]` int32, padded with 0, and lengths `[batch]`.
 
+        Args:
+            sentences: lists of words.
+
         Raises:
-            ValueError: a sentence is empty, or has a word that is not in the vocabulary.
+            ValueError: a sentence is no list of strings or is empty, or has a word that is not in
+                the vocabulary.
         """
         index = {word: n for n, word in enumerate(self.vocabulary)}
-        lengths = np.array([len(s) for s in sentences], np.int32)
-        tokens = np.zeros((len(sentences), max(lengths, default=0)), np.int32)
-        for row, sentence in enumerate(sentences):
-            if isinstance(sentence, str) or not len(sentence):
-                raise ValueError(f"sentence {row} is {sentence!r}, must be a list of words")
-            for column, word in enumerate(sentence):
-                if word not in index:
-                    raise ValueError(f"sentence {row}: {word!r} is not in the vocabulary")
-                tokens[row, column] = index[word]
+        rows = [encoded(s, index, f"sentence {row}") for row, s in enumerate(sentences)]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens = np.zeros((len(rows), max(lengths, default=0)), np.int32)
+        for n, row in enumerate(rows):
+            tokens[n, : len(row)] = row
         return tokens, lengths
 
     def decode(self, tokens: np.ndarray | Array, lengths: np.ndarray | Array) -> list[list[str]]:
-        """The words of tokens `[batch, time]` up to `lengths` `[batch]`; undoes `encode`."""
-        rows = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
-        return [[self.vocabulary[word] for word in row[:length]] for row, length in rows]
+        """The words of tokens `[batch, time]` up to `lengths` `[batch]`; undoes `encode`.
+
+        Raises:
+            ValueError: a length is not in 0..time, or a token within is no number of a word.
+        """
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+        time, size = tokens.shape[1], len(self.vocabulary)
+        if len(lengths) != len(tokens) or not ((lengths >= 0) & (lengths <= time)).all():
+            raise ValueError(f"lengths must be {len(tokens)} integers in 0..{time}")
+        rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        for n, row in enumerate(rows):
+            if not ((row >= 0) & (row < size)).all():
+                raise ValueError(f"tokens of sentence {n} must be in 0..{size - 1}")
+        return [[self.vocabulary[word] for word in row] for row in rows]
 
     @classmethod
     def from_rules(
@@ -143,29 +178,30 @@ class Grammar:
             GrammarError: no rules or no words, a name that is not there, arrays above 4 GiB.
         """
         if vocabulary is None:
-            vocabulary = sorted({word for own in emission.values() for word in own})
-        symbol = {name: number for number, name in enumerate([*rules, *emission])}
-        word = {name: number for number, name in enumerate(vocabulary)}
-        n, s = len(rules), len(symbol)
-        if 8 * n * s * s > MAX_BYTES:
-            raise GrammarError(
-                f"{n} nonterminals and {len(emission)} pre-terminals take "
-                f"{8 * n * s * s / 2**30:.3g} GiB as an array of rules, "
-                f"must take at most {MAX_BYTES / 2**30:.3g} GiB (clean=True, longest=2 keeps short "
-                "rules alone)"
-            )
+            words = dict.fromkeys(word for own in emission.values() for word in own)
+            vocabulary = sorted(names(words.keys(), "vocabulary"))
+        index = {name: n for n, name in enumerate(names([*rules, *emission], "symbols"))}
+        word = {name: n for n, name in enumerate(names(vocabulary, "vocabulary"))}
+        n, s = len(rules), len(index)
+        _refuse_size(n, len(emission), len(word))
         arrays = np.zeros(s), np.zeros((n, s, s)), np.zeros((len(emission), len(word)))
+        entry: tuple[str, ...] = ()
         try:
             for a, p in root.items():
-                arrays[0][symbol[a]] = p
-            for number, own in enumerate(rules.values()):
+                entry = ("root", a)
+                arrays[0][index[a]] = number(p)
+            for a, own in rules.items():
                 for (b, c), p in own.items():
-                    arrays[1][number, symbol[b], symbol[c]] = p
-            for number, own in enumerate(emission.values()):
+                    entry = (a, b, c)
+                    arrays[1][index[a], index[b], index[c]] = number(p)
+            for t, own in emission.items():
                 for w, p in own.items():
-                    arrays[2][number, word[w]] = p
+                    entry = (t, w)
+                    arrays[2][index[t] - n, word[w]] = number(p)
         except KeyError as error:
             raise GrammarError(f"{error.args[0]!r} is in a rule but is no symbol or word") from None
+        except ValueError as error:
+            raise GrammarError(f"the probability of {entry}: {error}") from None
         return cls(tuple(rules), tuple(emission), tuple(vocabulary), *arrays)
 
     @classmethod
@@ -184,15 +220,14 @@ class Grammar:
             longest: leave out rules of more symbols and words, before `clean`, where the normal
                 form of all has too many symbols.
             clean: remove symbols that are not reached from the start or derive no words, and
-                rescale the rules left; else such symbols are errors.
+                rescale the rules left; else such symbols are errors. Probabilities as given must
+                sum to 1 all the same.
             name: what messages call the grammar.
 
         Raises:
             GrammarError: as `cnf.convert` and `from_rules` do.
         """
-        if longest is not None:
-            productions = [rule for rule in productions if len(rule.right) <= longest]
-        form = cnf.convert(start, productions, clean=clean, name=name)
+        form = cnf.convert(start, productions, clean=clean, longest=longest, name=name)
         try:
             grammar = cls.from_rules(form.root, form.rules, form.emission)
         except GrammarError as error:
@@ -201,12 +236,24 @@ class Grammar:
         return grammar
 
     @classmethod
-    def from_nltk(cls, grammar: nltk.PCFG, *, clean: bool = False) -> Grammar:
+    def from_nltk(cls, grammar: nltk.CFG, *, clean: bool = False) -> Grammar:
         """From NLTK's, any without empty rules and unary cycles; `to_nltk` of it and back is equal.
 
+        NLTK takes probabilities that sum to 1 within 0.01, such as .333 three times; they are
+        divided by their sum, where that is further from 1 than 1e-6.
+
+        Args:
+            grammar: an `nltk.PCFG`.
+            clean: as in `from_productions`.
+
         Raises:
-            GrammarError: as `from_productions` does.
+            GrammarError: the grammar has no probabilities; as `from_productions` does.
         """
+        if not isinstance(grammar, nltk.PCFG):
+            raise GrammarError(
+                f"grammar is a {type(grammar).__name__}, must be an nltk.PCFG (`from_text` takes "
+                "rules without probabilities, as equally probable)"
+            )
         productions = [
             Production(
                 str(rule.lhs().symbol()),
@@ -215,6 +262,7 @@ class Grammar:
             )
             for rule in grammar.productions()
         ]
+        productions = normalised(productions, nltk.PCFG.EPSILON)
         return cls.from_productions(str(grammar.start().symbol()), productions, clean=clean)
 
     @classmethod
@@ -233,17 +281,16 @@ class Grammar:
     def from_file(
         cls, path: str | Path, *, clean: bool = False, longest: int | None = None
     ) -> Grammar:
-        """`from_text` of a file in UTF-8 or else Latin-1; messages name the file.
+        """`from_text` of a file in UTF-8 or UTF-16 (`text_files.decode`); messages name the file.
 
         Raises:
             OSError: the file cannot be read.
-            GrammarError: as `from_text` does.
+            GrammarError: the file is no text; as `from_text` does.
         """
-        data = Path(path).read_bytes()
         try:
-            text = data.decode()
-        except UnicodeDecodeError:
-            text = data.decode("latin-1")
+            text = read_text(path)
+        except TextError as error:
+            raise GrammarError(str(error)) from None
         return cls.from_text(text, clean=clean, longest=longest, name=str(path))
 
     @classmethod
@@ -251,20 +298,25 @@ class Grammar:
         """From what `to_json` gave.
 
         Raises:
-            GrammarError: a field is missing or is not as `to_json` writes it.
+            GrammarError: a field is missing or is not as `to_json` writes it; as `from_rules`.
         """
         field = ""
         try:
             field = "vocabulary"
-            vocabulary = [str(word) for word in data[field]]
+            vocabulary = names(data[field], field)
             field = "root"
-            root = {a: float(p) for a, p in data[field].items()}
+            root = {a: number(p) for a, p in data[field].items()}
             field = "rules"
-            rules = {a: {(b, c): float(p) for b, c, p in own} for a, own in data[field].items()}
+            rules = {a: {(b, c): number(p) for b, c, p in own} for a, own in data[field].items()}
+            for a, own in rules.items():
+                if len(own) < len(data[field][a]):
+                    raise ValueError(f"a rule of {a!r} is there twice")
             field = "emission"
-            emission = {t: {w: float(p) for w, p in own.items()} for t, own in data[field].items()}
+            emission = {t: {w: number(p) for w, p in own.items()} for t, own in data[field].items()}
         except KeyError:
             raise GrammarError(f"JSON of a grammar lacks {field!r}") from None
+        except GrammarError as error:
+            raise GrammarError(f"JSON of a grammar: {error}") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise GrammarError(f"JSON of a grammar: {field!r} cannot be read: {error}") from None
         return cls.from_rules(root, rules, emission, vocabulary)
@@ -391,11 +443,20 @@ class Grammar:
             f_A(n) = sum_{m, B, C} rules[A, B, C] f_B(m) f_C(n - m),   f_T(1) = sum_w emission[T, w]
 
         Raises:
-            ValueError: `max_length` is below 1.
+            ValueError: `max_length` is no integer or below 1, or so large that it takes more than
+                3e11 operations, (max_length symbols)^2 or so.
         """
+        if isinstance(max_length, bool) or not isinstance(max_length, int | np.integer):
+            raise ValueError(f"max_length is {shown(max_length)}, must be an integer")
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, must be at least 1")
         n, s = len(self.nonterminals), len(self.symbols)
+        operations = float(max_length) ** 2 * s * s + 2.0 * max_length * n * s * s
+        if n and (operations > MOST_OPERATIONS or 8 * s * max_length > MAX_BYTES):
+            raise ValueError(
+                f"max_length is {max_length}: the lengths of {self} up to it take "
+                f"{operations:.2g} operations, must take at most {MOST_OPERATIONS:.2g}"
+            )
         f = np.zeros((max_length + 1, s))
         f[1, n:] = self.emission.sum(1)
         flat = self.rules.reshape(n, s * s)
@@ -427,17 +488,22 @@ class Grammar:
             concentration: of the Dirichlet distribution; small ones give a few probable rules.
 
         Raises:
+            GrammarError: arrays above 4 GiB.
             ValueError: a count below 1, `subcritical` or `density` outside of (0, 1], or
                 `concentration` not positive.
         """
         for name in ("nonterminals", "preterminals", "vocabulary"):
-            if (count := locals()[name]) < 1:
+            count = locals()[name]
+            if isinstance(count, bool) or not isinstance(count, int | np.integer):
+                raise ValueError(f"{name} is {shown(count)}, must be an integer")
+            if count < 1:
                 raise ValueError(f"{name} is {count}, must be at least 1")
         for name in ("subcritical", "density"):
             if (share := locals()[name]) is not None and not 0 < share <= 1:
                 raise ValueError(f"{name} is {share}, must be above 0 and at most 1")
         if not concentration > 0:
             raise ValueError(f"concentration is {concentration}, must be positive")
+        _refuse_size(nonterminals, preterminals, vocabulary)
         seed = key if isinstance(key, int) else np.asarray(jax.random.bits(key, (4,))).tolist()
         draw = np.random.default_rng(seed)
         n, p, v = nonterminals, preterminals, vocabulary
@@ -494,6 +560,18 @@ class Grammar:
         return (
             f"Grammar({len(self.nonterminals)} nonterminals, {len(self.preterminals)} "
             f"pre-terminals, {len(self.vocabulary)} words)"
+        )
+
+
+def _refuse_size(nonterminals: int, preterminals: int, vocabulary: int) -> None:
+    """Raise GrammarError for arrays of a grammar that would fill the memory."""
+    symbols = nonterminals + preterminals
+    size = 8 * (nonterminals * symbols**2 + preterminals * vocabulary)
+    if size > MAX_BYTES:
+        raise GrammarError(
+            f"{nonterminals} nonterminals and {preterminals} pre-terminals take "
+            f"{size / 2**30:.3g} GiB as arrays of rules and of {vocabulary} words, must take at "
+            f"most {MAX_BYTES / 2**30:.3g} GiB (clean=True, longest=2 keeps short rules alone)"
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from synthetic.saved import RunError, atomic
+from synthetic.text_files import TextError, parse_json, parse_json_text, read_text, split_lines
 
 FORMAT = "orrery-run"
 VERSION = 1
@@ -99,7 +100,7 @@ class RunDirectory:
         """
         file = self.config
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_bytes())
         except FileNotFoundError:
             raise RunError(f"{file}: missing, so this is no run") from None
         except OSError as error:
@@ -134,13 +135,13 @@ class RunDirectory:
         if not self.metrics.exists():
             return []
         try:
-            lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise RunError(f"{self.metrics}: no text: {error.reason}") from error
+            lines = split_lines(read_text(self.metrics))
+        except TextError as error:
+            raise RunError(str(error)) from error
         records = []
         for number, line in enumerate(lines[:-1], start=1):
             try:
-                record = json.loads(line)
+                record = parse_json_text(line)
                 step = record["step"]
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(f"{self.metrics}: line {number}: no record of a step") from error

@@ -23,6 +23,7 @@ from synthetic import chart
 from synthetic.grammar import Grammar
 from synthetic.sentences import sample
 from synthetic.task import Batch, Outcome
+from synthetic.text_files import TextError, decode
 
 UNITS = ("characters", "bytes")
 
@@ -56,20 +57,23 @@ class Corpus:
 
     @classmethod
     def from_file(cls, path: str | PathLike[str], unit: str = "characters") -> Corpus:
-        """The characters of a file in UTF-8, or the bytes of any file; those that occur, in order.
+        """The characters of a text file, or the bytes of any file; those that occur, in order.
+
+        Args:
+            path: of a file in UTF-8 or, with its byte-order mark, UTF-16 (`text_files.decode`); the
+                mark is no character of the text, and line ends stay as they are.
+            unit: "characters" or "bytes".
 
         Raises:
-            ValueError: the unit is another, or the file cannot be read, is empty or is not UTF-8.
+            ValueError: the unit is another, or the file cannot be read, is empty or is no text.
         """
         if unit not in UNITS:
             raise ValueError(f"unit is {unit!r}, must be one of {UNITS}")
         try:
             raw = Path(path).read_bytes()
-            text = raw.decode("utf-8" if unit == "characters" else "latin-1")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"path={str(path)!r}: byte {error.start} is not UTF-8; unit='bytes' takes any file"
-            ) from error
+            text = decode(raw) if unit == "characters" else raw.decode("latin-1")
+        except TextError as error:
+            raise ValueError(f"path={str(path)!r}: {error}; unit='bytes' takes any file") from error
         except OSError as error:
             raise ValueError(f"path={str(path)!r}: {error.strerror or error}") from error
         if not text:
@@ -210,6 +214,10 @@ def text_entropy(
 
     with the sum by inside-outside, the expectations over drawn sentences. No predictor has a lower
     loss, whatever it knows; one that sees the sentence from its beginning can reach it.
+
+    Raises:
+        ValueError: the grammar is supercritical, so that its sentences have no distribution (those
+            of a critical one have, given `max_length`); as `sentences.sample`.
     """
     drawn = sample(grammar, key, sentences, max_length)
     kept = float(np.log(grammar.length_probabilities(max_length).sum()))

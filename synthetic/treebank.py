@@ -8,7 +8,9 @@
 
 The terminals of an induced grammar are part-of-speech tags: a pre-terminal is a chain that ends in
 a tag, and emits that tag with probability 1 (`NP+PRP` and `PRP` both emit `PRP`). Trees are
-`nltk.Tree`, whose words sit one each under a tag; no function changes the tree it is given.
+`nltk.Tree` of any depth, whose words sit one each under a tag; no function changes the tree it is
+given. A label or a word is a string of one character or more, without NUL; the outermost bracket
+of a tree that is not `clean` yet may have an empty label.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from nltk.tree import Tree
 
 from synthetic.charts.sparse import RuleList
 from synthetic.grammar import Grammar
+from synthetic.text_files import TextError, line_number, read_text
+from synthetic.trees import TreebankError, check, fold, is_tag, tag_nodes, unfold
 
 Direction = Literal["right", "left"]
 
@@ -36,16 +40,12 @@ CHAIN, PARENT, INTERMEDIATE = "+", "^", "@"
 """Marks in the names of symbols: `S+VP` a unary chain, `NP^S` a parent, `@NP|DT` made here."""
 
 
-class TreebankError(ValueError):
-    """Brackets that are not trees, or labels that cannot be told from our marks."""
-
-
 def read_brackets(*paths: str | Path) -> list[Tree]:
     """The trees of files, and of all `*.mrg` files in folders by name, in that order.
 
     Raises:
-        TreebankError: the brackets are malformed (the message names file and line), or a folder
-            holds no such file.
+        TreebankError: the brackets are malformed (the message names file and line), a file is no
+            text (`text_files.decode`), or a folder holds no such file.
         OSError: a file cannot be read.
     """
     trees = []
@@ -54,24 +54,31 @@ def read_brackets(*paths: str | Path) -> list[Tree]:
         if not files:
             raise TreebankError(f"{path} holds no file *.mrg")
         for file in files:
-            trees += parse_brackets(file.read_text("utf-8", errors="replace"), str(file))
+            try:
+                text = read_text(file)
+            except TextError as error:
+                raise TreebankError(str(error)) from None
+            trees += parse_brackets(text, str(file))
     return trees
 
 
 def parse_brackets(text: str, source: str = "text") -> list[Tree]:
     """Trees in Penn format; the outermost bracket of each may have an empty label.
 
+    Labels and words end at brackets and at white space of ASCII: a no-break space, U+0085 or
+    U+2028 is part of a word.
+
     Raises:
         TreebankError: the brackets are malformed; the message names `source` and the line.
     """
 
     def wrong(position: int, what: str) -> TreebankError:
-        return TreebankError(f"{source}:{text.count(chr(10), 0, position) + 1}: {what}")
+        return TreebankError(f"{source}:{line_number(text, position)}: {what}")
 
     trees: list[Tree] = []
     still_open: list[tuple[Tree, int]] = []
     label_may_follow = False
-    for match in re.finditer(r"[()]|[^\s()]+", text):
+    for match in re.finditer(r"(?a)[()]|[^\s()]+", text):
         token, position = match.group(), match.start()
         if token == "(":
             if label_may_follow and len(still_open) > 1:
@@ -101,14 +108,10 @@ def parse_brackets(text: str, source: str = "text") -> list[Tree]:
     return trees
 
 
-def is_tag(tree: Tree) -> bool:
-    """Whether the node is a tag over its word."""
-    return len(tree) == 1 and isinstance(tree[0], str)
-
-
 def tagged(tree: Tree) -> list[tuple[str, str]]:
     """The words of a clean tree with their tags; the tag ends the chain in a collapsed tree."""
-    return [(word, tag.rsplit(CHAIN, 1)[-1]) for word, tag in tree.pos()]
+    check(tree)
+    return [(str(node[0]), node.label().rsplit(CHAIN, 1)[-1]) for node in tag_nodes(tree)]
 
 
 def clean(tree: Tree) -> Tree | None:
@@ -117,16 +120,22 @@ def clean(tree: Tree) -> Tree | None:
     Nodes `-NONE-` go, and nodes that this empties. Labels are cut at the first `-` or `=` (`NP-SBJ`
     gives `NP`, `-LRB-` stays). A node over one node of its own label goes. The top bracket goes if
     it holds one tree and is called `TOP` otherwise.
+
+    Raises:
+        TreebankError: a node below the top has no label, a node is empty or holds words and nodes.
     """
-    if is_tag(tree):
-        return None if tree.label() == "-NONE-" else Tree(_bare(tree.label()), [tree[0]])
-    children = [kept for child in tree if (kept := clean(child)) is not None]
-    if not children:
-        return None
-    label = "TOP" if tree.label() in TOPS else _bare(tree.label())
-    if len(children) == 1 and label in ("TOP", children[0].label()):
-        return children[0]
-    return Tree(label, children)
+    check(tree, top=True)
+
+    def kept(node: Tree, children: list[Tree | str | None]) -> Tree | None:
+        if is_tag(node):
+            return None if node.label() == "-NONE-" else Tree(_bare(node.label()), children)
+        left = [child for child in children if isinstance(child, Tree)]
+        label = "TOP" if node.label() in TOPS else _bare(node.label())
+        if len(left) == 1 and label in ("TOP", left[0].label()):
+            return left[0]
+        return Tree(label, left) if left else None
+
+    return fold(tree, kept)
 
 
 def _bare(label: str) -> str:
@@ -140,24 +149,28 @@ def collapse(tree: Tree) -> Tree:
     Raises:
         TreebankError: a label holds `+` or `^`, or starts with `@`.
     """
-    labels, children = [tree.label()], list(tree)
-    while len(children) == 1 and isinstance(children[0], Tree):
-        labels.append(children[0].label())
-        children = list(children[0])
-    for label in labels:
-        if CHAIN in label or PARENT in label or label.startswith(INTERMEDIATE):
-            raise TreebankError(f"label {label!r}: +, ^ and a leading @ are marks of ours")
-    words = isinstance(children[0], str)
-    return Tree(CHAIN.join(labels), children if words else [collapse(c) for c in children])
+    check(tree)
+    return _collapse(tree)
+
+
+def _collapse(tree: Tree) -> Tree:
+    def one(node: Tree) -> tuple[list[str], list[Tree | str]]:
+        labels = [node.label()]
+        while len(node) == 1 and isinstance(node[0], Tree):
+            node = cast(Tree, node[0])
+            labels.append(node.label())
+        for label in labels:
+            if CHAIN in label or PARENT in label or label.startswith(INTERMEDIATE):
+                raise TreebankError(f"label {label!r}: +, ^ and a leading @ are marks of ours")
+        return [CHAIN.join(labels)], list(node)
+
+    return unfold(tree, one)[0]
 
 
 def expand(tree: Tree) -> Tree:
     """The tree that `collapse` was given."""
-    *above, label = tree.label().split(CHAIN)
-    out = Tree(label, list(tree) if is_tag(tree) else [expand(child) for child in tree])
-    for label in reversed(above):
-        out = Tree(label, [out])
-    return out
+    check(tree)
+    return unfold(tree, lambda node: (node.label().split(CHAIN), node))[0]
 
 
 def binarise(tree: Tree, h: int | None = 0, v: int = 1, direction: Direction = "right") -> Tree:
@@ -176,51 +189,64 @@ def binarise(tree: Tree, h: int | None = 0, v: int = 1, direction: Direction = "
         ValueError: `h` is negative, `v` is not positive, or `direction` is another.
         TreebankError: a node has one child; `collapse` first.
     """
+    _refuse_settings(h, v, direction)
+    check(tree)
+    return _binarise(tree, h, v, direction)
+
+
+def _binarise(tree: Tree, h: int | None, v: int, direction: Direction) -> Tree:
+    top = Tree(tree.label(), [])
+    waiting: list[tuple[Tree, Tree, tuple[str, ...]]] = [(tree, top, ())]
+    while waiting:
+        node, made, ancestors = waiting.pop()
+        if is_tag(node):
+            made.append(node[0])
+            continue
+        if len(node) == 1:
+            raise TreebankError(
+                f"{node.label()!r} has one child, must have two or more: collapse it"
+            )
+        label = node.label().rsplit(CHAIN, 1)[-1]
+        intermediate = INTERMEDIATE + PARENT.join((label, *ancestors))
+        above = (label, *ancestors)[: v - 1]
+        children = []
+        for child in node:
+            name = child.label() if is_tag(child) else PARENT.join((child.label(), *above))
+            children.append(Tree(name, []))
+            waiting.append((child, children[-1], above))
+        siblings = [child.label() for child in node]
+        if direction == "left":
+            siblings, children = siblings[::-1], children[::-1]
+        # From the innermost pair outwards; node n has generated the first n siblings.
+        rest = children[-1]
+        for n in reversed(range(len(children) - 1)):
+            memory = siblings[:n] if h is None else siblings[max(n - h, 0) : n]
+            name = intermediate + "|" * bool(memory) + "_".join(memory)
+            pair = [children[n], rest]
+            rest = Tree(name, []) if n else made
+            rest.extend(pair if direction == "right" else pair[::-1])
+    return top
+
+
+def _refuse_settings(h: int | None, v: int, direction: str) -> None:
     if (h is not None and h < 0) or v < 1 or direction not in ("right", "left"):
         raise ValueError(
             f"h={h}, v={v}, direction={direction!r}: must be h >= 0 or None, v >= 1, "
             "'right' or 'left'"
         )
-    return _binarise(tree, h, v, direction, ())
-
-
-def _binarise(
-    tree: Tree, h: int | None, v: int, direction: Direction, ancestors: tuple[str, ...]
-) -> Tree:
-    if is_tag(tree):
-        return Tree(tree.label(), list(tree))
-    if len(tree) == 1:
-        raise TreebankError(f"{tree.label()!r} has one child, must have two or more: collapse it")
-    label = tree.label().rsplit(CHAIN, 1)[-1]
-    name = PARENT.join((tree.label(), *ancestors))
-    intermediate = INTERMEDIATE + PARENT.join((label, *ancestors))
-    ancestors = (label, *ancestors)[: v - 1]
-    siblings = [child.label() for child in tree]
-    children = [_binarise(child, h, v, direction, ancestors) for child in tree]
-    if direction == "left":
-        siblings, children = siblings[::-1], children[::-1]
-    # From the innermost pair outwards; node n has generated the first n siblings.
-    rest = children[-1]
-    for n in reversed(range(len(children) - 1)):
-        memory = siblings[:n] if h is None else siblings[max(n - h, 0) : n]
-        made = intermediate + "|" * bool(memory) + "_".join(memory)
-        pair = [children[n], rest]
-        rest = Tree(made if n else name, pair if direction == "right" else pair[::-1])
-    return rest
 
 
 def unbinarise(tree: Tree) -> Tree:
     """The tree that `binarise` was given, for any settings of it."""
-    if is_tag(tree):
-        return Tree(tree.label(), list(tree))
-    children, waiting = [], list(reversed(tree))
-    while waiting:
-        child = waiting.pop()
-        if child.label().startswith(INTERMEDIATE):
-            waiting.extend(reversed(child))
-        else:
-            children.append(unbinarise(child))
-    return Tree(tree.label().split(PARENT)[0], children)
+    check(tree)
+
+    def one(node: Tree) -> tuple[list[str], Tree]:
+        if is_tag(node):
+            return [node.label()], node
+        made = node is not tree and node.label().startswith(INTERMEDIATE)
+        return [] if made else [node.label().split(PARENT)[0]], node
+
+    return unfold(tree, one)[0]
 
 
 def chain(symbol: str) -> tuple[str, ...]:
@@ -285,18 +311,23 @@ class Induced:
 
 
 def induce(
-    trees: Iterable[Tree], h: int | None = 0, v: int = 1, direction: Direction = "right"
+    trees: Iterable[Any], h: int | None = 0, v: int = 1, direction: Direction = "right"
 ) -> Induced:
     """The grammar of clean trees: collapsed, binarised, counted; no smoothing.
 
     Raises:
         ValueError: there is no tree, or none with two words; or as in `binarise`.
-        TreebankError: as in `collapse`.
+        TreebankError: a tree is none (None of `clean`, a node without children, a label or word
+            that is empty); as in `collapse`.
     """
+    if isinstance(trees, Tree):
+        raise TreebankError("trees is one Tree, must be a list of them")
+    _refuse_settings(h, v, direction)
     counts, rules, roots, tags = Counter(), Counter(), Counter(), Counter()
     leaves: set[str] = set()
-    for tree in trees:
-        nodes = [binarise(collapse(tree), h, v, direction)]
+    for number, tree in enumerate(trees):
+        check(tree, f"tree {number}")
+        nodes = [_binarise(_collapse(tree), h, v, direction)]
         roots[nodes[0].label()] += 1
         while nodes:
             node = nodes.pop()

@@ -64,6 +64,23 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocabulary": ["a", "a"]}, "vocabulary: 'a' is there twice"),
+        ({"root": {"A": 10**400}}, "'root' .* is too large for a float"),
+        ({"emission": {"A": {"": 1}}}, "'' is in a rule but is no symbol or word"),
+    ],
+    ids=["repeated word", "large integer", "empty word"],
+)
+def test_grammars_that_are_none(capsys: Any, change: dict[str, Any], message: str) -> None:
+    grammar = {"vocabulary": ["a"], "root": {"A": 1}, "rules": {}, "emission": {"A": {"a": 1}}}
+    said = complaint(
+        capsys, ["verify", "inside-outside", "--set", f"grammar={json.dumps(grammar | change)}"]
+    )
+    assert re.search(message, said)
+
+
 @pytest.mark.parametrize(("setting", "message"), SETTINGS, ids=[s for s, _ in SETTINGS])
 def test_settings(setting: str, message: str, capsys: Any) -> None:
     assert re.search(message, complaint(capsys, ["verify", NAME, "--set", setting]))

@@ -27,6 +27,7 @@ from constructions.tint.auxiliary import DecoderShape, check_auxiliary, decoder,
 from constructions.tint.formats import FORMATS, Format
 from constructions.transformer import Transformer
 from synthetic.saved import RunError, atomic, parse_arrays
+from synthetic.text_files import parse_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -186,7 +187,7 @@ def _read(file: Path) -> Iterator[tuple[str, tuple[Path, np.ndarray]]]:
 def _json(file: Path) -> dict[str, Any]:
     """An object in a JSON file."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_bytes())
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Trees out of charts: the most probable (Viterbi), and that of most expected spans (MBR)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from nltk import Tree
 
 from synthetic.grammar import Grammar, Weights
+from synthetic.trees import unfold
 
 
 class Viterbi(NamedTuple):
@@ -162,16 +163,15 @@ def viterbi_trees(grammar: Grammar, found: Viterbi, lengths: ArrayLike) -> list[
     log_prob, top, left, right, split, word = (np.asarray(a) for a in found)
     count, names = len(grammar.nonterminals), grammar.symbols
 
-    def grow(b: int, i: int, j: int, symbol: int) -> Tree:
+    def one(seed: tuple[int, int, int, int]) -> tuple[list[str], list[Any]]:
+        b, i, j, symbol = seed
         if i == j:
-            spoken = grammar.vocabulary[word[b, i, symbol - count]]
-            return Tree(names[symbol], [spoken])
+            return [names[symbol]], [grammar.vocabulary[word[b, i, symbol - count]]]
         k, first, second = (int(a[b, i, j, symbol]) for a in (split, left, right))
-        children = grow(b, i, k, first), grow(b, k + 1, j, second)
-        return Tree(names[symbol], list(children))
+        return [names[symbol]], [(b, i, k, first), (b, k + 1, j, second)]
 
     return [
-        grow(b, 0, int(n) - 1, int(top[b])) if log_prob[b] > -np.inf else None
+        unfold((b, 0, int(n) - 1, int(top[b])), one)[0] if log_prob[b] > -np.inf else None
         for b, n in enumerate(np.asarray(lengths))
     ]
 
@@ -186,19 +186,17 @@ def labelled_recall_trees(
     _, label, split, tag = (np.asarray(a) for a in found)
     words = np.asarray(tokens)
 
-    def grow(b: int, i: int, j: int) -> list[Tree]:
+    def one(seed: tuple[int, int, int]) -> tuple[list[str], list[Any]]:
+        b, i, j = seed
         if i == j:
-            name = grammar.preterminals[tag[b, i]]
-            return [Tree(name, [grammar.vocabulary[words[b, i]]])]
-        k = int(split[b, i, j])
-        children = grow(b, i, k) + grow(b, k + 1, j)
-        if label[b, i, j] < 0:
-            return children
-        return [Tree(grammar.nonterminals[label[b, i, j]], children)]
+            return [grammar.preterminals[tag[b, i]]], [grammar.vocabulary[words[b, i]]]
+        k, own = int(split[b, i, j]), int(label[b, i, j])
+        labels = [] if own < 0 else [grammar.nonterminals[own]]
+        return labels, [(b, i, k), (b, k + 1, j)]
 
     trees = []
     for b, n in enumerate(np.asarray(lengths)):
-        parts = grow(b, 0, int(n) - 1)
+        parts = unfold((b, 0, int(n) - 1), one)
         trees.append(parts[0] if len(parts) == 1 else Tree("", parts))
     return trees
 

@@ -12,12 +12,14 @@ and the marginals are a b.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from nltk.tree import Tree
 
 from synthetic.grammar import Grammar
+from synthetic.productions import encoded
+from synthetic.trees import unfold
 
 Words = Sequence[int] | np.ndarray
 """Numbers of words in the vocabulary, one or more."""
@@ -59,15 +61,11 @@ class RuleList(NamedTuple):
         rules[self.parent, self.left, self.right] = self.probability
         return Grammar(*self[:3], root=self.root, rules=rules, emission=self.emission)
 
-    def encode(self, sentence: Sequence[str]) -> list[int]:
+    def encode(self, sentence: Sequence[Any]) -> list[int]:
         """Words as numbers; ValueError if there is none, or one not in the vocabulary."""
-        if not len(sentence):
+        if isinstance(sentence, Sequence) and not len(sentence):
             raise ValueError("the sentence is empty, must have a word")
-        index = {word: n for n, word in enumerate(self.vocabulary)}
-        for word in sentence:
-            if word not in index:
-                raise ValueError(f"{word!r} is not in the vocabulary")
-        return [index[word] for word in sentence]
+        return encoded(sentence, {word: n for n, word in enumerate(self.vocabulary)})
 
 
 class Marginals(NamedTuple):
@@ -154,14 +152,15 @@ def viterbi(rules: RuleList, words: Words) -> tuple[float, Tree | None]:
         left, right = best[i, i:j][:, rules.left[used]], best[i + 1 : j + 1, j]
         return left + right[:, rules.right[used]] + rule[used]
 
-    def grow(i: int, j: int, symbol: int) -> Tree:
+    def one(seed: tuple[int, int, int]) -> tuple[list[str], list[Any]]:
+        i, j, symbol = seed
         if i == j:
-            return Tree(names[symbol], [rules.vocabulary[words[i]]])
+            return [names[symbol]], [rules.vocabulary[words[i]]]
         own = np.flatnonzero(rules.parent == symbol)
         found = ways(i, j, own)
         split, r = divmod(int(found.argmax()), len(own))
         k, left, right = i + split, int(rules.left[own[r]]), int(rules.right[own[r]])
-        return Tree(names[symbol], [grow(i, k, left), grow(k + 1, j, right)])
+        return [names[symbol]], [(i, k, left), (k + 1, j, right)]
 
     for t, word in enumerate(words):
         best[t, t, inner:] = emission[:, word]
@@ -170,4 +169,4 @@ def viterbi(rules: RuleList, words: Words) -> tuple[float, Tree | None]:
     tops = root + best[0, -1]
     top = int(tops.argmax())
     log_prob = float(tops[top])
-    return log_prob, grow(0, n - 1, top) if log_prob > -np.inf else None
+    return log_prob, unfold((0, n - 1, top), one)[0] if log_prob > -np.inf else None

@@ -8,7 +8,7 @@ import nltk
 import numpy as np
 import pytest
 
-from synthetic.grammar import Grammar
+from synthetic.grammar import Grammar, SupercriticalWarning
 from synthetic.grammars import named
 from synthetic.task import Batch, Task
 from synthetic.text import Corpus, TextTask, cross_entropy, text_entropy
@@ -28,6 +28,17 @@ def test_from_file(tmp_path):
     assert corpus.vocabulary == ("\n", "a", "b", "c", "h", "é")
     assert "".join(corpus.vocabulary[n] for n in corpus.tokens) == "aché\nab"
     raw = Corpus.from_file(str(path), unit="bytes")
+    assert bytes(ord(raw.vocabulary[n]) for n in raw.tokens) == path.read_bytes()
+
+
+@pytest.mark.parametrize("mark, encoding", [("\ufeff", "utf-8"), ("", "utf-16")])
+def test_a_byte_order_mark_is_no_character(tmp_path, mark, encoding):
+    path = tmp_path / "text.txt"
+    path.write_bytes((mark + "é\r\na").encode(encoding))
+    corpus = Corpus.from_file(path)
+    assert "".join(corpus.vocabulary[n] for n in corpus.tokens) == "é\r\na"
+    assert corpus.vocabulary == ("\n", "\r", "a", "é")
+    raw = Corpus.from_file(path, unit="bytes")
     assert bytes(ord(raw.vocabulary[n]) for n in raw.tokens) == path.read_bytes()
 
 
@@ -161,3 +172,10 @@ def test_entropy_is_that_of_the_sentences_written_out(x64):
     found, error = text_entropy(Grammar.from_text(CHAIN), jax.random.key(0), 20_000, 5)
     assert 0 < error < 0.01
     assert abs(found - nats / tokens) < 4 * error
+
+
+def test_entropy_of_a_grammar_without_a_distribution_is_refused():
+    with pytest.warns(SupercriticalWarning):
+        endless = Grammar.from_text("S -> S S [0.6] | 'a' [0.4]")
+    with pytest.raises(ValueError, match="cannot sample from Grammar.*spectral radius.* is 1.2"):
+        text_entropy(endless, jax.random.key(0), 10)

@@ -55,6 +55,22 @@ def test_brackets_are_read_as_nltk_reads_them(tmp_path):
     assert treebank.read_brackets(str(tmp_path / "b.mrg"), tmp_path / "a.mrg")[:-1] == found
 
 
+@pytest.mark.parametrize("mark, encoding", [("", "utf-8"), ("\ufeff", "utf-8"), ("", "utf-16")])
+def test_words_are_those_of_the_file(tmp_path, mark, encoding):
+    """A no-break space and what other readers take for line ends are parts of words."""
+    path = tmp_path / "a.mrg"
+    words = ["né", "10\xa0000", "a\x85b", "a\u2028b"]
+    text = "(S\r\n" + " ".join(f"(X {word})" for word in words) + ")\r(S (X"
+    path.write_bytes((mark + text).encode(encoding))
+    with pytest.raises(TreebankError, match=r"a\.mrg:3: a bracket that is never closed"):
+        treebank.read_brackets(path)
+    path.write_bytes((mark + text + " y))").encode(encoding))
+    assert [tree.leaves() for tree in treebank.read_brackets(path)] == [words, ["y"]]
+    path.write_bytes("(S (X né) (X ne))".encode("latin-1"))
+    with pytest.raises(TreebankError, match=r"a\.mrg: .* byte 7 is not UTF-8"):
+        treebank.read_brackets(path)
+
+
 @pytest.mark.parametrize(
     ("text", "line", "said"),
     [
