@@ -91,7 +91,7 @@ def fit_family(
         seed, seeds: one seed (0 if neither is given), or several that are fitted at once.
         mesh, progress: as in `synthetic.train.fit`.
         resume: continue the run in `out`. What is left out is then what the run was started with.
-        overwrite: replace the run in `out`.
+        overwrite: replace the run in `out`, once the new one has ended.
         **overrides: fields of the recipe.
 
     Raises:
@@ -105,21 +105,20 @@ def fit_family(
     if resume:
         if out is None:
             raise ValueError("out=None: resume=True needs a run directory")
-        old = _read_config(RunDirectory(out), everywhere=True)
+        begun = RunDirectory(out).resumable
+        old = _read_config(begun, everywhere=True)
         if old["family"] != name:
-            raise RunError(
-                f"{RunDirectory(out).config}: family: {old['family']!r}, asked for {name!r}"
-            )
+            raise RunError(f"{begun.config}: family: {old['family']!r}, asked for {name!r}")
         for key, value in plain_settings(name, given).items():
             if key in old["settings"] and old["settings"][key] != value:
                 raise RunError(
-                    f"{RunDirectory(out).config}: settings.{key}: {old['settings'][key]!r} in the "
+                    f"{begun.config}: settings.{key}: {old['settings'][key]!r} in the "
                     f"run, {value!r} asked; a resumed fit keeps its settings"
                 )
         settings = {**old["settings"], **given}
         if seed is None and seeds is None:
             seed, seeds = old.get("seed"), old.get("seeds")
-        base = _recipe(RunDirectory(out), old)
+        base = _recipe(begun, old)
     else:
         settings = {**family_of(name).example(), **given}
         base = None
@@ -164,7 +163,10 @@ def load_run(path: str | PathLike[str]) -> Run:
     run = RunDirectory(path)
     config, construction, counterpart = _rebuild(run)
     if not run.model.exists():
-        raise RunError(f"{run.model}: missing: the fit has not ended; resume it")
+        raise RunError(
+            f"{run.model}: missing: the fit has not ended; "
+            f"`orrery fit {config['family']} --out {run.path} --resume` ends it"
+        )
     arrays, _ = load_state(run.model)
     return Run(
         family=config["family"],
@@ -211,7 +213,7 @@ def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transfo
     if not run.checkpoints.is_dir():
         return []
     found = []
-    with Checkpoints(run.checkpoints) as checkpoints:
+    with Checkpoints(run.checkpoints, writes=False) as checkpoints:
         for step in checkpoints.steps():
             arrays = checkpoints.read(step)
             if arrays is None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,6 +191,7 @@ def _is_flat(model: Mapping[str, Any]) -> bool:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary file next to `path` that replaces it once the block has ended."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # it may be a link to somewhere else
     try:
         yield partial
         with partial.open("rb") as file:
@@ -197,3 +199,24 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Whether a file or directory can be made at `path`, or written where it exists.
+
+    Its nearest existing directory is tried: what permissions say is not all that can stand in the
+    way (a read-only file system, a full one, a folder of the kernel's).
+
+    Raises:
+        RunError: it cannot; one line with the path and why.
+    """
+    folder = Path(os.path.abspath(path))
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        if path.is_file():
+            folder = path.parent
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as file:
+            file.write(b" ")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
