@@ -31,7 +31,7 @@ from synthetic import devices
 from synthetic.checkpoints import Checkpoints
 from synthetic.recipe import Recipe
 from synthetic.runs import RunDirectory
-from synthetic.saved import RunError, check_arrays, load_state, named, unnamed
+from synthetic.saved import RunError, check_arrays, check_numbers, load_state, named, unnamed
 from synthetic.step import seed_keys
 
 KIND = "fit"
@@ -299,6 +299,7 @@ def _models(
         lead = () if stacked is None else (stacked,)
         wanted = {n: jax.ShapeDtypeStruct((*lead, *a.shape), a.dtype) for n, a in shapes.items()}
         check_arrays(arrays, wanted, path)
+        check_numbers(arrays, path)
 
         def model(index: int) -> Any:
             own = {n: jnp.asarray(a if stacked is None else a[index]) for n, a in arrays.items()}

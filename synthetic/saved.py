@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,19 +136,8 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dic
     Raises:
         RunError: a missing, truncated or foreign file or one of another version.
     """
-    from safetensors import SafetensorError
-
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        arrays = parse_arrays(data)
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise RunError(f"{path}: truncated or no safetensors file: {error}") from error
+    arrays, header = read_safetensors(path)
     if header.get("format") != MODEL_FORMAT:
         raise RunError(f"{path}: format: {header.get('format')!r}, expected {MODEL_FORMAT!r}")
     if header.get("version") != str(MODEL_VERSION):
@@ -160,15 +149,82 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dic
     return arrays, config
 
 
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of any safetensors file by name, and what its header says beside them.
+
+    Raises:
+        RunError: the file is missing, truncated, foreign, or larger than the memory that is free;
+            one line names it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            free = free_memory()
+            if free is not None and 2 * size > free:  # the file, and the arrays copied out of it
+                raise RunError(
+                    f"{path}: {size / 2**30:.1f} GiB, and reading takes twice as much: more than "
+                    f"the {free / 2**30:.1f} GiB of memory that are free"
+                )
+            data = file.read()
+        arrays = parse_arrays(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from error
+    except MemoryError:
+        raise RunError(f"{path}: larger than the memory that is free") from None
+    except KeyError as error:  # the name of a dtype that has no counterpart
+        raise RunError(
+            f"{path}: an array of dtype {error}, must be a float of 16 to 64 bits, or integers"
+        ) from error
+    except RunError:
+        raise
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: truncated or no safetensors file: {error}") from error
+    return arrays, header
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still take, None where the system does not say."""
+    found = []
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    with suppress(OSError, ValueError):  # "max" where a container has no limit
+        limits = Path("/sys/fs/cgroup")
+        found.append(
+            int((limits / "memory.max").read_text()) - int((limits / "memory.current").read_text())
+        )
+    return min(found, default=None)
+
+
+def check_numbers(arrays: Mapping[str, Any], where: Any) -> None:
+    """Refuses weights that no fit leaves behind.
+
+    Raises:
+        RunError: an array holds NaN or infinite numbers; the line names it.
+    """
+    for name, array in arrays.items():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
+            bad = int(np.size(array) - np.isfinite(array).sum())
+            raise RunError(
+                f"{where}: {name}: {bad} of {np.size(array)} numbers are NaN or infinite"
+            )
+
+
 def load_model(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
     """The model of `save_model`'s file, built on the structure of `model`, which is not changed.
 
     Raises:
-        RunError: as `load_state`, or where a name, shape or dtype differs from the model's.
+        RunError: as `load_state`, or where a name, shape or dtype differs from the model's, or a
+            number is not finite.
     """
     arrays, _ = load_state(path)
     graphdef, state = nnx.split(model)
     check_arrays(arrays, named(state), path)
+    check_numbers(arrays, path)
     exact = {name: jnp.asarray(array, array.dtype) for name, array in arrays.items()}
     return nnx.merge(graphdef, unnamed(exact, state))
 
