@@ -29,9 +29,10 @@ from constructions.settings import construct_exactly, family_of, plain_settings
 from constructions.transformer import Transformer
 from synthetic import devices
 from synthetic.checkpoints import Checkpoints
+from synthetic.files import RunError
 from synthetic.recipe import Recipe
 from synthetic.runs import RunDirectory
-from synthetic.saved import RunError, check_arrays, check_numbers, load_state, named, unnamed
+from synthetic.saved import check_arrays, check_numbers, load_state, named, unnamed
 from synthetic.step import seed_keys
 
 KIND = "fit"

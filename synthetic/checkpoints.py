@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from synthetic.files import RunError, atomic
 from synthetic.runs import RunDirectory
-from synthetic.saved import RunError, atomic, check_arrays, load_model, load_state, save_model
+from synthetic.saved import check_arrays, load_model, load_state, save_model
 
 __all__ = ["Checkpoints", "RunDirectory", "RunError", "load_model", "load_state", "save_model"]
 

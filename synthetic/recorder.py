@@ -9,9 +9,10 @@ import numpy as np
 
 from synthetic import devices
 from synthetic.checkpoints import Checkpoints
+from synthetic.files import RunError, check_writable
 from synthetic.recipe import Recipe
 from synthetic.runs import NEW, RunDirectory, first_difference
-from synthetic.saved import RunError, check_writable, parse_arrays, save_model
+from synthetic.saved import parse_arrays, save_model
 
 KIND = "fit"
 

@@ -14,13 +14,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synthetic.saved import RunError, atomic, check_writable
+from synthetic.files import RunError, atomic, check_writable, remove
 
 FORMAT = "orrery-run"
 VERSION = 1
@@ -107,7 +106,7 @@ class RunDirectory:
 
     def discard(self) -> None:
         """Removes a run that was to replace this one."""
-        _remove(self.path / NEW)
+        remove(self.path / NEW)
 
     def replace(self) -> None:
         """Puts the run that `create` gave, now that it is whole, in the place of the old one."""
@@ -125,10 +124,10 @@ class RunDirectory:
                 continue
             if os.path.lexists(old) and (new.is_dir() or old.is_dir()):
                 # No rename replaces a directory that holds anything.
-                _remove(whole / f"old-{name}")
+                remove(whole / f"old-{name}")
                 os.replace(old, whole / f"old-{name}")
             os.replace(new, old)
-        _remove(whole)
+        remove(whole)
 
     def check_contained(self) -> None:
         """Whether everything that a resumed fit writes to is inside this directory.
@@ -227,14 +226,6 @@ class RunDirectory:
         with atomic(self.metrics) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in records))
         return records
-
-
-def _remove(path: Path) -> None:
-    """Removes a file, a link or a directory, if it is there; what a link leads to is left alone."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:

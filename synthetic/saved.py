@@ -2,9 +2,7 @@
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from synthetic.files import RunError, atomic, free_memory
 
 MODEL_FORMAT = "orrery-model"
 MODEL_VERSION = 1
@@ -21,10 +21,6 @@ _DTYPES: dict[str, Any] = {
     **{f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in _BITS},
     "BOOL": np.bool_,
 }
-
-
-class RunError(ValueError):
-    """A saved model or run that cannot be used; one line names the file and the field."""
 
 
 def named(state: Any) -> dict[str, Any]:
@@ -186,20 +182,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     return arrays, header
 
 
-def free_memory() -> int | None:
-    """Bytes that this process can still take, None where the system does not say."""
-    found = []
-    with suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    with suppress(OSError, ValueError):  # "max" where a container has no limit
-        limits = Path("/sys/fs/cgroup")
-        found.append(
-            int((limits / "memory.max").read_text()) - int((limits / "memory.current").read_text())
-        )
-    return min(found, default=None)
-
-
 def check_numbers(arrays: Mapping[str, Any], where: Any) -> None:
     """Refuses weights that no fit leaves behind.
 
@@ -241,38 +223,3 @@ def parse_arrays(data: bytes) -> dict[str, np.ndarray]:
 
 def _is_flat(model: Mapping[str, Any]) -> bool:
     return not isinstance(model, nnx.State) and all(hasattr(x, "shape") for x in model.values())
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file next to `path` that replaces it once the block has ended."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # it may be a link to somewhere else
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Whether a file or directory can be made at `path`, or written where it exists.
-
-    Its nearest existing directory is tried: what permissions say is not all that can stand in the
-    way (a read-only file system, a full one, a folder of the kernel's).
-
-    Raises:
-        RunError: it cannot; one line with the path and why.
-    """
-    folder = Path(os.path.abspath(path))
-    try:
-        while not folder.exists():
-            folder = folder.parent
-        if path.is_file():
-            folder = path.parent
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as file:
-            file.write(b" ")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error

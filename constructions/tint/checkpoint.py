@@ -26,7 +26,8 @@ from jaxtyping import DTypeLike
 from constructions.tint.auxiliary import DecoderShape, check_auxiliary, decoder, with_parameters
 from constructions.tint.formats import FORMATS, Format
 from constructions.transformer import Transformer
-from synthetic.saved import RunError, atomic, check_numbers, read_safetensors
+from synthetic.files import RunError, atomic
+from synthetic.saved import check_numbers, read_safetensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
