@@ -186,6 +186,7 @@ def test_bad_meshes() -> None:
         ({"num_processes": 0, "process_id": 0}, "num_processes=0"),
         ({"num_processes": 2, "process_id": 0}, "needs host:port"),
         ({"coordinator": "localhost"}, "must be host:port"),
+        ({"coordinator": "localhost:65536"}, "must be host:port, with a port up to 65535"),
     ],
 )
 def test_bad_starts(arguments: dict[str, Any], message: str, monkeypatch: Any) -> None:
@@ -193,6 +194,10 @@ def test_bad_starts(arguments: dict[str, Any], message: str, monkeypatch: Any) -
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=message):
         devices.start(**arguments)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} cannot be opened: "):
+            devices.start(f"127.0.0.1:{port}", 1, 0)
     assert not devices.start()
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID='one'"):
