@@ -29,6 +29,7 @@ class Recorder:
     def __init__(self, run: RunDirectory | None, every: int, keep: int = 3) -> None:
         self._run = run  # as asked for
         self._target = run  # where it is written, which differs while a run is to be replaced
+        self._began = False  # by this process
         self._every = every
         self._keep = keep
         self._saved = 0
@@ -39,9 +40,10 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._close()
-        if kind is not None and issubclass(kind, Exception) and self._replacing:
+        failed = kind is not None and issubclass(kind, Exception)
+        if failed and self._replacing and self._began and self._run is not None:
             # It failed by itself. One that was interrupted, or killed, can be resumed.
-            self._run.discard()  # type: ignore[union-attr]
+            self._run.discard()
 
     @property
     def _replacing(self) -> bool:
@@ -94,6 +96,7 @@ class Recorder:
             if not resume:
                 new = run.create(overwrite=overwrite)
                 self._target = run if new == run else new
+                self._began = True
                 new.write_config(KIND, config)
                 self._checkpoints = Checkpoints(new.checkpoints, self._keep)
                 return b""

@@ -167,6 +167,8 @@ def test_an_overwrite_that_is_interrupted_can_be_resumed(run: RunDirectory) -> N
     assert {n: data for n, data in kept(run).items() if not n.startswith(NEW)} == before
     with pytest.raises(RunError, match=rf"seed: 1 in the run, 0 asked.*remove {run.path / NEW} to"):
         fit(linear, Line(), RECIPE, out=run.path, resume=True)
+    with pytest.raises(RunError, match="5 asked, but the run has reached step 10"):
+        fit(linear, Line(), RECIPE, seed=1, steps=5, out=run.path, resume=True)
     new = fit(linear, Line(), RECIPE, seed=1, out=run.path, resume=True)
     assert new.history == run.records() and run.read_config()["seed"] == 1
     whole = fit(linear, Line(), RECIPE, seed=1)
