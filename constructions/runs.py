@@ -29,9 +29,10 @@ from constructions.settings import construct_exactly, family_of, plain_settings
 from constructions.transformer import Transformer
 from synthetic import devices
 from synthetic.checkpoints import Checkpoints
+from synthetic.files import RunError
 from synthetic.recipe import Recipe
 from synthetic.runs import RunDirectory
-from synthetic.saved import RunError, check_arrays, load_state, named, unnamed
+from synthetic.saved import check_arrays, check_numbers, load_state, named, unnamed
 from synthetic.step import seed_keys
 
 KIND = "fit"
@@ -91,7 +92,7 @@ def fit_family(
         seed, seeds: one seed (0 if neither is given), or several that are fitted at once.
         mesh, progress: as in `synthetic.train.fit`.
         resume: continue the run in `out`. What is left out is then what the run was started with.
-        overwrite: replace the run in `out`.
+        overwrite: replace the run in `out`, once the new one has ended.
         **overrides: fields of the recipe.
 
     Raises:
@@ -105,21 +106,20 @@ def fit_family(
     if resume:
         if out is None:
             raise ValueError("out=None: resume=True needs a run directory")
-        old = _read_config(RunDirectory(out), everywhere=True)
+        begun = RunDirectory(out).resumable
+        old = _read_config(begun, everywhere=True)
         if old["family"] != name:
-            raise RunError(
-                f"{RunDirectory(out).config}: family: {old['family']!r}, asked for {name!r}"
-            )
+            raise RunError(f"{begun.config}: family: {old['family']!r}, asked for {name!r}")
         for key, value in plain_settings(name, given).items():
             if key in old["settings"] and old["settings"][key] != value:
                 raise RunError(
-                    f"{RunDirectory(out).config}: settings.{key}: {old['settings'][key]!r} in the "
+                    f"{begun.config}: settings.{key}: {old['settings'][key]!r} in the "
                     f"run, {value!r} asked; a resumed fit keeps its settings"
                 )
         settings = {**old["settings"], **given}
         if seed is None and seeds is None:
             seed, seeds = old.get("seed"), old.get("seeds")
-        base = _recipe(RunDirectory(out), old)
+        base = _recipe(begun, old)
     else:
         settings = {**family_of(name).example(), **given}
         base = None
@@ -164,7 +164,10 @@ def load_run(path: str | PathLike[str]) -> Run:
     run = RunDirectory(path)
     config, construction, counterpart = _rebuild(run)
     if not run.model.exists():
-        raise RunError(f"{run.model}: missing: the fit has not ended; resume it")
+        raise RunError(
+            f"{run.model}: missing: the fit has not ended; "
+            f"`orrery fit {config['family']} --out {run.path} --resume` ends it"
+        )
     arrays, _ = load_state(run.model)
     return Run(
         family=config["family"],
@@ -211,7 +214,7 @@ def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transfo
     if not run.checkpoints.is_dir():
         return []
     found = []
-    with Checkpoints(run.checkpoints) as checkpoints:
+    with Checkpoints(run.checkpoints, writes=False) as checkpoints:
         for step in checkpoints.steps():
             arrays = checkpoints.read(step)
             if arrays is None:
@@ -297,6 +300,7 @@ def _models(
         lead = () if stacked is None else (stacked,)
         wanted = {n: jax.ShapeDtypeStruct((*lead, *a.shape), a.dtype) for n, a in shapes.items()}
         check_arrays(arrays, wanted, path)
+        check_numbers(arrays, path)
 
         def model(index: int) -> Any:
             own = {n: jnp.asarray(a if stacked is None else a[index]) for n, a in arrays.items()}

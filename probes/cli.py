@@ -1,16 +1,22 @@
 """The `orrery` command. Each subcommand is a dataclass of its options with a `run`.
 
 Heavy modules are imported inside `run`, so that `--help` and mistakes in options answer at once.
-Exit status: 0 done; 1 a certificate failed or a fit broke down; 2 bad input, in one line on stderr.
+Exit status: 0 done; 1 a certificate failed or a fit broke down; 2 bad input, or a machine that
+cannot do it (no such back end, no memory, a full disk), in one line on stderr; 128 and the number
+of the signal where one ended it: 130 interrupted, 141 nobody reads the output, 143 terminated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +36,7 @@ from probes.options import (
     family_names,
     parse_settings,
     seed_list,
+    write_file,
     write_json,
 )
 
@@ -76,11 +83,12 @@ class Verify:
 
         check_free(self.json, self.overwrite)
         dtypes = ("float64", "float32") if self.dtype is None else (self.dtype,)
-        certificates = {
-            name: verify(construct(name, settings), dtypes=dtypes, seed=self.seed) for name in names
-        }
+        certificates = {}
+        for name in names:
+            certificate = verify(construct(name, settings), dtypes=dtypes, seed=self.seed)
+            tables.show_certificate(name, certificate)
+            certificates[name] = certificate
         write_json(self.json, {n: c.to_json() for n, c in certificates.items()}, self.overwrite)
-        tables.show_certificates(certificates)
         return OK if all(c.passed for c in certificates.values()) else FAILED
 
 
@@ -167,50 +175,122 @@ class Probe:
 
         check_free(self.json, self.overwrite)
         check_free(self.figure, self.overwrite)
+        if self.json is not None and self.json == self.figure:
+            raise ValueError(f"--json {self.json}: must be another file than --figure")
         result = tool(load_run(self.run_directory), self.seed)
         tables.show_result(result)
         write_json(self.json, result.to_json(), self.overwrite)
         if self.figure is not None:
-            self.figure.write_bytes(result.draw())
+            write_file(self.figure, result.draw())
         return OK
 
 
 COMMANDS = (List, Verify, Fit, Compare, Claims, Probe, Demo)
 
 
+class Stopped(BaseException):
+    """SIGTERM, as an exception, so that what was begun is cleared away."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    # A closed stream's number would be given to the next file that is opened.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    try:
+        with _terminable():
+            status = _run(list(sys.argv[1:] if argv is None else argv))
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt:
+        return _complain("interrupted", 128 + signal.SIGINT)
+    except Stopped:
+        return _complain("terminated", 128 + signal.SIGTERM)
+    except BrokenPipeError:
+        _close_output()
+        return 128 + signal.SIGPIPE
+    except ArithmeticError as error:
+        if not hasattr(error, "step"):
+            raise
+        return _complain(error, FAILED)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _close_output()
+        named = error.filename is not None and error.strerror is not None
+        what = f"{error.filename}: {error.strerror}" if named else error.strerror or error
+        return _complain(what, BAD_INPUT)
+    except ValueError as error:
+        return _complain(error, BAD_INPUT)
+    except MemoryError as error:
+        return _complain(f"out of memory: {error}" if str(error) else "out of memory", BAD_INPUT)
+    except RuntimeError as error:
+        # what a back end says: no such platform, no memory, no other process
+        ours = str(error).startswith(("process 0:", "Unable to initialize backend"))
+        if not ours and type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+            raise
+        return _complain(str(error).partition("\n")[0], BAD_INPUT)
+
+
+def _run(argv: list[str]) -> int:
+    if argv == ["--version"]:
+        print(f"orrery {installed_version()}")
+        return OK
     commands = {command.__name__.lower(): command for command in COMMANDS}
     said = io.StringIO()
-    about = "Hand-built transformers, their trained counterparts, and probes of both."
+    about = (
+        "Hand-built transformers, their trained counterparts, and probes of both. "
+        "--version says which this is."
+    )
     try:
         with contextlib.redirect_stderr(said):
             command = tyro.extras.subcommand_cli_from_dict(
                 commands,
                 prog="orrery",
                 description=about,
-                args=None if argv is None else list(argv),
+                args=argv,
                 config=(FlagCreatePairsOff,),
             )
     except SystemExit as stop:
         return _complain(_first_part(said.getvalue()), BAD_INPUT) if stop.code else OK
     try:
         return command.run()
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-    except ArithmeticError as error:
-        if not hasattr(error, "step"):
-            raise
-        return _complain(error, FAILED)
-    except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        return _complain(f"{error.filename}: {error.strerror}" if named else error, BAD_INPUT)
-    except ValueError as error:
-        return _complain(error, BAD_INPUT)
-    except RuntimeError as error:
-        if not str(error).startswith("process 0:"):
-            raise
-        return _complain(error, BAD_INPUT)
+    except SystemExit:  # rich's answer to a pipe that nobody reads
+        raise BrokenPipeError from None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raises `Stopped` on SIGTERM, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _close_output() -> None:
+    """Sends what is still to be written to nowhere, so that the end of the process is silent."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def installed_version() -> str:
+    """The version of the installed distribution."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("orrery-transformers")
+    except PackageNotFoundError:
+        return "of a source tree that is not installed"
 
 
 def _first_part(complaint: str) -> str:
@@ -223,7 +303,8 @@ def _first_part(complaint: str) -> str:
 
 
 def _complain(what: object, status: int) -> int:
-    print(f"orrery: {' '.join(str(what).split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(f"orrery: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
     return status
 
 

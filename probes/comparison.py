@@ -182,7 +182,7 @@ def compare(
 def _reproduce(
     run: Run, seed: int, batch: int, commands: Sequence[str], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    packages = ("orrery", "jax", "flax", "optax", "numpy")
+    packages = ("orrery-transformers", "jax", "flax", "optax", "numpy")
     device = jax.devices()[0]
     return {
         "commands": list(commands),

@@ -56,7 +56,7 @@ class Compare:
         claim_directory(self.out, overwrite=self.overwrite)
         try:
             comparison = self.comparison(name, settings)
-        except Exception:
+        except BaseException:  # interrupted, too
             if fresh:
                 self.out.rmdir()
             raise
@@ -128,7 +128,7 @@ class Claims:
 
     names: Names = ()
     """families; all of them if none is named"""
-    fast: bool = False
+    quick: bool = False
     """demonstration settings: a short fit, fewer inputs"""
     seeds: int = 5
     seed: int = 0
@@ -148,13 +148,13 @@ class Claims:
         check_free(self.json, self.overwrite)
         seeds, found = seed_list(self.seed, self.seeds), {}
         for name in names:
-            run = fit_family(name, settings, quick=self.fast, seeds=seeds, progress=print_progress)
+            run = fit_family(name, settings, quick=self.quick, seeds=seeds, progress=print_progress)
             rows = ledger(
-                run.construction, run.models, seed=self.seed, batch=FEWER if self.fast else 2**16
+                run.construction, run.models, seed=self.seed, batch=FEWER if self.quick else 2**16
             )
             tables.show_ledger(name, rows)
             measured = []
-            for row in measurements(name, self.fast, self.seed):
+            for row in measurements(name, self.quick, self.seed):
                 tables.show_progress(row)
                 measured.append(row)
             tables.show_measurements(name, measured)
@@ -181,6 +181,11 @@ class Demo:
         seed_list(self.seed, self.seeds)
         # an earlier demonstration is replaced, anything else is left alone
         claim_directory(self.out, overwrite=True)
+        for folder in (self.out / name for name in family_names(())):
+            if folder.is_symlink():
+                raise ValueError(f"{folder}: is a symbolic link, must be a folder in {self.out}")
+            if folder.exists():
+                claim_directory(folder, overwrite=True)
         found = []
         for name in family_names(()):
             command = Compare(name, self.out / name, seeds=self.seeds, seed=self.seed, quick=True)

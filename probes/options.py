@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from synthetic.text_files import parse_json_text
+from synthetic.files import atomic, check_writable
+from synthetic.text_files import parse_json, parse_json_text
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -21,7 +22,11 @@ Settings = Annotated[
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["dim_x=5"]` as `{"dim_x": 5}`; values are JSON, and text where they are not."""
+    """`["dim_x=5"]` as `{"dim_x": 5}`; values are JSON, and text where they are not.
+
+    A grammar may also be the name of a file in NLTK's notation, or of JSON. It is read here, so
+    that a run keeps the grammar itself.
+    """
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -31,7 +36,31 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
             settings[key] = parse_json_text(value)
         except ValueError:
             settings[key] = value
+        if key == "grammar" and isinstance(settings[key], str):
+            settings[key] = _grammar(settings[key])
     return settings
+
+
+def _grammar(given: str) -> Any:
+    """The grammar of a file, as JSON; a name of one of ours as it is."""
+    from synthetic.grammars import NAMED
+
+    path = Path(given)
+    if given in NAMED:
+        return given
+    if not path.is_file():
+        raise ValueError(
+            f"--set grammar={given}: must be one of {', '.join(NAMED)}, a file in NLTK's notation "
+            "or JSON, and there is no such file"
+        )
+    if path.suffix == ".json":
+        try:
+            return parse_json(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: no JSON: {error}") from error
+    from synthetic.grammar import Grammar
+
+    return Grammar.from_file(path).to_json()
 
 
 def family_names(names: Sequence[str]) -> list[str]:
@@ -62,10 +91,26 @@ def seed_list(first: int | None, count: int | None) -> list[int] | None:
 
 def check_free(path: Path | None, overwrite: bool) -> None:
     """Raise before the work, not after it, where a file could not be written."""
-    if path is not None and path.exists() and not overwrite:
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory, must be a file")
+    if path.exists() and not overwrite:
         raise ValueError(f"{path}: exists; give --overwrite to replace it")
-    if path is not None and not path.absolute().parent.is_dir():
+    if not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: its directory does not exist")
+    if not path.exists() or path.is_file():
+        check_writable(path)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole: cut off in the middle, it is the old one or there is none."""
+    target = path.resolve()
+    if target.exists() and not target.is_file():  # a pipe or a terminal
+        target.write_bytes(content)
+        return
+    with atomic(target) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path | None, content: Any, overwrite: bool) -> None:
@@ -75,4 +120,5 @@ def write_json(path: Path | None, content: Any, overwrite: bool) -> None:
     from probes.comparison import plain
 
     check_free(path, overwrite)
-    path.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+    write_file(path, text.encode())

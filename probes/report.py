@@ -21,7 +21,7 @@ from probes.comparison import FORMAT, Comparison
 from probes.figures import pictures
 from probes.ledger import CONSTRUCTION, RANDOM, Row
 from probes.style import Picture, number
-from synthetic.saved import RunError, atomic
+from synthetic.files import RunError, atomic, check_writable, remove
 from synthetic.text_files import parse_json
 
 PAGE, DATA, FIGURES = "report.html", "report.json", "figures"
@@ -140,6 +140,7 @@ def claim_directory(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
             that is no report of ours.
     """
     out = Path(out)
+    check_writable(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: exists and is no directory")
     if out.is_dir() and any(out.iterdir()):
@@ -170,14 +171,18 @@ def write_report(
     """
     out = claim_directory(out, overwrite=overwrite)
     figures = pictures(comparison)
+    page = render(comparison, figures)  # whatever can fail comes before the first file
     _write_json(out / DATA, comparison.to_json())
     folder = out / FIGURES
+    if folder.is_symlink():
+        remove(folder)  # what it leads to is not ours
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
-        old.unlink()
+        remove(old)
     for picture in figures:
-        (folder / f"{picture.name}.png").write_bytes(picture.png)
-    return _write(out / PAGE, render(comparison, figures))
+        with atomic(folder / f"{picture.name}.png") as partial:
+            partial.write_bytes(picture.png)
+    return _write(out / PAGE, page)
 
 
 def write_index(comparisons: Sequence[Comparison], out: str | PathLike[str]) -> Path:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from constructions import CATALOGUE
 from constructions.claims import Measurement
@@ -20,15 +27,23 @@ MARKS = {"holds": "green", "refuted": "red", "void": "yellow"}
 MARKS |= {"reproduced": "green", "better": "green", "differs": "red", "measured": "cyan"}
 
 
+#: Columns of what is printed where there is no terminal to say how many it has.
+WIDTH = 100
+
+
 def _show(table: Table) -> None:
     console = Console(highlight=False)
-    if not console.is_terminal:  # a pipe has no width: nothing is cut off there
-        console = Console(highlight=False, width=240)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+        table.box = box.ASCII2
     console.print(table)
 
 
 def _table(title: str, *columns: str) -> Table:
-    return Table(*columns, title=title, title_justify="left", header_style="bold")
+    # What must be typed stands in the first column, and is never cut or broken.
+    first, *others = (Column(name, overflow="fold") for name in columns)
+    first.no_wrap = True
+    return Table(first, *others, title=title, title_justify="left", header_style="bold")
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -45,25 +60,50 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def show_families(families: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print `describe` of every family."""
-    table = _table("", "family", "what it claims", "settings", "task", "claims")
+    """Print `describe` of every family, as text that breaks between words only.
+
+    A line is longer than the terminal only where one word, which one may have to type, is.
+    """
+    width = min(shutil.get_terminal_size((80, 24)).columns, WIDTH)
     for name, family in families.items():
-        settings = " ".join(f"{key}={number(value)}" for key, value in family["settings"].items())
-        about = f"{family['about']} ({family['source']})"
-        table.add_row(name, about, settings, family["task"], ", ".join(family["claims"]))
-    _show(table)
+        print(name)
+        lines = {
+            "": f"{family['about']} ({family['source']})",
+            "settings": " ".join(setting(k, v) for k, v in family["settings"].items()),
+            "task": family["task"],
+            "claims": ", ".join(family["claims"]),
+        }
+        for title, text in lines.items():
+            first = f"  {title}: " if title else "  "
+            indent = "    " if title else "  "
+            print(
+                textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent, **WHOLE)
+            )
+        print()
 
 
-def show_certificates(certificates: Mapping[str, Certificate]) -> None:
-    """Print the errors of every certificate, per dtype."""
-    columns = ("family", "dtype", "max rel error", "max abs error", "tolerance", "worst", "")
-    table = _table("", *columns)
-    for name, certificate in certificates.items():
-        for e in certificate.errors:
-            verdict = "[green]passed[/]" if e.passed else "[red]FAILED[/]"
-            numbers = map(number, (e.max_rel_error, e.max_abs_error, e.tolerance))
-            table.add_row(name, e.dtype, *numbers, e.worst, verdict)
-    _show(table)
+#: How text is broken: words, and names with hyphens, stay whole.
+WHOLE: Any = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def setting(key: str, value: Any) -> str:
+    """A setting as it is typed after `--set`."""
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return shlex.quote(f"{key}={text}")
+
+
+def show_certificate(name: str, certificate: Certificate) -> None:
+    """Print the errors of a certificate, a line a dtype, at once."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(name)
+    for e in certificate.errors:
+        verdict = "[green]passed[/]" if e.passed else "[red]FAILED[/]"
+        relative, absolute, allowed = map(number, (e.max_rel_error, e.max_abs_error, e.tolerance))
+        console.print(
+            f"  {e.dtype}: {verdict}, error {relative} (at most {allowed}), absolute {absolute}, "
+            f"worst in {escape(e.worst)}"
+        )
+    sys.stdout.flush()
 
 
 def show_ledger(name: str, rows: Sequence[Row]) -> None:

@@ -30,6 +30,6 @@ distillation             a teacher's predictions as targets
 zeroth_order             fits by values of a loss alone
 second_order             nonlinear least squares, few parameters and many examples
 devices                  one device, all local ones, or many processes
-runs, recorder           run directories
+runs, recorder, files    run directories, and files that are written as a whole
 checkpoints, saved       resumable states, and models in safetensors
 """

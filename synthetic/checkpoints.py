@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from synthetic.files import RunError, atomic
 from synthetic.runs import RunDirectory
-from synthetic.saved import RunError, atomic, check_arrays, load_model, load_state, save_model
+from synthetic.saved import check_arrays, load_model, load_state, save_model
 from synthetic.text_files import parse_json
 
 __all__ = ["Checkpoints", "RunDirectory", "RunError", "load_model", "load_state", "save_model"]
@@ -29,14 +30,18 @@ class Checkpoints:
     Args:
         path: the directory; made where missing.
         keep: how many to keep, at least 1.
+        writes: False to change nothing, in a directory that must exist: else it is made, and what
+            is left of checkpoints that were cut off is removed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], keep: int = 3) -> None:
+    def __init__(self, path: str | os.PathLike[str], keep: int = 3, *, writes: bool = True) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: must be at least 1")
         self.path = Path(path).absolute()
-        self.path.mkdir(parents=True, exist_ok=True)
+        if writes:
+            self.path.mkdir(parents=True, exist_ok=True)
         self._keep = keep
+        self._writes = writes
         self._manager = self._open()
 
     def __enter__(self) -> "Checkpoints":
@@ -67,10 +72,11 @@ class Checkpoints:
     def restore(self, like: Mapping[str, Any]) -> tuple[int, dict[str, np.ndarray]] | None:
         """The newest checkpoint that can be read, or None where there is none.
 
-        Newer ones, cut off or damaged, are then deleted. `like` gives names, shapes and dtypes.
+        Newer ones, cut off or damaged, are then deleted, and so is the first one if it was cut off
+        (there is no other, and it has no manifest). `like` gives names, shapes and dtypes.
 
         Raises:
-            RunError: checkpoints exist but none can be read, or the newest readable one is of
+            RunError: other checkpoints exist but none can be read, or the newest readable one is of
                 other names, shapes or dtypes than `like`.
         """
         steps = self.steps()
@@ -83,8 +89,13 @@ class Checkpoints:
             self._drop([later for later in steps if later > step])
             empty = {n: np.zeros(a.shape, a.dtype) for n, a in like.items() if n not in wanted}
             return step, arrays | empty
-        if steps:
-            raise RunError(f"{self.path}: none of the checkpoints {steps} can be read")
+        if len(steps) == 1 and not (self.path / str(steps[0]) / MANIFEST).exists():
+            self._drop(steps)
+        elif steps:
+            raise RunError(
+                f"{self.path}: none of the checkpoints {steps} can be read; give --overwrite in "
+                "place of --resume to begin again"
+            )
         return None
 
     def read(self, step: int) -> dict[str, np.ndarray] | None:
@@ -123,9 +134,11 @@ class Checkpoints:
             self.path,
             item_handlers=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep,
+                max_to_keep=self._keep if self._writes else None,
+                save_interval_steps=1 if self._writes else 0,
                 create=False,
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=self._writes,
+                read_only=not self._writes,
                 enable_async_checkpointing=False,
                 multiprocessing_options=alone,
             ),

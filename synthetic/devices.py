@@ -7,6 +7,7 @@ and its index alone (`jax_threefry_partitionable`), so that only rounding depend
 
 import math
 import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,10 +80,22 @@ def start(
     if coordinator is None:
         return False
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"coordinator={coordinator!r}: must be host:port")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ValueError(f"coordinator={coordinator!r}: must be host:port, with a port up to 65535")
+    if process_id == 0:
+        _check_port(int(port))
     jax.distributed.initialize(coordinator, num_processes, process_id)
     return jax.process_count() > 1
+
+
+def _check_port(port: int) -> None:
+    """ValueError where another program has the port: jax's own server then ends the process."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise ValueError(f"coordinator: port {port} cannot be opened: {error.strerror}") from error
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

@@ -86,7 +86,9 @@ def named(name: str) -> Grammar:
         ValueError: the name is another.
     """
     if name not in NAMED:
-        raise ValueError(f"grammar {name!r} is not one of {', '.join(NAMED)}")
+        raise ValueError(
+            f"grammar {name!r} is not one of {', '.join(NAMED)}; `Grammar.from_file` reads a file"
+        )
     return Grammar.from_text(NAMED[name], name=name)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from synthetic import devices
 from synthetic.checkpoints import Checkpoints
+from synthetic.files import RunError, check_writable
 from synthetic.recipe import Recipe
-from synthetic.runs import RunDirectory, first_difference
-from synthetic.saved import RunError, parse_arrays, save_model
+from synthetic.runs import NEW, RunDirectory, first_difference
+from synthetic.saved import parse_arrays, save_model
 
 KIND = "fit"
 
@@ -26,7 +27,9 @@ class Recorder:
     """
 
     def __init__(self, run: RunDirectory | None, every: int, keep: int = 3) -> None:
-        self._run = run
+        self._run = run  # as asked for
+        self._target = run  # where it is written, which differs while a run is to be replaced
+        self._began = False  # by this process
         self._every = every
         self._keep = keep
         self._saved = 0
@@ -35,9 +38,22 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close()
+        failed = kind is not None and issubclass(kind, Exception)
+        if failed and self._replacing and self._began and self._run is not None:
+            # It failed by itself. One that was interrupted, or killed, can be resumed.
+            self._run.discard()
+
+    @property
+    def _replacing(self) -> bool:
+        """Whether this process writes a run that is to take the place of another."""
+        return self._target is not self._run
+
+    def _close(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.__exit__()
+            self._checkpoints = None
 
     def check(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Whether the run can be started or resumed; reads only.
@@ -51,7 +67,9 @@ class Recorder:
 
         def read() -> bytes:
             if resume:
-                _check_same(run, _as_json(config))
+                _check_same(run.resumable, _as_json(config))
+                run.check_contained()
+                check_writable(run.path)
             else:
                 run.check_free(overwrite=overwrite)
             return b""
@@ -63,6 +81,9 @@ class Recorder:
     ) -> tuple[int, Any, list[dict[str, Any]]]:
         """Starts or resumes the run: the step reached, its state (None at 0), its history.
 
+        A run that is to be overwritten stays as it is until `finish`, and so it does where the new
+        one fails. A run without any whole checkpoint is resumed from the start.
+
         Raises:
             RunError: as `check`, or `resume` finds no readable checkpoint or one of another model.
         """
@@ -73,20 +94,25 @@ class Recorder:
 
         def read() -> bytes:
             if not resume:
-                run.create(overwrite=overwrite)
-                run.write_config(KIND, config)
-                self._checkpoints = Checkpoints(run.checkpoints, self._keep)
+                new = run.create(overwrite=overwrite)
+                self._target = run if new == run else new
+                self._began = True
+                new.write_config(KIND, config)
+                self._checkpoints = Checkpoints(new.checkpoints, self._keep)
                 return b""
-            self._checkpoints = Checkpoints(run.checkpoints, self._keep)
+            run.settle()
+            old = run.resumable
+            self._target = run if old == run else old
+            self._checkpoints = Checkpoints(old.checkpoints, self._keep)
             found = self._checkpoints.restore(_flat(like))
             step, arrays = found or (0, {})
             if step > config["recipe"]["steps"]:
                 raise RunError(
-                    f"{run.config}: recipe.steps: {config['recipe']['steps']} asked, but the run "
+                    f"{old.config}: recipe.steps: {config['recipe']['steps']} asked, but the run "
                     f"has reached step {step}"
                 )
-            run.write_config(KIND, config)
-            return _pack(step, run.truncate(step), arrays)
+            old.write_config(KIND, config)
+            return _pack(step, old.truncate(step), arrays)
 
         packed = devices.on_first_process(read)
         if not packed:
@@ -97,8 +123,8 @@ class Recorder:
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Adds a record to the metrics."""
-        if self._checkpoints is not None and self._run is not None:
-            self._run.append(record)
+        if self._checkpoints is not None and self._target is not None:
+            self._target.append(record)
 
     def due(self, step: int, following: int | None) -> bool:
         """Whether to save at `step`, the next chance being at `following` (None: there is none)."""
@@ -112,9 +138,14 @@ class Recorder:
             self._checkpoints.save(step, _flat(state))
 
     def finish(self, arrays: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Writes the fitted model."""
-        if self._checkpoints is not None and self._run is not None:
-            save_model(self._run.model, arrays, config, overwrite=True)
+        """Writes the fitted model, and puts the run in the place of the one that it replaces."""
+        if self._checkpoints is None or self._run is None or self._target is None:
+            return
+        save_model(self._target.model, arrays, config, overwrite=True)
+        self._close()
+        if self._replacing:
+            self._run.replace()
+            self._target = self._run
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +165,8 @@ def _check_same(run: RunDirectory, config: Mapping[str, Any]) -> None:
     why = "a resumed fit keeps its settings"
     if name == "recipe.steps":
         why = "only a constant schedule without average_tail can be given other steps"
+    if run.path.name == NEW:
+        why += f"; remove {run.path} to give up this run, which was to replace the other"
     raise RunError(f"{run.config}: {name}: {has!r} in the run, {asked!r} asked; {why}")
 
 

@@ -1,22 +1,31 @@
 """The run directory of a fit: `config.json`, `metrics.jsonl`, `model.safetensors`, `checkpoints/`.
 
 Every file is written whole or appended line by line, so that a run that was killed can be read.
+
+A run is replaced by one rename. The new one is made in `.new`, inside the directory, while the old
+one stays as it is. Once its fit has ended, `.new` is renamed to `.whole`: from then on the new run
+is the one that is read, part by part from `.whole` as long as it is there and else from the
+directory, into which the four parts are then moved. Whoever next writes to the directory ends a
+move that was cut off. Other files in the directory are never touched.
 """
+
+from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synthetic.saved import RunError, atomic
+from synthetic.files import RunError, atomic, check_writable, remove
 from synthetic.text_files import TextError, parse_json, parse_json_text, read_text, split_lines
 
 FORMAT = "orrery-run"
 VERSION = 1
+PARTS = ("config.json", "metrics.jsonl", "model.safetensors", "checkpoints")
+NEW, WHOLE = ".new", ".whole"
 
 
 @dataclass(frozen=True, init=False)
@@ -35,52 +44,113 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         """What is needed to rebuild and resume the run, JSON."""
-        return self.path / "config.json"
+        return self._part("config.json")
 
     @property
     def metrics(self) -> Path:
         """One JSON record per chunk."""
-        return self.path / "metrics.jsonl"
+        return self._part("metrics.jsonl")
 
     @property
     def model(self) -> Path:
         """The fitted model, safetensors; present once the fit has ended."""
-        return self.path / "model.safetensors"
+        return self._part("model.safetensors")
 
     @property
     def checkpoints(self) -> Path:
         """The resumable states, by step."""
-        return self.path / "checkpoints"
+        return self._part("checkpoints")
+
+    @property
+    def resumable(self) -> RunDirectory:
+        """Where a resumed fit goes on: in the run that is to replace this one, if one was begun."""
+        new = RunDirectory(self.path / NEW)
+        return new if new.config.is_file() else self
 
     def check_free(self, *, overwrite: bool = False) -> None:
         """Whether a new run may begin here.
 
+        Files that end in `.partial` do not count: they are what a write that was cut off leaves.
+
         Raises:
-            RunError: it is a file, or holds anything and `overwrite` is False.
+            RunError: it is a file, cannot be written, or holds anything and `overwrite` is False.
         """
+        check_writable(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: exists and is no directory")
         if overwrite or not self.path.exists():
             return
         if any(not file.name.endswith(".partial") for file in self.path.iterdir()):
+            resume = "--resume to go on with it, " if self.resumable.config.is_file() else ""
             raise RunError(
-                f"{self.path}: exists and is not empty; resume it, overwrite it, or choose "
-                "another directory"
+                f"{self.path}: exists and is not empty; give {resume}--overwrite to put a new run "
+                "in its place, or another directory"
             )
 
-    def create(self, *, overwrite: bool = False) -> None:
-        """Makes the directory, or with `overwrite` clears it of the four things of a run.
+    def create(self, *, overwrite: bool = False) -> RunDirectory:
+        """Makes the directory, and gives the one that the new run is to be written to.
+
+        That is this one, or, where `overwrite` replaces a run, one inside it, until `replace`.
 
         Raises:
             RunError: as `check_free`.
         """
         self.check_free(overwrite=overwrite)
-        # Nothing else is touched: the directory may hold reports, or be a wrong one.
-        for file in (self.config, self.metrics, self.model):
-            file.unlink(missing_ok=True)
-        if self.checkpoints.exists():
-            shutil.rmtree(self.checkpoints)
         self.path.mkdir(parents=True, exist_ok=True)
+        self.settle()
+        self.discard()
+        if not any(os.path.lexists(self.path / name) for name in PARTS):
+            return self
+        new = RunDirectory(self.path / NEW)
+        new.path.mkdir()
+        return new
+
+    def discard(self) -> None:
+        """Removes a run that was to replace this one."""
+        remove(self.path / NEW)
+
+    def replace(self) -> None:
+        """Puts the run that `create` gave, now that it is whole, in the place of the old one."""
+        os.replace(self.path / NEW, self.path / WHOLE)
+        self.settle()
+
+    def settle(self) -> None:
+        """Ends a replacement that was cut off after its rename; else does nothing."""
+        whole = self.path / WHOLE
+        if not os.path.lexists(whole):
+            return
+        for name in PARTS if whole.is_dir() and not whole.is_symlink() else ():
+            new, old = whole / name, self.path / name
+            if not os.path.lexists(new):
+                continue
+            if os.path.lexists(old) and (new.is_dir() or old.is_dir()):
+                # No rename replaces a directory that holds anything.
+                remove(whole / f"old-{name}")
+                os.replace(old, whole / f"old-{name}")
+            os.replace(new, old)
+        remove(whole)
+
+    def check_contained(self) -> None:
+        """Whether everything that a resumed fit writes to is inside this directory.
+
+        Raises:
+            RunError: a part of the run is a symbolic link.
+        """
+        found = [self.path / name for name in (NEW, WHOLE)]
+        for run in (self.path, self.path / NEW):
+            found += [run / name for name in PARTS]
+            for folder, folders, files in os.walk(run / "checkpoints"):
+                found += [Path(folder) / name for name in (*folders, *files)]
+        for file in found:
+            if file.is_symlink():
+                raise RunError(
+                    f"{file}: is a symbolic link; a resumed fit writes inside its directory only: "
+                    "put the file itself there"
+                )
+
+    def _part(self, name: str) -> Path:
+        whole = self.path / WHOLE / name
+        return whole if os.path.lexists(whole) else self.path / name
 
     def write_config(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Writes `config.json` atomically, with the format, its version and the kind of run."""
@@ -102,7 +172,9 @@ class RunDirectory:
         try:
             content = parse_json(file.read_bytes())
         except FileNotFoundError:
-            raise RunError(f"{file}: missing, so this is no run") from None
+            raise RunError(
+                f"{file}: missing, so this is no run; `orrery fit NAME --out {self.path}` makes one"
+            ) from None
         except OSError as error:
             raise RunError(f"{file}: cannot be read: {error.strerror}") from error
         except ValueError as error:
@@ -143,7 +215,7 @@ class RunDirectory:
             try:
                 record = parse_json_text(line)
                 step = record["step"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RunError(f"{self.metrics}: line {number}: no record of a step") from error
             if until is None or step <= until:
                 records.append(record)

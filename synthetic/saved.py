@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from synthetic.files import RunError, atomic, free_memory
 
 MODEL_FORMAT = "orrery-model"
 MODEL_VERSION = 1
@@ -20,10 +21,6 @@ _DTYPES: dict[str, Any] = {
     **{f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in _BITS},
     "BOOL": np.bool_,
 }
-
-
-class RunError(ValueError):
-    """A saved model or run that cannot be used; one line names the file and the field."""
 
 
 def named(state: Any) -> dict[str, Any]:
@@ -135,19 +132,8 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dic
     Raises:
         RunError: a missing, truncated or foreign file or one of another version.
     """
-    from safetensors import SafetensorError
-
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        arrays = parse_arrays(data)
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise RunError(f"{path}: truncated or no safetensors file: {error}") from error
+    arrays, header = read_safetensors(path)
     if header.get("format") != MODEL_FORMAT:
         raise RunError(f"{path}: format: {header.get('format')!r}, expected {MODEL_FORMAT!r}")
     if header.get("version") != str(MODEL_VERSION):
@@ -159,15 +145,68 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dic
     return arrays, config
 
 
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of any safetensors file by name, and what its header says beside them.
+
+    Raises:
+        RunError: the file is missing, truncated, foreign, or larger than the memory that is free;
+            one line names it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            free = free_memory()
+            if free is not None and 2 * size > free:  # the file, and the arrays copied out of it
+                raise RunError(
+                    f"{path}: {size / 2**30:.1f} GiB, and reading takes twice as much: more than "
+                    f"the {free / 2**30:.1f} GiB of memory that are free"
+                )
+            data = file.read()
+        arrays = parse_arrays(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from error
+    except MemoryError:
+        raise RunError(f"{path}: larger than the memory that is free") from None
+    except KeyError as error:  # the name of a dtype that has no counterpart
+        raise RunError(
+            f"{path}: an array of dtype {error}, must be a float of 16 to 64 bits, or integers"
+        ) from error
+    except RunError:
+        raise
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: truncated or no safetensors file: {error}") from error
+    return arrays, header
+
+
+def check_numbers(arrays: Mapping[str, Any], where: Any) -> None:
+    """Refuses weights that no fit leaves behind.
+
+    Raises:
+        RunError: an array holds NaN or infinite numbers; the line names it.
+    """
+    for name, array in arrays.items():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
+            bad = int(np.size(array) - np.isfinite(array).sum())
+            raise RunError(
+                f"{where}: {name}: {bad} of {np.size(array)} numbers are NaN or infinite"
+            )
+
+
 def load_model(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
     """The model of `save_model`'s file, built on the structure of `model`, which is not changed.
 
     Raises:
-        RunError: as `load_state`, or where a name, shape or dtype differs from the model's.
+        RunError: as `load_state`, or where a name, shape or dtype differs from the model's, or a
+            number is not finite.
     """
     arrays, _ = load_state(path)
     graphdef, state = nnx.split(model)
     check_arrays(arrays, named(state), path)
+    check_numbers(arrays, path)
     exact = {name: jnp.asarray(array, array.dtype) for name, array in arrays.items()}
     return nnx.merge(graphdef, unnamed(exact, state))
 
@@ -184,16 +223,3 @@ def parse_arrays(data: bytes) -> dict[str, np.ndarray]:
 
 def _is_flat(model: Mapping[str, Any]) -> bool:
     return not isinstance(model, nnx.State) and all(hasattr(x, "shape") for x in model.values())
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file next to `path` that replaces it once the block has ended."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

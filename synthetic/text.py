@@ -55,6 +55,9 @@ class Corpus:
                 f"tokens are {tokens.min()} to {tokens.max()}, must be 0 to {size - 1}"
             )
 
+    def __repr__(self) -> str:
+        return f"Corpus({len(self.tokens)} tokens, {len(self.vocabulary)} words)"
+
     @classmethod
     def from_file(cls, path: str | PathLike[str], unit: str = "characters") -> Corpus:
         """The characters of a text file, or the bytes of any file; those that occur, in order.

@@ -117,8 +117,10 @@ def fit(
         progress: called with each record, and "steps" and "steps_per_second".
         out: the run directory; config, metrics, checkpoints and the fitted model are kept there.
         config: further JSON entries of `config.json`, such as how to rebuild the model.
-        resume: continue the run in `out` from its newest readable checkpoint.
-        overwrite: replace a run in `out`.
+        resume: continue the run in `out` from its newest readable checkpoint, or from the start
+            where there is none yet.
+        overwrite: replace a run in `out` once this one has ended: until then, and where it fails,
+            the old one stays as it is. Interrupted or killed, it can be resumed.
         **overrides: fields of `Recipe`, such as `steps=200`.
 
     Raises:

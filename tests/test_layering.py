@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "constructions": {"constructions", "synthetic"},
     "probes": {"probes", "constructions", "synthetic"},
 }
-OURS = {*MAY_IMPORT, "tests", "benchmarks", "notebooks"}
+OURS = {*MAY_IMPORT, "orrery", "tests", "benchmarks", "notebooks"}
 
 
 def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:

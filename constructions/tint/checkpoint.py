@@ -26,7 +26,8 @@ from jaxtyping import DTypeLike
 from constructions.tint.auxiliary import DecoderShape, check_auxiliary, decoder, with_parameters
 from constructions.tint.formats import FORMATS, Format
 from constructions.transformer import Transformer
-from synthetic.saved import RunError, atomic, parse_arrays
+from synthetic.files import RunError, atomic
+from synthetic.saved import check_numbers, read_safetensors
 from synthetic.text_files import parse_json
 
 CONFIG = "config.json"
@@ -50,7 +51,8 @@ def load_auxiliary(path: str | PathLike[str], dtype: DTypeLike | None = None) ->
 
     Raises:
         RunError: a file is missing or damaged, a setting is not simulated, or an array is missing,
-            unknown, of another shape or no float; one line names file and field.
+            unknown, of another shape or no float, or holds NaN or infinite numbers, or numbers
+            beyond the dtype; one line names file and field.
         ValueError: the dtype is no float, or float64 without JAX's x64.
     """
     kind = jnp.zeros(()).dtype if dtype is None else jnp.dtype(dtype)
@@ -63,6 +65,10 @@ def load_auxiliary(path: str | PathLike[str], dtype: DTypeLike | None = None) ->
         raise RunError(f"{folder}: no such folder; weights are never downloaded")
     format, shape = _format(folder / CONFIG)
     found = _weights(folder, format, shape)
+    limit = float(jnp.finfo(kind).max)
+    for name, (file, array) in found.items():
+        if (largest := float(np.abs(array).max())) > limit:
+            raise RunError(f"{file}: {name}: holds {largest:g}, beyond {kind} ({limit:g})")
     arrays = format.arrays(shape, {name: array for name, (_, array) in found.items()})
     return with_parameters(decoder(**vars(shape)), arrays, kind)
 
@@ -125,7 +131,10 @@ def _weights(folder: Path, format: Format, shape: DecoderShape) -> Tensors:
             raise RunError(f"{file}: {name}: stored twice")
         if not re.fullmatch(format.buffers, short):
             found[short] = (file, array)
-    head, wanted = found.pop(HEAD, None), format.names(shape)
+    head = found.pop(HEAD, None)
+    if shape.layers > len(found):  # before as many names are made
+        raise RunError(f"{folder}: {len(found)} arrays, too few for {shape.layers} layers")
+    wanted = format.names(shape)
     for name, size in wanted.items():
         if name not in found:
             raise RunError(f"{folder}: {name}: missing")
@@ -139,6 +148,7 @@ def _weights(folder: Path, format: Format, shape: DecoderShape) -> Tensors:
     for name, (file, _) in found.items():
         if name not in wanted:
             raise RunError(f"{file}: {name}: no array of a decoder, or of one with more layers")
+        check_numbers({name: found[name][1]}, file)
     return found
 
 
@@ -171,16 +181,7 @@ def _stored(folder: Path) -> Tensors:
 
 def _read(file: Path) -> Iterator[tuple[str, tuple[Path, np.ndarray]]]:
     """The arrays of a safetensors file."""
-    from safetensors import SafetensorError
-
-    try:
-        arrays = parse_arrays(file.read_bytes())
-    except OSError as error:
-        raise RunError(f"{file}: cannot be read: {error.strerror}") from error
-    except KeyError as error:  # the name of a dtype that has no counterpart
-        raise RunError(f"{file}: an array of dtype {error}, must be a float") from error
-    except (SafetensorError, ValueError) as error:
-        raise RunError(f"{file}: truncated or no safetensors file: {error}") from error
+    arrays, _ = read_safetensors(file)
     yield from ((name, (file, array)) for name, array in arrays.items())
 
 

@@ -27,6 +27,9 @@ class Format:
     Attributes:
         architecture: the class that reads it.
         sizes: name in `DecoderShape` -> setting.
+        defaults: what a setting that is absent or null stands for, as the class has it; a hidden
+            size of None is four times the width.
+        aliases: other name of a setting -> setting.
         fixed: setting -> (the only value that is simulated, also its default; what another means).
         eps: the setting of the norms' eps, None where it is always 1e-5.
         prefix: in front of all names, in parts each of which may be missing.
@@ -41,6 +44,8 @@ class Format:
 
     architecture: str
     sizes: Mapping[str, str]
+    defaults: Mapping[str, int | str | None]
+    aliases: Mapping[str, str]
     fixed: Mapping[str, tuple[bool, str]]
     eps: str | None
     prefix: tuple[str, ...]
@@ -108,14 +113,15 @@ class Format:
 
     def shape(self, fields: Mapping[str, Any]) -> DecoderShape:
         """The decoder of a config's fields; ValueError names one that is not simulated."""
+        fields = self._by_one_name(fields)
         for name, (wanted, meaning) in {**_FIXED, **self.fixed}.items():
-            if fields.get(name, wanted) is not wanted:
+            # null is no, as for the class
+            if (False if (value := fields.get(name, wanted)) is None else value) is not wanted:
                 raise ValueError(f"{name}: {fields[name]!r}, must be {wanted}: {meaning}")
         if fields.get("quantization_config") is not None:
             raise ValueError("quantization_config: present, quantised weights are not read")
         width = self._size(fields, "width")
-        hidden = self.sizes["hidden"]
-        free = hidden not in fields or fields[hidden] is None
+        free = self._setting(fields, self.sizes["hidden"]) is None
         sizes = {name: self._size(fields, name) for name in self.sizes if name != "hidden"}
         if width % sizes["heads"]:
             raise ValueError(
@@ -145,17 +151,26 @@ class Format:
         names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
         return fields | {"activation_function": names[shape.activation]}
 
+    def _by_one_name(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields, with every setting under its first name."""
+        for other, name in self.aliases.items():
+            if other in fields and fields.get(name, fields[other]) != fields[other]:
+                raise ValueError(f"{other}: {fields[other]!r}, must be {name}={fields[name]!r}")
+        return dict(fields) | {name: fields[o] for o, name in self.aliases.items() if o in fields}
+
+    def _setting(self, fields: Mapping[str, Any], name: str) -> Any:
+        found = fields.get(name)
+        return self.defaults[name] if found is None else found
+
     def _size(self, fields: Mapping[str, Any], name: str) -> int:
         field = self.sizes[name]
-        if field not in fields:
-            raise ValueError(f"{field}: missing")
-        size = fields[field]
+        size = self._setting(fields, field)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{field}: {size!r}, must be an integer above 0")
         return size
 
     def _activation(self, fields: Mapping[str, Any]) -> str:
-        name = fields.get("activation_function")
+        name = self._setting(fields, "activation_function")
         if name not in list(ACTIVATIONS):
             note = ", which has the error function" if name == "gelu" else ""
             raise ValueError(
@@ -164,7 +179,8 @@ class Format:
         return ACTIVATIONS[name]
 
     def _eps(self, fields: Mapping[str, Any]) -> float:
-        eps = EPS if self.eps is None else fields.get(self.eps, EPS)
+        found = None if self.eps is None else fields.get(self.eps)
+        eps = EPS if found is None else found
         if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
             raise ValueError(f"{self.eps}: {eps!r}, must be between 0 and 1")
         return float(eps)
@@ -185,6 +201,21 @@ FORMATS = {
             "heads": "n_head",
             "width": "n_embd",
             "hidden": "n_inner",
+        },
+        defaults={
+            "vocab_size": 50257,
+            "n_positions": 1024,
+            "n_layer": 12,
+            "n_head": 12,
+            "n_embd": 768,
+            "n_inner": None,
+            "activation_function": "gelu_new",
+        },
+        aliases={
+            "max_position_embeddings": "n_positions",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "hidden_size": "n_embd",
         },
         fixed={
             "scale_attn_weights": (True, "scores are divided by sqrt d"),
@@ -218,6 +249,16 @@ FORMATS = {
             "width": "hidden_size",
             "hidden": "ffn_dim",
         },
+        defaults={
+            "vocab_size": 50272,
+            "max_position_embeddings": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "hidden_size": 768,
+            "ffn_dim": 3072,
+            "activation_function": "relu",
+        },
+        aliases={},
         fixed={
             "do_layer_norm_before": (True, "norms behind each part (OPT-350m) are not simulated"),
             "enable_bias": (True, "linear maps have biases"),

@@ -55,10 +55,14 @@ def _batch_size(flat: Flat, most: int, passes: int = 16) -> int:
     return int(np.clip(min(2**21 * passes // flat.theta.size, long), 16, most))
 
 
+#: Standard errors by which a difference is more than chance.
+SURE = 3
+
+
 def _larger(first: Array, second: Array) -> bool:
-    """Whether losses of the same examples are larger in the mean, by more than chance."""
+    """Whether losses of the same examples are larger in the mean, by `SURE` standard errors."""
     gap = np.asarray(first, float) - np.asarray(second, float)
-    return bool(gap.mean() > 3 * gap.std(ddof=1) / np.sqrt(len(gap)))
+    return bool(gap.mean() > SURE * gap.std(ddof=1) / np.sqrt(len(gap)))
 
 
 @_in_its_precision
@@ -89,7 +93,8 @@ def graft(run: Run, seed: int) -> Result:
         if not _larger(start, end):
             raise ValueError(
                 f"{name}: the loss is {float(start.mean()):.4g} before the fit and "
-                f"{float(end.mean()):.4g} after it: grafting needs a fit that improved on its start"
+                f"{float(end.mean()):.4g} after it, on {start.size} examples: grafting needs a "
+                f"fit that improved by more than chance, {SURE} standard errors of the difference"
             )
         mask = grafting.learn_mask(objective, before, after, start.mean() - end.mean(), second)
         kept = int(mask.sum())

@@ -110,7 +110,10 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda p: edit_config(p, seeds="x"), "config.json: seed"),
     (lambda p: edit_config(p, recipe={"steps": 0}), "config.json: recipe: steps=0"),
     (lambda p: edit_config(p, settings={**SMALL, "dim_x": 4}), "model.safetensors: .* shape"),
-    (lambda p: (p / "model.safetensors").unlink(), "model.safetensors: missing"),
+    (
+        lambda p: (p / "model.safetensors").unlink(),
+        "model.safetensors: missing.* `orrery fit .* --resume` ends it",
+    ),
     (lambda p: cut(p / "model.safetensors", 300), "model.safetensors: truncated"),
     (lambda p: (p / "model.safetensors").write_bytes(b"PK" * 99), "model.safetensors: truncated"),
     (lambda p: edit_model(p, lambda a: a.pop(first(a))), "model.safetensors: .*query: missing"),
@@ -121,6 +124,10 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (
         lambda p: edit_model(p, lambda a: a.update({first(a): a[first(a)].astype(np.float64)})),
         "model.safetensors: .*query: dtype float64",
+    ),
+    (
+        lambda p: edit_model(p, lambda a: a.update({first(a): a[first(a)] * np.float32(np.nan)})),
+        "model.safetensors: .*query: .* numbers are NaN",
     ),
     (
         lambda p: edit_model(p, lambda a: a.update({first(a): a[first(a)][:1]})),

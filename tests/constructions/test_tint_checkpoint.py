@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from constructions.tint.auxiliary import check_auxiliary, decoder, logits
 from constructions.tint.checkpoint import load_auxiliary, save_auxiliary
+from constructions.tint.formats import FORMATS
 from constructions.transformer import Transformer, randomise
 from synthetic.saved import RunError
 
@@ -198,7 +199,6 @@ def test_settings_that_are_honoured(copy):
         ("gpt2", {"model_type": ["gpt2"]}, "model_type: ['gpt2'], must be one of gpt2, opt"),
         ("gpt2", {"activation_function": "gelu"}, "'gelu', which has the error function"),
         ("gpt2", {"activation_function": "silu"}, "activation_function: 'silu', must be one of"),
-        ("gpt2", {"activation_function": ...}, "activation_function: None, must be one of"),
         ("gpt2", {"activation_function": []}, "activation_function: [], must be one of"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: False, must be True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx: True, must be"),
@@ -209,7 +209,9 @@ def test_settings_that_are_honoured(copy):
         ("gpt2", {"layer_norm_epsilon": 0}, "layer_norm_epsilon: 0, must be between 0 and 1"),
         ("gpt2", {"layer_norm_epsilon": "x"}, "layer_norm_epsilon: 'x', must be between 0"),
         ("gpt2", {"n_head": 3}, "n_head: 3, must divide n_embd=8"),
-        ("gpt2", {"n_layer": ...}, "n_layer: missing"),
+        ("gpt2", {"n_head": ...}, "n_head: 12, must divide n_embd=8"),
+        ("gpt2", {"num_hidden_layers": 3}, "num_hidden_layers: 3, must be n_layer=2"),
+        ("gpt2", {"scale_attn_weights": None}, "scale_attn_weights: None, must be True"),
         ("gpt2", {"n_layer": 2.0}, "n_layer: 2.0, must be an integer above 0"),
         ("gpt2", {"n_layer": True}, "n_layer: True, must be an integer above 0"),
         ("gpt2", {"vocab_size": 0}, "vocab_size: 0, must be an integer above 0"),
@@ -232,6 +234,41 @@ def test_settings_that_are_refused(copy, name, fields, message):
     assert line.startswith(f"{folder / 'config.json'}: ") and message in line and "\n" not in line
 
 
+@pytest.mark.parametrize("absent", [..., None], ids=["absent", "null"])
+@pytest.mark.parametrize("name", ["gpt2", "opt_double"])
+def test_absent_settings_have_the_defaults_of_the_format(copy, name, absent):
+    """The published models of 125 million parameters are the defaults, but for their arrays."""
+    format, folder = FORMATS[name[:4].rstrip("_")], copy(name)
+    edit_config(folder, **dict.fromkeys(format.sizes.values(), absent), activation_function=absent)
+    edit_config(folder, word_embed_proj_dim=absent, layer_norm_epsilon=absent)
+    shape = format.shape(json.loads((folder / "config.json").read_text()))
+    assert (shape.layers, shape.heads, shape.width, shape.hidden) == (12, 12, 768, 3072)
+    if name == "gpt2":
+        assert (shape.words, shape.positions, shape.activation) == (50257, 1024, "gelu")
+    else:
+        assert (shape.words, shape.positions, shape.activation) == (50272, 2048, "relu")
+    assert shape.eps == 1e-5
+    with pytest.raises(RunError, match="for 12 layers|missing|has \\["):
+        load_auxiliary(folder)
+
+
+def test_settings_that_are_left_out_or_have_their_other_names(copy):
+    folder, wanted = copy(), load_auxiliary(GOLDEN / "gpt2")
+    absent = ("activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights")
+    edit_config(folder, **dict.fromkeys([*absent, "tie_word_embeddings"], ...))
+    edit_config(folder, n_embd=..., n_head=..., n_layer=..., n_positions=...)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    edit_config(folder, **sizes, max_position_embeddings=10, add_cross_attention=None)
+    same(load_auxiliary(folder), wanted)
+    folder, wanted = copy("opt_double"), load_auxiliary(GOLDEN / "opt_double")
+    edit_config(folder, activation_function=...)
+    assert check_auxiliary(wanted).activation == "relu"
+    same(load_auxiliary(folder), wanted)
+    edit_config(folder, ffn_dim=...)  # no multiple of the width, as it is in GPT-2
+    with pytest.raises(RunError, match=r"fc1.weight: shape .*, config.json has \[3072, 8\]"):
+        load_auxiliary(folder)
+
+
 def without(name):
     return lambda arrays: {k: v for k, v in arrays.items() if k != name}
 
@@ -251,6 +288,11 @@ TABLE, GAIN = "transformer.wte.weight", "transformer.ln_f.weight"
         (lambda a: a | {"score.weight": a[GAIN]}, "score.weight: no array of a decoder"),
         (lambda a: a | {"h.0.attn.rotary": a[GAIN]}, "h.0.attn.rotary: no array of a decoder"),
         (lambda a: a | {"ln_f.weight": a[GAIN]}, "ln_f.weight: stored twice"),
+        (lambda a: a | {TABLE: a[TABLE] * np.nan}, "wte.weight: 184 of 184 numbers are NaN or"),
+        (
+            lambda a: a | {GAIN: np.append(a[GAIN][:7], np.float32(np.inf))},
+            "ln_f.weight: 1 of 8 numbers are NaN",
+        ),
     ],
 )
 def test_arrays_that_do_not_fit(copy, change, message):
@@ -347,6 +389,31 @@ def test_damaged_shards(copy):
     fails(f"00002-of-00002.safetensors: {one}: stored twice")
     (folder / second).unlink()
     fails("00002-of-00002.safetensors: cannot be read: No such file")
+
+
+def test_files_and_settings_that_claim_too_much(copy):
+    """A file of a terabyte without contents, a config of a billion layers, one that never ends."""
+    folder = copy()
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    kept = weights.read_bytes()
+    with weights.open("r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(RunError, match=r"safetensors: 1024.0 GiB, .* more than the .* GiB of mem"):
+        load_auxiliary(folder)
+    weights.write_bytes(kept)
+    edit_config(folder, n_layer=10**9)
+    with pytest.raises(RunError, match="28 arrays, too few for 1000000000 layers"):
+        load_auxiliary(folder)
+    config.write_text("[" * 100_000)
+    with pytest.raises(RunError, match="config.json: no JSON: maximum recursion"):
+        load_auxiliary(folder)
+
+
+def test_numbers_beyond_the_dtype(copy):
+    folder = copy()
+    edit_weights(folder, lambda a: a | {GAIN: a[GAIN] + 1e5})
+    with pytest.raises(RunError, match=r"ln_f.weight: holds 10000\d, beyond float16 \(65504\)"):
+        load_auxiliary(folder, jnp.float16)
 
 
 def test_nothing_is_downloaded(tmp_path):

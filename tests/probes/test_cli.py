@@ -1,10 +1,15 @@
 """The command: what it prints and writes, and one line with status 2 for every mistake."""
 
+import io
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +21,12 @@ from constructions import CATALOGUE
 from constructions.claims import Measurement
 from constructions.family import verify
 from constructions.runs import load_run
-from probes.cli import main
+from constructions.settings import construct, plain_settings
+from probes.cli import installed_version, main
 from probes.ledger import ledger
+from probes.options import parse_settings
 from probes.tools import TOOLS
+from synthetic.grammar import Grammar
 
 NAME = "gradient-descent"
 SMALL = ["--set", "dim_x=3", "--set", "num_examples=5", "--set", "step_size=2.0"]
@@ -59,6 +67,42 @@ def test_list(capsys: Any, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "l.json").read_text())
     assert set(found) == set(CATALOGUE)
     assert all(name in out for name in CATALOGUE)
+    # it can be read in 80 columns, but for words that must stay whole, and its settings typed
+    assert out.isascii()
+    for line in out.splitlines():
+        assert len(line) <= 80 or line.removeprefix("  settings:").count(" ") <= 4, line
+    words = out.split()
+    for family in CATALOGUE.values():
+        assert family.name in words
+        line = next(x for x in out.split("\n\n") if x.startswith(f"{family.name}\n"))
+        shown = line[line.index("settings: ") + 10 : line.index("  task: ")]
+        assert parse_settings(shlex.split(shown)) == json.loads(json.dumps(family.example()))
+    assert "tokens, 18 words)" in " ".join(words)  # of a corpus
+
+
+def test_verify_prints_each_family_when_it_is_done(monkeypatch: Any, capsys: Any) -> None:
+    names, certificate = ["mesa-ridge", NAME, "tint"], verify(CATALOGUE[NAME](), dtypes=())
+    printed = []
+
+    def verified(construction: Any, **_: Any) -> Any:
+        printed.append(capsys.readouterr().out)
+        return certificate
+
+    monkeypatch.setattr("constructions.family.verify", verified)
+    assert main(["verify", *names]) == 0
+    assert printed == ["", "mesa-ridge\n", f"{NAME}\n"]
+
+
+def test_a_grammar_from_a_file(tmp_path: Path) -> None:
+    text, data = tmp_path / "g.txt", tmp_path / "g.json"
+    text.write_text("S -> A S [0.5] | A A [0.5]\nA -> 'a' [0.25] | 'b' [0.75]")
+    wanted = Grammar.from_file(text)
+    data.write_text(json.dumps(wanted.to_json()))
+    for file in (text, data):
+        settings = parse_settings([f"grammar={file}", "max_length=4"])
+        assert construct("inside-outside", settings).grammar == wanted  # type: ignore[attr-defined]
+        assert plain_settings("inside-outside", settings) == settings
+    assert parse_settings(["grammar=toy"]) == {"grammar": "toy"}
 
 
 def test_verify(capsys: Any, tmp_path: Path) -> None:
@@ -141,7 +185,7 @@ def test_claims_are_the_ledgers(monkeypatch: Any, tmp_path: Path, run: Path, cap
     family = replace(CATALOGUE[NAME], measure=lambda quick, seed: iter(measurements))
     monkeypatch.setitem(CATALOGUE, NAME, family)
     file = tmp_path / "c.json"
-    assert main(["claims", NAME, "--fast", "--seeds", "2", "--json", str(file)]) == 0
+    assert main(["claims", NAME, "--quick", "--seeds", "2", "--json", str(file)]) == 0
     expected = ledger(loaded.construction, loaded.models, batch=2**14)
     written = json.loads(file.read_text())[NAME]
     found, measured = written["claims"], written["measurements"]
@@ -156,7 +200,94 @@ def test_claims_are_the_ledgers(monkeypatch: Any, tmp_path: Path, run: Path, cap
         assert said in out
 
 
+class Unread(io.StringIO):
+    """Standard output that nobody reads."""
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_output_that_nobody_reads(monkeypatch: Any, capsys: Any) -> None:
+    for argv in (["list"], ["--help"], ["--version"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Unread())
+            assert main(argv) == 141
+    assert capsys.readouterr().err == ""
+
+
+def terminate(_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+
+
+def failing(error: BaseException) -> Any:
+    def run(_: Any) -> None:
+        raise error
+
+    return run
+
+
+FAILURES = [
+    (terminate, 143, "orrery: terminated"),
+    (failing(KeyboardInterrupt()), 130, "orrery: interrupted"),
+    (
+        failing(MemoryError("Unable to allocate 8 TiB")),
+        2,
+        "out of memory: Unable to allocate 8 TiB",
+    ),
+    (failing(MemoryError()), 2, "orrery: out of memory"),
+    (failing(OSError(28, "No space left on device")), 2, "orrery: No space left on device"),
+    (failing(OSError(28, "No space left on device", "run/x")), 2, "run/x: No space left on device"),
+    (
+        failing(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\n  in module x")),
+        2,
+        "orrery: RESOURCE_EXHAUSTED: Out of memory",
+    ),
+]
+
+
+@pytest.mark.parametrize(("run", "status", "message"), FAILURES, ids=[m for *_, m in FAILURES])
+def test_what_ends_a_command(
+    run: Any, status: int, message: str, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr("probes.cli.List.run", run)
+    before = signal.getsignal(signal.SIGTERM)
+    assert complaint(capsys, ["list"], status).endswith(message)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_back_end_that_is_not_there_and_a_closed_output() -> None:
+    command = f"{sys.executable} -m probes.cli verify {NAME} >&-"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "JAX_PLATFORMS": "foo"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("orrery: Unable to initialize backend 'foo'")
+
+
+def test_version(capsys: Any) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"orrery {installed_version()}\n"
+
+
 MISTAKES = [
+    (["verify", NAME, "--json", "full"], "full: is a directory, must be a file"),
+    (["verify", NAME, "--json", "/proc/v.json"], "/proc/v.json: cannot be written: "),
+    (["verify", NAME, "--json", "file/v.json"], "file/v.json: its directory does not exist"),
+    (["verify", NAME, "--json", "x" * 250], "xxx: cannot be written: File name too long"),
+    (["probe", "linear", "--run", "x", "--figure", "/proc/f.png"], "/proc/f.png: cannot be wr"),
+    (["probe", "linear", "--run", "x", "--figure", "no/f.png"], "no/f.png: its directory does"),
+    (["probe", "linear", "--run", "x", "--figure", "f", "--json", "f"], "--json f: must be ano"),
+    (["compare", NAME, "--out", "/proc/new"], "/proc/new: cannot be written: "),
+    (["demo", "--out", "linked"], "linked/tint: is a symbolic link, must be a folder in linked"),
+    (["verify", "inside-outside", "--set", "grammar=g.txt"], "grammar=g.txt: must be one of toy, "),
+    (["verify", "inside-outside", "--set", "grammar=file"], "file: .*precious"),
     (["verify", "nope"], "unknown family 'nope'; known: .*gradient-descent"),
     (["fit", "nope", "--out", "x"], "unknown family"),
     (["probe", "nope", "--run", "x"], "unknown tool 'nope', must be one of linear"),
@@ -188,6 +319,9 @@ def test_mistakes(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     (tmp_path / "file").write_text("precious")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "tint").symlink_to(tmp_path / "full")
+    (tmp_path / "linked" / "report.json").write_text('{"format": "orrery-report"}')
     line = complaint(capsys, argv)
     assert re.search(message, line), line
     assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"

@@ -80,7 +80,7 @@ def answer(process: subprocess.Popen[str]) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
-def on_four_devices() -> None:
+def on_four_devices(run: str) -> None:
     one = jax.devices()[0]
     mesh = devices.mesh()
     assert dict(mesh.shape) == {"seed": 1, "data": 4}
@@ -105,19 +105,22 @@ def on_four_devices() -> None:
         "again": trained(mesh),
         "seeds": trained(devices.mesh(seeds=2), [5, 6]),
         "alone": trained(devices.mesh(devices=[one])),
+        "resumed": trained(mesh, out=run, resume=True),
         "shards": [list(sharding.shard_shape((24, 2))) for sharding in seen],
     }
     print(json.dumps(results))
 
 
-def test_four_devices_equal_one() -> None:
+def test_four_devices_equal_one(tmp_path: Path) -> None:
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    process = python("t.on_four_devices()", XLA_FLAGS=flags)
+    fit(mlp, Cubic(), RECIPE, steps=40, out=tmp_path)  # to be resumed on another number of them
+    process = python("t.on_four_devices(sys.argv[1])", str(tmp_path), XLA_FLAGS=flags)
     plain, several = trained(), trained(seeds=[5, 6])
     found = answer(process)
     equal(found["split"], plain)
     equal(found["seeds"], several)
     equal(found["alone"], plain)
+    equal(found["resumed"], plain)
     assert found["split"] == found["again"]
     # Each device makes and uses a quarter of the batch.
     assert found["shards"] and all(shape == [6, 2] for shape in found["shards"])
@@ -186,6 +189,7 @@ def test_bad_meshes() -> None:
         ({"num_processes": 0, "process_id": 0}, "num_processes=0"),
         ({"num_processes": 2, "process_id": 0}, "needs host:port"),
         ({"coordinator": "localhost"}, "must be host:port"),
+        ({"coordinator": "localhost:65536"}, "must be host:port, with a port up to 65535"),
     ],
 )
 def test_bad_starts(arguments: dict[str, Any], message: str, monkeypatch: Any) -> None:
@@ -193,6 +197,10 @@ def test_bad_starts(arguments: dict[str, Any], message: str, monkeypatch: Any) -
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=message):
         devices.start(**arguments)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} cannot be opened: "):
+            devices.start(f"127.0.0.1:{port}", 1, 0)
     assert not devices.start()
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID='one'"):

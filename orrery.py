@@ -1,0 +1,146 @@
+"""Transformers that run known algorithms, their trained counterparts, and probes of both.
+
+The public names of `constructions`, `synthetic` and `probes` in one place:
+
+    import orrery
+
+    c = orrery.CATALOGUE["gradient-descent"](dim_x=10, num_examples=10)
+    print(orrery.verify(c).passed)
+
+A name is imported when it is first used, so that `import orrery` itself takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from constructions import CATALOGUE as CATALOGUE
+    from constructions.claims import Claim as Claim
+    from constructions.claims import Evidence as Evidence
+    from constructions.claims import Measurement as Measurement
+    from constructions.claims import NearMiss as NearMiss
+    from constructions.compiler import compile_program as compile_program
+    from constructions.evaluator import evaluate as evaluate
+    from constructions.family import Certificate as Certificate
+    from constructions.family import Construction as Construction
+    from constructions.family import Counterpart as Counterpart
+    from constructions.family import Embedded as Embedded
+    from constructions.family import Family as Family
+    from constructions.family import Place as Place
+    from constructions.family import verify as verify
+    from constructions.mixers import mesa as mesa
+    from constructions.program import Head as Head
+    from constructions.program import Layer as Layer
+    from constructions.program import Mlp as Mlp
+    from constructions.program import Norm as Norm
+    from constructions.program import Program as Program
+    from constructions.runs import Run as Run
+    from constructions.runs import fit_family as fit_family
+    from constructions.runs import load_checkpoints as load_checkpoints
+    from constructions.runs import load_run as load_run
+    from constructions.slots import Slots as Slots
+    from constructions.soften import soften as soften
+    from constructions.softened import Softened as Softened
+    from constructions.tint import TrainedAuxiliary as TrainedAuxiliary
+    from constructions.tint import load_auxiliary as load_auxiliary
+    from constructions.tint import save_auxiliary as save_auxiliary
+    from constructions.transformer import Transformer as Transformer
+    from probes.comparison import compare as compare
+    from probes.ledger import ledger as ledger
+    from probes.report import write_report as write_report
+    from probes.tools import TOOLS as TOOLS
+    from synthetic import chart as chart
+    from synthetic.grammar import Grammar as Grammar
+    from synthetic.recipe import Recipe as Recipe
+    from synthetic.task import Batch as Batch
+    from synthetic.task import Task as Task
+    from synthetic.train import fit as fit
+
+PACKAGES = ("constructions", "synthetic", "probes")
+
+#: Where every public name is.
+HOMES = {
+    "constructions": "CATALOGUE",
+    "constructions.claims": "Claim Evidence Measurement NearMiss",
+    "constructions.compiler": "compile_program",
+    "constructions.evaluator": "evaluate",
+    "constructions.family": "Certificate Construction Counterpart Embedded Family Place verify",
+    "constructions.mixers": "mesa",
+    "constructions.program": "Head Layer Mlp Norm Program",
+    "constructions.runs": "Run fit_family load_checkpoints load_run",
+    "constructions.slots": "Slots",
+    "constructions.soften": "soften",
+    "constructions.softened": "Softened",
+    "constructions.tint": "TrainedAuxiliary load_auxiliary save_auxiliary",
+    "constructions.transformer": "Transformer",
+    "probes.comparison": "compare",
+    "probes.ledger": "ledger",
+    "probes.report": "write_report",
+    "probes.tools": "TOOLS",
+    "synthetic": "chart",
+    "synthetic.grammar": "Grammar",
+    "synthetic.recipe": "Recipe",
+    "synthetic.task": "Batch Task",
+    "synthetic.train": "fit",
+}
+_HOME = {name: module for module, names in HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("orrery-transformers")
+    if name not in _HOME:
+        raise AttributeError(f"module 'orrery' has no attribute {name!r}")
+    check_packages()
+    home = importlib.import_module(_HOME[name])
+    # a module of a package is no attribute of it before it is imported
+    found = getattr(home, name, None) or importlib.import_module(f"{_HOME[name]}.{name}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def check_packages() -> None:
+    """Whether Python finds our packages where this file is.
+
+    Raises:
+        ImportError: a folder or file of somebody else's, of the same name, comes first.
+    """
+    here = Path(__file__).resolve().parent
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        places = () if spec is None else spec.submodule_search_locations or (spec.origin or "",)
+        if here / package not in [Path(place).resolve() for place in places]:
+            other = ", ".join(map(str, places)) or "nothing"
+            raise ImportError(
+                f"Python finds {other} under the name {package}, which hides orrery's own "
+                f"{here / package}: rename that folder, or start Python in another one"
+            )
+
+
+def main() -> int:
+    """The command; the exit status."""
+    try:
+        check_packages()
+    except ImportError as error:
+        print(f"orrery: {error}", file=sys.stderr)
+        return 2
+    from probes import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
