@@ -20,6 +20,14 @@ from jaxtyping import Array
 
 from constructions.claims import Claim, Measurement, NearMiss
 from constructions.compiler import compile_program
+from constructions.inputs import (
+    Input,
+    as_arrays,
+    check_inputs,
+    check_prediction,
+    converted,
+    model_type,
+)
 from constructions.program import Program
 from constructions.slots import Slot
 from constructions.soften import with_null
@@ -192,9 +200,37 @@ class Construction(ABC):
         place = self.places(model.config.depth, *inputs)["prediction"]
         return place.from_output(model, stream, groups)
 
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What `predict` takes, by name; nothing where a family does not say."""
+        return ()
+
+    def predict(self, model: Any, *inputs: Any) -> Array:
+        """What the model predicts, `[batch, ...]`: `apply` on checked inputs.
+
+        Args:
+            model: the compiled construction, or a trained model of its class.
+            inputs: lists or arrays, see `inputs`; numbers are computed in the widest of their and
+                the model's floating point types. A batch of 0 gives an empty prediction.
+
+        Raises:
+            ValueError: no model; a shape or a kind that does not fit; of concrete arrays, values
+                out of the domain, or so large that the prediction overflows.
+        """
+        arrays = self.given(model_type(model, self.program.slots.width), *inputs)
+        found = self.apply(model, *arrays)
+        check_prediction(found, model, self.inputs, arrays)
+        return found
+
+    def given(self, like: Any, *inputs: Any) -> tuple[Array, ...]:
+        """Inputs as `apply` and `trace` take them: checked, numbers in `like`'s type or wider."""
+        arrays = as_arrays(self.inputs, inputs)
+        self.check(*arrays)
+        return converted(self.inputs, arrays, like)
+
     def check(self, *inputs: Any) -> None:
-        """Raise ValueError for concrete inputs that are out of the domain; here none is."""
-        del inputs
+        """ValueError for inputs that do not fit, or concrete ones that are out of the domain."""
+        check_inputs(self.inputs, inputs)
 
     def sample(self, key: Array, batch: int) -> tuple[Array, ...]:
         """Inputs of the construction's task."""

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from constructions.family import Construction, Embedded, Place
+from constructions.inputs import Input
 from constructions.program import Program
 from constructions.soften import soften, with_null
 from constructions.transformer import Transformer
@@ -80,6 +81,11 @@ class Softened(Construction):
     def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
         """The construction's."""
         return self.construction.answers(prediction, kept, *inputs)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The construction's."""
+        return self.construction.inputs
 
     def check(self, *inputs: Any) -> None:
         """The construction's checks."""

@@ -237,7 +237,7 @@ class KernelDescent(Regression):
             estimate: W_k m(x) for the queries, `[batch, step, query, dim_y]`.
             prediction: W_K m(x), `[batch, query, dim_y]`.
         """
-        x, y, x_query = self.floats(0.0, x, y, x_query)
+        x, y, x_query = self.given(0.0, x, y, x_query)
         einsum = partial(jnp.einsum, precision="highest")
         m, m_query = self._features(x), self._features(x_query)
         initial = jnp.asarray(self.initial, x.dtype)
