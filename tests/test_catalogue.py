@@ -45,6 +45,33 @@ def test_trace_and_model_name_the_same_values(construction):
     assert prediction.shape == trace["prediction"].shape
 
 
+def test_predict_checks_before_it_runs(construction):
+    inputs = construction.sample(jax.random.key(0), 2)
+    model = construction.compile().model
+    for wrong, given in (
+        ("object", np.asarray(inputs[0]).astype(object)),
+        ("complex", np.asarray(inputs[0]).astype(complex)),
+        ("<U", np.asarray(inputs[0]).astype(str)),
+        ("None", None),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            construction.predict(model, given, *inputs[1:])
+    for nothing in (None, construction.compile()):
+        with pytest.raises(ValueError, match="model is .* must be a Transformer"):
+            construction.predict(nothing, *inputs)
+    with pytest.raises(ValueError, match="expected .* got"):
+        construction.predict(model, *inputs, inputs[0])
+
+
+def test_an_empty_batch_has_an_empty_prediction(construction):
+    inputs = construction.sample(jax.random.key(0), 2)
+    model = construction.compile().model
+    found, none = (
+        jax.eval_shape(construction.predict, model, *(a[:n] for a in inputs)) for n in (2, 0)
+    )
+    assert none.shape == (0, *found.shape[1:]) and none.dtype == found.dtype
+
+
 def test_task_scores_the_trace(construction):
     assert isinstance(construction.task, Task)
     batch = construction.task.sample(jax.random.key(1), 5)
