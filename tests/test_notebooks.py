@@ -1,7 +1,10 @@
 """Every notebook runs at quick settings, and its .ipynb is its .py, executed."""
 
+import re
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from execute_notebooks import SOURCES, execute, from_source
@@ -24,11 +27,58 @@ def test_ipynb_is_the_executed_source(source: Path) -> None:
     assert not [output for output in outputs if output.output_type == "error"]
 
 
+def names(notebook: nbformat.NotebookNode) -> list[tuple[list[str], set[str]]]:
+    """Of every cell the kinds of its outputs, and what its printed lines are about.
+
+    A line is about what stands before its first number, colon or wide space. How many lines are
+    about the same, and what they say of it, depends on the settings.
+    """
+    found = []
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        lines = "".join(o.text for o in outputs if o.output_type == "stream").splitlines()
+        labels = {re.split(r"[\d:({\[]|  ", line)[0].strip() for line in lines}
+        found.append(([o.output_type for o in outputs], labels - {""}))
+    return found
+
+
 @each_notebook
-def test_runs_at_quick_settings(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_at_quick_settings_and_says_what_is_stored(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ORRERY_QUICK", "1")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # figures inline, as a reader sees them
-    execute(from_source(source))
+    stored = names(nbformat.read(source.with_suffix(".ipynb"), as_version=4))
+    assert names(execute(from_source(source))) == stored, "out of date: run `make notebooks`"
+
+
+#: Changes that the notebooks invite their reader to make: (notebook, what is replaced, by what).
+CHANGES = [
+    ("00_write_your_own", "(0.5, 0.3, 0.2), 2, 12", "[0.7], 3, 5"),
+    ("00_write_your_own", "(0.5, 0.3, 0.2), 2, 12", "[0.5, 0.5], 1, 9"),
+    ("01_gradient_descent", '"steps": 1, "step_size": None', '"steps": 2, "step_size": 3.0'),
+    ("01_gradient_descent", '"dim_y": 1', '"dim_y": 2'),
+    ("03_noisy_regression", '"dim_x": 10, "num_examples": 20', '"dim_x": 5, "num_examples": 20'),
+    ("03_noisy_regression", "noise_levels = (1.0, 3.0)", "noise_levels = (0.5, 4.0)"),
+    ("05_mesa", "layers = 2 if QUICK", "layers = 3 if QUICK"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("notebook", "old", "new"),
+    [CHANGES[0], *(pytest.param(*change, marks=pytest.mark.slow) for change in CHANGES[1:])],
+    ids=[f"{stem[:2]}: {new}" for stem, _, new in CHANGES],
+)
+def test_runs_when_the_reader_changes_it(
+    notebook: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORRERY_QUICK", "1")
+    (source,) = (s for s in SOURCES if s.stem == notebook)
+    code = "\n".join(c.source for c in from_source(source).cells if c.cell_type == "code")
+    assert code.count(old) == 1, f"{notebook} no longer says {old!r}"
+    scope: dict[str, Any] = {"__name__": "notebook"}
+    exec(compile(code.replace(old, new), str(source), "exec"), scope)  # without a kernel of its own
+    plt.close("all")
 
 
 def test_failing_notebook_is_caught(tmp_path: Path) -> None:

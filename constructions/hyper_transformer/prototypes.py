@@ -207,8 +207,9 @@ class HyperPrototypes(FewShot):
         Args:
             labels: of all examples, `[batch, labelled]`.
         """
-        (labels,) = as_arrays(self.inputs[1:2], (labels,))
-        check_inputs(self.inputs[1:2], (labels,))
+        declared = [i for i in self.inputs if i.name == "labels"]
+        check_inputs(declared, [labels])
+        labels = jnp.asarray(labels)
         own = jax.nn.one_hot(labels, self.classes, dtype=jnp.result_type(float)).sum(1)
         others = (labels.shape[1] - own) * jnp.exp(-self.sharpness)
         return others / jnp.maximum(own + others, jnp.finfo(own.dtype).tiny)
@@ -225,9 +226,9 @@ class HyperPrototypes(FewShot):
             ValueError: as there, and for a class without an example, now or in the memory.
         """
         if len(inputs) == 4 and memory is None:
-            *inputs, memory = inputs
+            inputs, memory = inputs[:3], inputs[3]
         arrays = self.given(model_type(model, self.program.slots.width), *inputs)
-        found = self.apply(model, *arrays, *self._checked(*arrays[:2], memory))
+        found = self.apply(model, *arrays, *self._checked(arrays[0], arrays[1], memory))
         check_prediction(found, model, self.inputs, arrays)
         return found
 
