@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from constructions.evaluator import SlotBySlot
 from constructions.indices import check_indices
+from constructions.soften import NULL
 from constructions.transformer import Transformer
 
 NUMBERS, INTEGERS, FLAGS = "real numbers", "integers", "flags"
@@ -103,11 +104,11 @@ def model_type(model: Any, width: int | None = None) -> Any:
 
     Args:
         model: a `Transformer`, or a program in the place of one.
-        width: the least that its stream must have; of models that embed words themselves any will
-            do.
+        width: that its stream must have, a softened model's null column left out; of models that
+            embed words themselves any will do.
 
     Raises:
-        ValueError: it is something else, or too narrow.
+        ValueError: it is something else, or of another width.
     """
     if isinstance(model, SlotBySlot):
         return model.dtype
@@ -117,10 +118,11 @@ def model_type(model: Any, width: int | None = None) -> Any:
         raise ValueError(
             f"model is {shown}, must be a Transformer: the compiled one or a trained one{hint}"
         )
-    if width is not None and model.config.tokens is None and model.config.width < width:
+    config = model.config
+    softened = NULL in config.token_groups and config.width - 1 == width
+    if width not in (None, config.width) and config.tokens is None and not softened:
         raise ValueError(
-            f"model has width {model.config.width}, must be {width}, that of the construction's "
-            "slots"
+            f"model has width {config.width}, must be {width}, that of the construction's slots"
         )
     weights = jax.tree.leaves(nnx.state(model, nnx.Param))
     return jnp.result_type(*weights) if weights else jnp.result_type(float)

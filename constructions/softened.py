@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array
 
 from constructions.family import Construction, Embedded, Place
-from constructions.inputs import Input
 from constructions.program import Program
 from constructions.soften import soften, with_null
 from constructions.transformer import Transformer
@@ -83,7 +82,7 @@ class Softened(Construction):
         return self.construction.answers(prediction, kept, *inputs)
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         """The construction's."""
         return self.construction.inputs
 

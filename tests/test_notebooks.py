@@ -27,29 +27,53 @@ def test_ipynb_is_the_executed_source(source: Path) -> None:
     assert not [output for output in outputs if output.output_type == "error"]
 
 
-def names(notebook: nbformat.NotebookNode) -> list[tuple[list[str], set[str]]]:
-    """Of every cell the kinds of its outputs, and what its printed lines are about.
+def names(cell: nbformat.NotebookNode) -> tuple[list[str], set[str]]:
+    """The kinds of a cell's outputs, prints left out, and what its printed lines are about.
 
-    A line is about what stands before its first number, colon or wide space. How many lines are
-    about the same, and what they say of it, depends on the settings.
+    A line is about what stands before its first number, bracket, colon or wide space, in a table
+    that of its first column. How many lines are about the same depends on the settings.
     """
+    outputs = cell.get("outputs", [])
+    lines = "".join(o.text for o in outputs if o.output_type == "stream").splitlines()
+    labels = {re.split(r"[\d:({\[|]|  ", line.strip("| "))[0].strip(" -") for line in lines}
+    return [o.output_type for o in outputs if o.output_type != "stream"], labels - {""}
+
+
+def missing(ran: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> list[str]:
+    """What a run shows and the stored outputs do not, cell by cell."""
     found = []
-    for cell in notebook.cells:
-        outputs = cell.get("outputs", [])
-        lines = "".join(o.text for o in outputs if o.output_type == "stream").splitlines()
-        labels = {re.split(r"[\d:({\[]|  ", line)[0].strip() for line in lines}
-        found.append(([o.output_type for o in outputs], labels - {""}))
+    for number, cells in enumerate(zip(ran.cells, stored.cells, strict=True)):
+        (kinds, said), (kept, known) = map(names, cells)
+        found += [f"cell {number}: {kinds}, stored {kept}"] if kinds != kept else []
+        found += [f"cell {number}: {label}" for label in sorted(said - known)]
     return found
 
 
 @each_notebook
-def test_runs_at_quick_settings_and_says_what_is_stored(
+def test_runs_at_quick_settings_and_shows_what_is_stored(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ORRERY_QUICK", "1")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # figures inline, as a reader sees them
-    stored = names(nbformat.read(source.with_suffix(".ipynb"), as_version=4))
-    assert names(execute(from_source(source))) == stored, "out of date: run `make notebooks`"
+    stored = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    assert not missing(execute(from_source(source)), stored), "out of date: run `make notebooks`"
+
+
+def test_what_is_not_stored_is_missed() -> None:
+    def notebook(*outputs: dict[str, Any]) -> nbformat.NotebookNode:
+        cell = {"cell_type": "code", "outputs": list(outputs)}
+        return nbformat.from_dict({"cells": [cell]})
+
+    def prints(text: str) -> dict[str, Any]:
+        return {"output_type": "stream", "text": text}
+
+    stored = notebook(prints("equal loss    holds 0.1\n| mean | 2 |\n"), prints("seed 0: 3\n"))
+    few = notebook(prints("seed 7: 1\n"))
+    more = notebook(prints("equal loss    holds 0.1\nequal steps   holds 2\n| worst | 2 |\n"))
+    figure = notebook(prints("seed 7: 1\n"), {"output_type": "display_data"})
+    assert missing(stored, stored) == missing(few, stored) == []
+    assert missing(more, stored) == ["cell 0: equal steps", "cell 0: worst"]
+    assert missing(figure, stored) == ["cell 0: ['display_data'], stored []"]
 
 
 #: Changes that the notebooks invite their reader to make: (notebook, what is replaced, by what).
