@@ -201,7 +201,7 @@ class Construction(ABC):
         return place.from_output(model, stream, groups)
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
+    def arguments(self) -> tuple[Input, ...]:
         """What `predict` takes, by name; nothing where a family does not say."""
         return ()
 
@@ -210,8 +210,8 @@ class Construction(ABC):
 
         Args:
             model: the compiled construction, or a trained model of its class.
-            inputs: lists or arrays, see `inputs`; numbers are computed in the widest of their and
-                the model's floating point types. A batch of 0 gives an empty prediction.
+            inputs: lists or arrays, see `arguments`; numbers are computed in the widest floating
+                point type of theirs and the model's. An empty batch has an empty prediction.
 
         Raises:
             ValueError: no model; a shape or a kind that does not fit; of concrete arrays, values
@@ -219,18 +219,18 @@ class Construction(ABC):
         """
         arrays = self.given(model_type(model, self.program.slots.width), *inputs)
         found = self.apply(model, *arrays)
-        check_prediction(found, model, self.inputs, arrays)
+        check_prediction(found, model, self.arguments, arrays)
         return found
 
     def given(self, like: Any, *inputs: Any) -> tuple[Array, ...]:
         """Inputs as `apply` and `trace` take them: checked, numbers in `like`'s type or wider."""
-        arrays = as_arrays(self.inputs, inputs)
+        arrays = as_arrays(self.arguments, inputs)
         self.check(*arrays)
-        return converted(self.inputs, arrays, like)
+        return converted(self.arguments, arrays, like)
 
     def check(self, *inputs: Any) -> None:
         """ValueError for inputs that do not fit, or concrete ones that are out of the domain."""
-        check_inputs(self.inputs, inputs)
+        check_inputs(self.arguments, inputs)
 
     def sample(self, key: Array, batch: int) -> tuple[Array, ...]:
         """Inputs of the construction's task."""

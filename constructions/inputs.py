@@ -1,8 +1,8 @@
 """What may enter a model: named arrays and indices, checked once and refused in one line.
 
-A family lists its inputs (`Construction.inputs`); `Construction.predict` takes lists, numbers and
-arrays of any library that numpy reads, checks them here and runs `apply`, which is pure. Values
-are looked at where they are concrete. Under `jit` only what is static can be refused; an index
+A family lists its inputs (`Construction.arguments`); `Construction.predict` takes lists, numbers
+and arrays of any library that numpy reads, checks them here and runs `apply`, which is pure.
+Values are looked at where they are concrete. Under `jit` only what is static can be refused; an index
 without a row then gives NaN, see `constructions.indices`.
 """
 
@@ -139,7 +139,7 @@ def check_prediction(
             raise ValueError("model holds NaN or infinite weights, must be finite")
     sizes = {
         i.name: float(jnp.abs(a).max())
-        for i, a in zip(inputs, arrays, strict=True)
+        for i, a in zip(inputs, arrays, strict=bool(inputs))
         if i.holds is NUMBERS and not isinstance(a, Tracer) and a.size
     }
     name = max(sizes, key=lambda n: sizes[n], default="")

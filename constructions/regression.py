@@ -23,7 +23,7 @@ class Regression(Construction):
     dim_y: int
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
+    def arguments(self) -> tuple[Input, ...]:
         """Pairs x `[batch, context, dim_x]` and y `[batch, context, dim_y]`, and queries.
 
         Queries are `[batch, query, dim_x]`, predictions for them `[batch, query, dim_y]`.

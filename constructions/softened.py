@@ -82,9 +82,9 @@ class Softened(Construction):
         return self.construction.answers(prediction, kept, *inputs)
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         """The construction's."""
-        return self.construction.inputs
+        return self.construction.arguments
 
     def check(self, *inputs: Any) -> None:
         """The construction's checks."""

@@ -60,7 +60,7 @@ class FewShot(Construction):
         return GaussianClasses(**{name: getattr(self, name) for name in names})
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
+    def arguments(self) -> tuple[Input, ...]:
         """Support `[batch, example, dim]`, labels of its first examples, queries.
 
         Labels are integers from 0 to classes - 1, `[batch, labelled]`, queries

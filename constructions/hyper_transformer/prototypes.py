@@ -207,7 +207,7 @@ class HyperPrototypes(FewShot):
         Args:
             labels: of all examples, `[batch, labelled]`.
         """
-        declared = [i for i in self.inputs if i.name == "labels"]
+        declared = [i for i in self.arguments if i.name == "labels"]
         check_inputs(declared, [labels])
         labels = jnp.asarray(labels)
         own = jax.nn.one_hot(labels, self.classes, dtype=jnp.result_type(float)).sum(1)
@@ -229,7 +229,7 @@ class HyperPrototypes(FewShot):
             inputs, memory = inputs[:3], inputs[3]
         arrays = self.given(model_type(model, self.program.slots.width), *inputs)
         found = self.apply(model, *arrays, *self._checked(arrays[0], arrays[1], memory))
-        check_prediction(found, model, self.inputs, arrays)
+        check_prediction(found, model, self.arguments, arrays)
         return found
 
     def update(
@@ -249,7 +249,7 @@ class HyperPrototypes(FewShot):
         Raises:
             ValueError: as for `predict`, but that classes may be missing.
         """
-        support, labels = as_arrays(self.inputs[:2], (support, labels))
+        support, labels = as_arrays(self.arguments[:2], (support, labels))
         if labels.shape != support.shape[:2]:
             raise ValueError(f"labels has shape {labels.shape}, must be {support.shape[:2]}")
         query = np.zeros((len(support), 1, self.dim), np.int32)  # leaves the type to the others
@@ -257,7 +257,7 @@ class HyperPrototypes(FewShot):
         support, labels, query = self.given(like, support, labels, query)
         before = self._checked(support, labels, memory, complete=False)
         found = _weights(self, model, support, labels, query, *before)
-        check_prediction(found, model, self.inputs[:1], (support,))
+        check_prediction(found, model, self.arguments[:1], (support,))
         count = (labels[..., None] == jnp.arange(self.classes)).sum(1).astype(jnp.int32)
         if before:
             count = count + before[1]

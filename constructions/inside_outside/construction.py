@@ -155,7 +155,7 @@ class InsideOutside(Construction):
         return layout(self.rank, len(g.preterminals), self.max_length, len(g.nonterminals))
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
+    def arguments(self) -> tuple[Input, ...]:
         """tokens and mask `[batch, time]`, lengths `[batch]`; see `word_posterior`."""
         both = ("batch", "time")
         return (

@@ -75,7 +75,7 @@ class NextState(Construction):
         return LinearDynamics(self.dim, self.length, self.noise)
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
+    def arguments(self) -> tuple[Input, ...]:
         """Sequences of states, `[batch, time, dim]`, time from 1 to `length`.
 
         Entry t of the predictions, `[batch, time, dim]`, is of state t + 1, from those up to t.

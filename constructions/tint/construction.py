@@ -189,7 +189,7 @@ class Tint(Construction):
         return (*names, "offset", *(("embedding", "position") if self.embeddings else ()))
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
+    def arguments(self) -> tuple[Input, ...]:
         """tokens and train_mask, `[batch, time]`; predictions are `[batch, time, word]`."""
         both = ("batch", "time")
         return (
@@ -199,7 +199,7 @@ class Tint(Construction):
 
     def check(self, *inputs: Any) -> None:
         """ValueError for tokens or masks that are none, or texts that are too long."""
-        check_texts(self.shape, *as_arrays(self.inputs, inputs))
+        check_texts(self.shape, *as_arrays(self.arguments, inputs))
 
     def context_size(self, *inputs: Any) -> int:
         """Positions of the text: what follows them can be left out of the training."""
