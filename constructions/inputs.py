@@ -2,8 +2,8 @@
 
 A family lists its inputs (`Construction.arguments`); `Construction.predict` takes lists, numbers
 and arrays of any library that numpy reads, checks them here and runs `apply`, which is pure.
-Values are looked at where they are concrete. Under `jit` only what is static can be refused; an index
-without a row then gives NaN, see `constructions.indices`.
+Values are looked at where they are concrete. Under `jit` only what is static can be refused; an
+index without a row then gives NaN, see `constructions.indices`.
 """
 
 from __future__ import annotations
@@ -143,11 +143,8 @@ def check_prediction(
         if i.holds is NUMBERS and not isinstance(a, Tracer) and a.size
     }
     name = max(sizes, key=lambda n: sizes[n], default="")
-    largest = f": {name} holds {sizes[name]:.3g}" if name else ""
-    raise ValueError(
-        f"the prediction overflows {np.asarray(found).dtype}{largest}, must be smaller, or the "
-        "layers less"
-    )
+    largest = f": {name} holds {sizes[name]:.3g} in size, must be smaller" if name else ""
+    raise ValueError(f"the prediction overflows {np.asarray(found).dtype}{largest}")
 
 
 def _array(i: Input, value: Any) -> Any:
