@@ -60,7 +60,7 @@ def test_predict_checks_before_it_runs(construction):
         with pytest.raises(ValueError, match="model is .* must be a Transformer"):
             construction.predict(nothing, *inputs)
     with pytest.raises(ValueError, match="expected .* got"):
-        construction.predict(model, *inputs, inputs[0])
+        construction.predict(model, *inputs[:-1])
 
 
 def test_an_empty_batch_has_an_empty_prediction(construction):
