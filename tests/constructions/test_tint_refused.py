@@ -60,7 +60,7 @@ def test_ways_back_that_are_refused(given, message):
     ("tokens", "masks", "message"),
     [
         (TEXTS[0], TRAINED[0], r"tokens has shape \(6,\) and dtype int64, must be \[batch, time\]"),
-        (TEXTS.astype(float), TRAINED, "dtype float64, must be"),
+        (TEXTS.astype(float), TRAINED, "tokens are float64, must be integers"),
         (TEXTS[:, :0], TRAINED[:, :0], r"tokens has shape \(4, 0\)"),
         (np.zeros((1, 7), int), np.ones((1, 7)), "tokens has 7 positions, the auxiliary 6"),
         (TEXTS + 1, TRAINED, "tokens are 1 to 5, must be 0 to 4"),
