@@ -218,6 +218,10 @@ class Construction(ABC):
                 out of the domain, or so large that the prediction overflows.
         """
         arrays = self.given(model_type(model, self.program.slots.width), *inputs)
+        if arrays and not len(arrays[0]):  # nothing to run, and not every layer takes it
+            one = (jnp.zeros((1, *a.shape[1:]), a.dtype) for a in arrays)
+            like = jax.eval_shape(self.apply, model, *one)
+            return jnp.zeros((0, *like.shape[1:]), like.dtype)
         found = self.apply(model, *arrays)
         check_prediction(found, model, self.arguments, arrays)
         return found
