@@ -20,9 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from constructions.compiler import check
+from constructions.indices import check_indices, inside
 from constructions.layer import ACTIVATIONS
 from constructions.maps import affine, times, write
 from constructions.mixers import MIXERS, TRANSPOSED
@@ -69,7 +71,8 @@ def evaluate(
 
     Raises:
         ProgramError: what `compile_program` raises.
-        ValueError: a slot of the embedding is missing, or a shape does not fit.
+        ValueError: a slot of the embedding is missing, a shape does not fit, or a token is of a
+            kind that does not exist (under `jit` all of its sequence is NaN).
     """
     check(program)
     if groups is None and len(program.token_groups) > 1:
@@ -97,6 +100,8 @@ def evaluate(
     given = list(values.values()) if isinstance(values, Mapping) else [values]
     first = jnp.asarray(given[0])
     groups = np.zeros(first.shape[1], int) if groups is None else groups
+    kinds = len(program.token_groups)
+    check_indices("groups", groups, kinds, f"one of {program.token_groups}")
     known = groups if isinstance(groups, np.ndarray) and groups.ndim == 1 else None
     batch = max(len(value) for value in given)
     stream = Stream(program, known, first.shape[1], batch, first.dtype)
@@ -111,7 +116,11 @@ def evaluate(
     else:
         blocks = stream.cut(first)
     blocks = machine.run(blocks)
-    return {s.name: stream.whole(blocks, s) for s in program.slots if s.dies is None}
+    found = {s.name: stream.whole(blocks, s) for s in program.slots if s.dies is None}
+    if not isinstance(groups, Tracer):
+        return found
+    good = inside(groups, kinds).all(-1)[..., None, None]
+    return {name: jnp.where(good, value, jnp.nan) for name, value in found.items()}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,14 @@ from jaxtyping import Array
 
 from constructions.claims import Claim, Measurement, NearMiss
 from constructions.compiler import compile_program
+from constructions.inputs import (
+    Input,
+    as_arrays,
+    check_inputs,
+    check_prediction,
+    converted,
+    model_type,
+)
 from constructions.program import Program
 from constructions.slots import Slot
 from constructions.soften import with_null
@@ -192,9 +200,41 @@ class Construction(ABC):
         place = self.places(model.config.depth, *inputs)["prediction"]
         return place.from_output(model, stream, groups)
 
+    @property
+    def arguments(self) -> tuple[Input, ...]:
+        """What `predict` takes, by name; nothing where a family does not say."""
+        return ()
+
+    def predict(self, model: Any, *inputs: Any) -> Array:
+        """What the model predicts, `[batch, ...]`: `apply` on checked inputs.
+
+        Args:
+            model: the compiled construction, or a trained model of its class.
+            inputs: lists or arrays, see `arguments`; numbers are computed in the widest floating
+                point type of theirs and the model's. An empty batch has an empty prediction.
+
+        Raises:
+            ValueError: no model; a shape or a kind that does not fit; of concrete arrays, values
+                out of the domain, or so large that the prediction overflows.
+        """
+        arrays = self.given(model_type(model, self.program.slots.width), *inputs)
+        if arrays and not len(arrays[0]):  # nothing to run, and not every layer takes it
+            one = (jnp.zeros((1, *a.shape[1:]), a.dtype) for a in arrays)
+            like = jax.eval_shape(self.apply, model, *one)
+            return jnp.zeros((0, *like.shape[1:]), like.dtype)
+        found = self.apply(model, *arrays)
+        check_prediction(found, model, self.arguments, arrays)
+        return found
+
+    def given(self, like: Any, *inputs: Any) -> tuple[Array, ...]:
+        """Inputs as `apply` and `trace` take them: checked, numbers in `like`'s type or wider."""
+        arrays = as_arrays(self.arguments, inputs)
+        self.check(*arrays)
+        return converted(self.arguments, arrays, like)
+
     def check(self, *inputs: Any) -> None:
-        """Raise ValueError for concrete inputs that are out of the domain; here none is."""
-        del inputs
+        """ValueError for inputs that do not fit, or concrete ones that are out of the domain."""
+        check_inputs(self.arguments, inputs)
 
     def sample(self, key: Array, batch: int) -> tuple[Array, ...]:
         """Inputs of the construction's task."""

@@ -37,10 +37,13 @@ def centred(scores: Scores, mask: Mask) -> Scores:
 def softmax(scores: Scores, mask: Mask) -> Scores:
     """a_ij = exp(s_ij) / sum_j exp(s_ij) over the keys in the mask."""
     # jax.nn.softmax(where=mask) returns NaN for a query without keys
-    highest = jnp.max(scores, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
+    fixed = jax.lax.stop_gradient(scores)
+    highest = jnp.max(fixed, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
     shift = jnp.where(jnp.isfinite(highest), highest, 0)
-    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - jax.lax.stop_gradient(shift), 0)), 0)
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - shift, 0)), 0)
+    # 1 in the place of an empty sum, not a tiny number: derivatives divide by its square
+    total = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
 
 
 def transposed_softmax(scores: Scores, mask: Mask) -> Scores:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from constructions.family import Construction
-from constructions.transformer import Transformer
+from constructions.inputs import Input
 
 Inputs = Float[Array, "batch context dim_x"]
 Outputs = Float[Array, "batch context dim_y"]
@@ -26,43 +22,17 @@ class Regression(Construction):
     dim_x: int
     dim_y: int
 
-    def predict(
-        self, model: Transformer, x: ArrayLike, y: ArrayLike, x_query: ArrayLike
-    ) -> Float[Array, "batch query dim_y"]:
-        """The prediction for x_query as the model computes it (sign already turned).
+    @property
+    def arguments(self) -> tuple[Input, ...]:
+        """Pairs x `[batch, context, dim_x]` and y `[batch, context, dim_y]`, and queries.
 
-        Args:
-            model: the compiled construction or a model of the same class.
-            x, y, x_query: `[batch, context, dim_x]`, `[batch, context, dim_y]` and
-                `[batch, query, dim_x]`; computed in the widest of their and the model's types.
-
-        Raises:
-            ValueError: for shapes that do not fit or, on concrete arrays, values that are not
-                finite.
+        Queries are `[batch, query, dim_x]`, predictions for them `[batch, query, dim_y]`.
         """
-        weights = jax.tree.leaves(nnx.state(model, nnx.Param))
-        return self.apply(model, *self.floats(weights[0].dtype, x, y, x_query))
-
-    def check(self, *inputs: Any) -> None:
-        """Shapes, and finite values where they are concrete."""
-        shapes = {
-            "x": ("batch", "context", self.dim_x),
-            "y": ("batch", "context", self.dim_y),
-            "x_query": ("batch", "query", self.dim_x),
-        }
-        if len(inputs) != 3:
-            raise ValueError(f"expected x, y and x_query, got {len(inputs)} arrays")
-        sizes: dict[str, int] = {}
-        for (name, axes), array in zip(shapes.items(), inputs, strict=True):
-            shape = jnp.shape(array)
-            want = [axis if isinstance(axis, int) else sizes.get(axis) for axis in axes]
-            if len(shape) != 3 or any(w not in (None, s) for w, s in zip(want, shape, strict=True)):
-                raise ValueError(f"{name} has shape {shape}, must be {list(axes)} with {sizes}")
-            sizes |= {a: s for a, s in zip(axes, shape, strict=True) if isinstance(a, str)}
-            if 0 in shape[1:]:
-                raise ValueError(f"{name} has shape {shape}, must hold at least one token")
-            if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array)).all():
-                raise ValueError(f"{name} holds NaN or infinite values, must be finite")
+        return (
+            Input("x", ("batch", "context", self.dim_x)),
+            Input("y", ("batch", "context", self.dim_y)),
+            Input("x_query", ("batch", "query", self.dim_x)),
+        )
 
     def context_size(self, *inputs: Any) -> int:
         """N, the number of pairs."""
@@ -73,13 +43,6 @@ class Regression(Construction):
         x, y, x_query = inputs
         index = np.asarray(kept, int)
         return x[:, index], y[:, index], x_query
-
-    def floats(self, like: Any, *inputs: ArrayLike) -> list[Array]:
-        """Checked inputs in one floating point type, `like`'s or a wider one that they have."""
-        arrays = [jnp.asarray(a) for a in inputs]
-        self.check(*arrays)
-        dtype = jnp.result_type(like, *arrays)
-        return [a.astype(dtype) for a in arrays]
 
 
 def at_least_one(construction: Any, *names: str) -> None:

@@ -81,6 +81,11 @@ class Softened(Construction):
         """The construction's."""
         return self.construction.answers(prediction, kept, *inputs)
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The construction's."""
+        return self.construction.arguments
+
     def check(self, *inputs: Any) -> None:
         """The construction's checks."""
         self.construction.check(*inputs)

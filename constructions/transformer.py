@@ -20,10 +20,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from constructions.config import WIRING, Config, SegmentConfig
+from constructions.indices import check_indices, or_nan, take_rows
 from constructions.layer import Edit, Tap, normalise, run_layer
 
 Stream = Float[Array, "batch token width"]
@@ -92,20 +95,34 @@ class Transformer(nnx.Module):
         Args:
             stream: `[batch, token, width]`.
             groups: kind of every token, an index into `config.token_groups`, `[token]` or
-                `[batch, token]`; may be left out where there is one kind only.
+                `[batch, token]`; may be left out where there is one kind only. Under `jit` a token
+                of a kind that does not exist is NaN.
             read: tokens that are wanted. The last layer computes only those.
         """
         return self._run(stream, groups, read)[0]
 
-    def embed(self, tokens: Int[Array, "batch token"]) -> Stream:
+    def embed(self, tokens: Any) -> Stream:
         """The stream of a language model's tokens: a row of the embedding, and one for the place.
 
-        ValueError where the model has no tables, or fewer positions than there are tokens.
+        Args:
+            tokens: `[batch, token]`, integers from 0 to the embedding's rows - 1. Under `jit`,
+                where they cannot be looked at, others give NaN.
+
+        Raises:
+            ValueError: the model has no tables, or fewer positions than there are tokens; the
+                tokens are not of that shape and kind, or one is out of range.
         """
         if self.config.tokens is None:
             raise ValueError("the model has no embedding: its config has no tokens")
         tables = nnx.to_pure_dict(nnx.state(self.tokens))
-        stream = tables["embedding"][tokens]
+        tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, must be [batch, token] "
+                "integers"
+            )
+        check_indices("tokens", tokens, self.config.tokens.embedding, "a row of the embedding")
+        stream = take_rows(tables["embedding"], tokens)
         if not self.config.tokens.positions:
             return stream
         if tokens.shape[1] > self.config.tokens.positions:
@@ -174,6 +191,10 @@ class Transformer(nnx.Module):
             if len(self.config.token_groups) > 1:
                 raise ValueError(f"groups must say which of {self.config.token_groups} tokens are")
             groups = jnp.zeros(stream.shape[1], int)
+        kinds = len(self.config.token_groups)
+        check_indices("groups", groups, kinds, f"one of {self.config.token_groups}")
+        if isinstance(groups, Tracer):
+            stream = or_nan(stream, groups, kinds)
         edits = _check_sites(self.config, sites, edits or {})
         # a scan carries one dtype: the wider of the stream's and the weights'
         weights = jax.tree.leaves(nnx.state(self, nnx.Param))

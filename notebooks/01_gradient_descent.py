@@ -39,6 +39,14 @@ QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#666666"
 
 # %% [markdown]
+# The construction that is trained below follows these numbers; try others. More steps than one need
+# a step size, and have no closed-form optimum: what rests on that is then left out.
+
+# %%
+settings = {"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1, "step_size": None}
+seeds = 2 if QUICK else 5
+
+# %% [markdown]
 # ## The algorithm and the construction
 #
 # Gradient descent on $\frac{1}{2N}\sum_i |W x_i - y_i|^2$ makes the steps
@@ -53,8 +61,8 @@ ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#666666"
 # head in the next layer makes the next step. Compiled, this is an ordinary transformer:
 
 # %%
-steps = 50
-descent = CATALOGUE["gradient-descent"](steps=steps, step_size=2.0)
+family = CATALOGUE["gradient-descent"]
+descent = family(steps=50, step_size=2.0)
 compiled = descent.compile()
 x, y, x_query = descent.sample(jax.random.key(0), 512)
 trace = descent.trace(x, y, x_query)
@@ -62,9 +70,9 @@ held = descent.read(compiled.model, x, y, x_query)
 for name in held:
     error = jnp.abs(held[name] - trace[name]).max() / jnp.sqrt(jnp.mean(trace[name] ** 2))
     print(f"{name:12s} {str(held[name].shape):22s} relative error {error:.1e} in float32")
-    assert error < 5e-6
+    assert error < 5e-6, f"{name} should differ by rounding alone, differs by {error:.1e}"
 print("certificate:", {e.dtype: f"{e.max_rel_error:.1e}" for e in compiled.certificate.errors})
-assert compiled.certificate.passed
+assert compiled.certificate.passed, f"the model is off: {compiled.certificate.errors}"
 
 # %% [markdown]
 # ## The optimum of one layer
@@ -77,31 +85,38 @@ assert compiled.certificate.passed
 # Five models, trained at once:
 
 # %%
-family = CATALOGUE["gradient-descent"]
-construction = family(**family.example())
+construction = family(**settings)
 counterpart = construction.counterpart()
 result = construction.fit(
-    seeds=range(2 if QUICK else 5),
+    seeds=range(seeds),
     steps=1000 if QUICK else 3000,
     chunk=20,
 )
-optimum = optimal_one_layer(counterpart.task).loss
 last = result.history[-1]
-print("exact excess over the optimum:", [f"{v:.2%}" for v in last["exact_excess"]])
 print("distance of the weights:      ", [f"{v:.1%}" for v in last["canonical_distance"]])
-assert max(last["exact_excess"]) < (0.005 if QUICK else 0.001)
+closed_form = "exact_excess" in last
+if closed_form:
+    most = 0.005 if QUICK else 0.001
+    print("exact excess over the optimum:", [f"{v:.2%}" for v in last["exact_excess"]])
+    assert max(last["exact_excess"]) < most, f"expected at most {most:.1%} above the optimum"
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 step = [record["step"] for record in result.history]
-excess = np.array([record["exact_excess"] for record in result.history])
 distance = np.array([record["canonical_distance"] for record in result.history])
-axes[0].plot(step, optimum * (1 + excess), color=BLUE, lw=1)
-axes[0].axhline(optimum, color=ORANGE, ls="--", label=f"closed-form optimum {optimum:.4f}")
-for level in saddle_levels(counterpart.task)[:3]:
-    axes[0].axhline(level, color=GREY, lw=0.5)
-axes[0].set(xlabel="training step", ylabel="exact population loss")
-axes[0].legend(frameon=False)
+if closed_form:
+    optimum = optimal_one_layer(counterpart.task).loss
+    excess = np.array([record["exact_excess"] for record in result.history])
+    axes[0].plot(step, optimum * (1 + excess), color=BLUE, lw=1)
+    axes[0].axhline(optimum, color=ORANGE, ls="--", label=f"closed-form optimum {optimum:.4f}")
+    axes[0].set(xlabel="training step", ylabel="exact population loss")
+    axes[0].legend(frameon=False)
+else:
+    axes[0].plot(step, [record["loss"] for record in result.history], color=BLUE, lw=1)
+    axes[0].set(xlabel="training step", ylabel="loss on the batch")
+if closed_form and construction.dim_y == 1:
+    for level in saddle_levels(counterpart.task)[:3]:
+        axes[0].axhline(level, color=GREY, lw=0.5)
 axes[1].semilogy(step, distance, color=BLUE, lw=1)
 axes[1].axhline(0.1, color=GREY, lw=0.8, ls=":", label="a step size off by 10 %")
 axes[1].set(xlabel="training step", ylabel="distance to the construction's weights")
@@ -126,7 +141,7 @@ tensors = {
 }
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
 for axis, (name, tensor) in zip(axes, tensors.items(), strict=True):
-    image = axis.imshow(tensor[0, :, -1, :], cmap="PuOr", vmin=-0.35, vmax=0.35)
+    image = axis.imshow(tensor[0, :, construction.dim_x, :], cmap="PuOr", vmin=-0.35, vmax=0.35)
     axis.set(title=name, xlabel="query entry $c$", ylabel="context entry $a$")
 figure.colorbar(image, ax=axes, label=r"$T_{y,a,y,c}$")
 plt.show()
@@ -158,7 +173,7 @@ for row in rows:
 # %% [markdown]
 # ## The trained layer as an optimiser
 #
-# Applied again and again, the trained layer keeps descending, as gradient descent with its step
+# Applied again and again, one trained layer keeps descending, as gradient descent with its step
 # size does. At full strength that step size is too large for the worst contexts and both diverge;
 # damped by 0.75, as in the paper's figure 1, both converge, together.
 #
@@ -168,9 +183,6 @@ for row in rows:
 
 # %%
 batch = counterpart.task.sample(jax.random.key(2), 2048)
-bare = without_inert(result.model, gauge)
-once = [construction.apply(model, *batch.inputs) for model in (bare, result.model)]
-assert jnp.abs(once[0] - once[1]).max() < 1e-5
 
 
 @jax.jit
@@ -179,14 +191,23 @@ def curve(model, damping):
     return jax.vmap(lambda p: counterpart.task.loss(p, batch).mean())(predictions)
 
 
-figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-for damping, shade in ((1.0, ORANGE), (0.75, BLUE)):
-    axis.semilogy(curve(reference, damping), color=shade, label=f"construction, damping {damping}")
-    axis.semilogy(curve(bare, damping), "o", ms=3, color=shade, label=f"trained, {damping}")
-axis.set(xlabel="times the layer is applied", ylabel="loss", ylim=(0.03, 3))
-axis.legend(frameon=False)
-plt.show()
+if construction.steps == 1:
+    bare = without_inert(result.model, gauge)
+    once = [construction.apply(model, *batch.inputs) for model in (bare, result.model)]
+    moved = jnp.abs(once[0] - once[1]).max()
+    assert moved < 1e-5, (
+        f"inert weights should not matter to one layer, they move it by {moved:.1e}"
+    )
 
-gap = np.abs(np.log(curve(bare, 0.75)[:20] / curve(reference, 0.75)[:20])).max()
-print(f"largest relative gap over 20 applications, damped: {gap:.1%}")
-assert QUICK or gap < 0.1
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for damping, shade in ((1.0, ORANGE), (0.75, BLUE)):
+        ours, theirs = (curve(m, damping) for m in (reference, bare))
+        axis.semilogy(ours, color=shade, label=f"construction, damping {damping}")
+        axis.semilogy(theirs, "o", ms=3, color=shade, label=f"trained, {damping}")
+    axis.set(xlabel="times the layer is applied", ylabel="loss", ylim=(0.03, 3))
+    axis.legend(frameon=False)
+    plt.show()
+
+    gap = np.abs(np.log(curve(bare, 0.75)[:20] / curve(reference, 0.75)[:20])).max()
+    print(f"largest relative gap over 20 applications, damped: {gap:.1%}")
+    assert QUICK or gap < 0.1, f"expected curves within 10 % of each other, got {gap:.1%}"

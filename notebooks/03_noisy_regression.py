@@ -24,6 +24,7 @@
 
 # %%
 import os
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,14 @@ from synthetic.ridge import adaptive_ridge, ridge
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
 family = CATALOGUE["noisy-regression"]
+
+# %% [markdown]
+# The task of everything below, and the largest number of layers, 2 or more; try others.
+
+# %%
+sizes = {"dim_x": 10, "num_examples": 20}
+noise_levels = (1.0, 3.0)
+most_layers = 2 if QUICK else 3
 
 # %% [markdown]
 # ## Four numbers a layer
@@ -60,11 +69,10 @@ family = CATALOGUE["noisy-regression"]
 
 # %%
 rng = np.random.default_rng(0)
-wild = family(layers=rng.normal(size=(3, 4)) / 100, max_noise=3.0)
-print(
-    "certificate:", {e.dtype: f"{e.max_rel_error:.1e}" for e in wild.compile().certificate.errors}
-)
-assert wild.compile().certificate.passed
+wild = family(layers=rng.normal(size=(3, 4)) / 100, max_noise=max(noise_levels), **sizes)
+certificate = wild.compile().certificate
+print("certificate:", {e.dtype: f"{e.max_rel_error:.1e}" for e in certificate.errors})
+assert certificate.passed, f"the model differs from the recursion: {certificate.errors}"
 inputs = wild.sample(jax.random.key(0), 4)
 print({name: value.shape for name, value in wild.trace(*inputs).items()})
 
@@ -72,15 +80,15 @@ print({name: value.shape for name, value in wild.trace(*inputs).items()})
 # ## The best numbers
 #
 # So few numbers do not need a training run: Levenberg-Marquardt on thousands of contexts, from many
-# starts, ends at the optimum in seconds. The noise is 1 or 3, the depth one to three layers.
+# starts, ends at the optimum in seconds.
 
 # %%
-task = NoisyRegressionTask(noise_levels=(1.0, 3.0))
+task = NoisyRegressionTask(noise_levels=noise_levels, **sizes)
 models, fitted = {}, None
 with jax.enable_x64(True):
-    for depth in (1, 2) if QUICK else (1, 2, 3):
+    for depth in range(1, most_layers + 1):
         fitted = fit(task, depth, shallower=fitted) if fitted else fit(task, depth)
-        models[depth] = family(layers=fitted.layers, noise_levels=(1.0, 3.0))
+        models[depth] = family(layers=fitted.layers, noise_levels=noise_levels, **sizes)
 for depth, model in models.items():
     for number, reading in enumerate(model.readings, start=1):
         print(
@@ -114,7 +122,10 @@ oracle = task.loss(predictions["oracle"], examples)
 beyond = {n: float((task.loss(p, examples) - oracle).mean()) for n, p in predictions.items()}
 for name, value in beyond.items():
     print(f"{name:15s} adjusted loss {value:.3f}")
-assert beyond["depth 2"] < beyond["constant ridge"] < beyond["depth 1"]
+assert beyond["depth 2"] < beyond["constant ridge"] < beyond["depth 1"], (
+    "expected that one layer loses to the best constant ridge, and two layers beat it, as they do "
+    f"in 10 dimensions with noise 1 or 3; with {task} the losses beyond the oracle are {beyond}"
+)
 
 # %% [markdown]
 # Two layers beat every constant ridge, and with it gradient descent of any depth, which is linear
@@ -127,13 +138,14 @@ assert beyond["depth 2"] < beyond["constant ridge"] < beyond["depth 1"]
 # falls with the noise. A method that is linear in the labels has one slope for all noise levels.
 
 # %%
-levels = np.array([0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5])
+low, high = min(noise_levels), max(noise_levels)
+levels = np.linspace(low / 2, high * 7 / 6, 7)  # from below the task's noise to above it
 
 
 def slopes(method):
     found = []
     for level in levels:
-        probe = NoisyRegressionTask(noise_levels=(float(level),))
+        probe = NoisyRegressionTask(noise_levels=(float(level),), **sizes)
         drawn = probe.sample(jax.random.key(2), 2**12 if QUICK else 2**14)
         guess, target = method(drawn), drawn.target.value
         found.append(float(jnp.mean(guess * target) / jnp.mean(target**2)))
@@ -146,21 +158,28 @@ fixed = slopes(lambda b: ridge(*b.inputs, task.mean_square_noise))
 axis.plot(levels, known, color=GREY, lw=2.5, label="ridge that knows the noise")
 axis.plot(levels, fixed, color=GREY, ls=":", label="constant ridge")
 shown = {}
-for (depth, model), colour in zip(models.items(), (ORANGE, BLUE, GREEN), strict=False):
+for (depth, model), colour in zip(models.items(), cycle((ORANGE, BLUE, GREEN)), strict=False):
     compiled = model.compile().model
     shown[depth] = slopes(lambda b, m=model, c=compiled: predict(m, c, *b.inputs))
     axis.plot(levels, shown[depth], "o-", ms=3, color=colour, label=f"depth {depth}")
-axis.axvspan(1, 3, color=GREY, alpha=0.08, lw=0)
+axis.axvspan(low, high, color=GREY, alpha=0.08, lw=0)
 axis.set(xlabel=r"noise $\sigma$ of the context", ylabel="slope of predictions on targets")
 axis.legend(frameon=False)
 plt.show()
-assert np.ptp(fixed) < 0.1 < shown[2][1] - shown[2][5]
+# between the noise levels nearest to the lowest and the highest of the task
+falls = shown[2][np.abs(levels - low).argmin()] - shown[2][np.abs(levels - high).argmin()]
+print(f"slope of two layers: {falls:.2f} less at noise {high:g} than at {low:g}")
+assert np.ptp(fixed) < 0.1, f"the slope of a constant ridge should not move: {fixed}"
+assert falls > 0.5 * (known[0] - known[-1]) * (high - low) / (levels[-1] - levels[0]), (
+    "expected that two layers shrink more where there is more noise, at least half as much as the "
+    f"ridge that knows it: {known}, but their slopes are {shown[2]}"
+)
 
 # %% [markdown]
 # ## And a trained one?
 #
-# Full matrices $P$ and $Q$ have 242 numbers a head where this has four a layer. Trained with Adam
-# from small random weights, two layers of them end where the four numbers are:
+# Full matrices $P$ and $Q$ have 242 numbers a head (in 10 dimensions) where this has four a layer.
+# Trained with Adam from small random weights, two layers of them end where the four numbers are:
 
 # %%
 best = models[2]
@@ -170,4 +189,8 @@ loss = float(task.loss(predictions["depth 2"], examples).mean())
 for number, model in enumerate(result.models):
     trained = float(task.loss(predict(best, model, *examples.inputs), examples).mean())
     print(f"seed {number}: loss {trained:.4f}, that of the four numbers {loss:.4f}")
-    assert trained / loss - 1 < (0.05 if QUICK else 0.02)
+    most = 0.05 if QUICK else 0.02
+    assert trained / loss - 1 < most, (
+        f"expected a loss at most {most:.0%} above that of the four numbers, got {trained:.4f} "
+        f"against {loss:.4f}: {result.history[-1]['step']} steps may be too few"
+    )

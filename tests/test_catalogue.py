@@ -45,6 +45,28 @@ def test_trace_and_model_name_the_same_values(construction):
     assert prediction.shape == trace["prediction"].shape
 
 
+def test_predict_checks_its_inputs_and_takes_an_empty_batch(construction):
+    inputs, compiled = construction.sample(jax.random.key(0), 2), construction.compile()
+    for wrong, given in (
+        ("object", np.asarray(inputs[0]).astype(object)),
+        ("complex", np.asarray(inputs[0]).astype(complex)),
+        ("<U", np.asarray(inputs[0]).astype(str)),
+        ("None", None),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            construction.predict(compiled.model, given, *inputs[1:])
+    for nothing in (None, compiled):
+        with pytest.raises(ValueError, match="model is .* must be a Transformer"):
+            construction.predict(nothing, *inputs)
+    with pytest.raises(ValueError, match="expected .* got"):
+        construction.predict(compiled.model, *inputs[:-1])
+    found, none = (
+        jax.eval_shape(construction.predict, compiled.model, *(a[:n] for a in inputs))
+        for n in (2, 0)
+    )
+    assert none.shape == (0, *found.shape[1:]) and none.dtype == found.dtype
+
+
 def test_task_scores_the_trace(construction):
     assert isinstance(construction.task, Task)
     batch = construction.task.sample(jax.random.key(1), 5)

@@ -183,7 +183,7 @@ class GradientDescent(Regression):
             inputs: M_k x_i and M_k x, `[batch, step, token, dim_x]`; without curvature M_k = I.
             prediction: W_K x, `[batch, query, dim_y]`.
         """
-        x, y, x_query = self.floats(0.0, x, y, x_query)
+        x, y, x_query = self.given(0.0, x, y, x_query)
         einsum = partial(jnp.einsum, precision="highest")
         gram = einsum("bni,bnj->bij", x, x)
         initial = jnp.asarray(self.initial, x.dtype)

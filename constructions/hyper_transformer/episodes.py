@@ -16,16 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from constructions.compiler import compile_program, config_of
 from constructions.family import Construction, Counterpart
+from constructions.indices import or_nan
+from constructions.inputs import INTEGERS, Input
 from constructions.regression import at_least_one, finite_number
 from constructions.slots import Slot
 from constructions.transformer import Transformer, randomise
-from synthetic.classes import GaussianClasses, Labels, Logits, Queries, Support
+from synthetic.classes import GaussianClasses, Labels, Queries, Support
 from synthetic.recipe import Recipe
 
 GROUPS = ("labelled", "unlabelled", "class", "query")
@@ -58,66 +59,37 @@ class FewShot(Construction):
         names = ("dim", "classes", "shots", "queries", "unlabelled", "spread", "noise")
         return GaussianClasses(**{name: getattr(self, name) for name in names})
 
-    def predict(
-        self, model: Transformer, support: ArrayLike, labels: ArrayLike, queries: ArrayLike
-    ) -> Logits:
-        """Logits of the queries as the model computes them.
+    @property
+    def arguments(self) -> tuple[Input, ...]:
+        """Support `[batch, example, dim]`, labels of its first examples, queries.
 
-        Args:
-            model: the compiled construction or a model of the same class.
-            support: `[batch, example, dim]`; computed in the widest of its and the model's types.
-            labels: integers in 0..classes - 1 of the first examples, `[batch, labelled]`.
-            queries: `[batch, query, dim]`.
-
-        Raises:
-            ValueError: for shapes that do not fit or, on concrete arrays, features that are not
-                finite or labels out of range.
+        Labels are integers from 0 to classes - 1, `[batch, labelled]`, queries
+        `[batch, query, dim]`. Predictions are the logits of the queries, `[batch, query, class]`.
         """
-        return self.apply(model, *self.typed(weight_dtype(model), support, labels, queries))
+        return (
+            Input("support", ("batch", "example", self.dim), least=0),
+            Input("labels", ("batch", "labelled"), INTEGERS, self.classes, least=0),
+            Input("queries", ("batch", "query", self.dim)),
+        )
 
     def check(self, *inputs: Any) -> None:
-        """Shapes, and where they are concrete finite features and labels that exist.
+        """As the base class has it; there are no more labels than examples.
 
         Raises:
             ValueError: naming the argument.
         """
-        if len(inputs) != 3:
-            raise ValueError(f"expected support, labels and queries, got {len(inputs)} arrays")
-        support, labels, queries = inputs
-        shape = jnp.shape(support)
-        if len(shape) != 3 or shape[2] != self.dim:
-            raise ValueError(f"support has shape {shape}, must be [batch, example, {self.dim}]")
-        wanted = (shape[0], self.dim)
-        found = jnp.shape(queries)
-        if len(found) != 3 or (found[0], found[2]) != wanted or not found[1]:
-            raise ValueError(f"queries has shape {found}, must be [{shape[0]}, query, {self.dim}]")
-        found = jnp.shape(labels)
-        if len(found) != 2 or found[0] != shape[0] or found[1] > shape[1]:
+        super().check(*inputs)
+        examples, labels = jnp.shape(inputs[0])[1], jnp.shape(inputs[1])
+        if labels[1] > examples:
             raise ValueError(
-                f"labels has shape {found}, must be [{shape[0]}, labelled] with at most one for "
-                f"each of the {shape[1]} examples"
+                f"labels has shape {labels}, must be [{labels[0]}, labelled] with at most one for "
+                f"each of the {examples} examples"
             )
-        if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
-            raise ValueError(f"labels are {jnp.asarray(labels).dtype}, must be integers")
-        for name, array in (("support", support), ("queries", queries)):
-            if not isinstance(array, Tracer) and not np.isfinite(np.asarray(array)).all():
-                raise ValueError(f"{name} holds NaN or infinite values, must be finite")
-        if not isinstance(labels, Tracer):
-            known = np.asarray(labels)
-            wrong = known[(known < 0) | (known >= self.classes)]
-            if wrong.size:
-                raise ValueError(f"labels holds {wrong[0]}, must be 0 to {self.classes - 1}")
-
-    def typed(self, like: Any, *inputs: ArrayLike) -> tuple[Array, Array, Array]:
-        """Checked inputs, features in one floating point type, `like`'s or a wider one."""
-        support, labels, queries = (jnp.asarray(a) for a in inputs)
-        self.check(support, labels, queries)
-        dtype = jnp.result_type(like, support, queries)
-        return support.astype(dtype), labels, queries.astype(dtype)
 
     def one_hot(self, labels: Labels, like: Array) -> Array:
-        """y_ic, `[batch, labelled, class]`."""
-        return jax.nn.one_hot(labels, self.classes, dtype=like.dtype)
+        """y_ic, `[batch, labelled, class]`; NaN, where labels are traced, for one out of range."""
+        shown = jax.nn.one_hot(labels, self.classes, dtype=like.dtype)
+        return or_nan(shown, labels, self.classes) if isinstance(labels, Tracer) else shown
 
     def codes(self, like: Array) -> Array:
         """1_c of the class tokens, `[batch, class, class]`."""
@@ -193,8 +165,3 @@ def aligned(model: Transformer, key: Array, std: float) -> Transformer:
                 heads["key"] = heads["query"]
                 heads["output"] = jnp.swapaxes(heads["value"], -1, -2)
     return Transformer(model.config, arrays)
-
-
-def weight_dtype(model: Transformer) -> Any:
-    """The floating point type of a model's weights."""
-    return jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype

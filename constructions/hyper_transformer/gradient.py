@@ -165,7 +165,7 @@ class HyperGradient(FewShot):
             guess: p_i at W_1..W_{K-1}, `[batch, step, labelled, class]`; none for a single step.
             prediction: logits W_K e, `[batch, query, class]`.
         """
-        support, labels, queries = self.typed(0.0, support, labels, queries)
+        support, labels, queries = self.given(0.0, support, labels, queries)
         einsum = partial(jnp.einsum, precision="highest")
         shown = self.one_hot(labels, support)
         e, q = (jnp.pad(a, [(0, 0), (0, 0), (0, 1)], constant_values=1) for a in (support, queries))

@@ -51,7 +51,14 @@ from constructions.claims import Claim, NearMiss
 from constructions.compiler import compile_program
 from constructions.family import Embedded, Place
 from constructions.hyper_transformer.claims import PROTOTYPE_CLAIMS, SEMI_SUPERVISED_CLAIMS
-from constructions.hyper_transformer.episodes import GROUPS, FewShot, rows, weight_dtype
+from constructions.hyper_transformer.episodes import GROUPS, FewShot, rows
+from constructions.inputs import (
+    Input,
+    as_arrays,
+    check_inputs,
+    check_prediction,
+    model_type,
+)
 from constructions.program import Head, Layer, Mlp, Program
 from constructions.regression import finite_number
 from constructions.slots import Slots, concatenate
@@ -200,37 +207,36 @@ class HyperPrototypes(FewShot):
         Args:
             labels: of all examples, `[batch, labelled]`.
         """
+        declared = [i for i in self.arguments if i.name == "labels"]
+        check_inputs(declared, [labels])
         labels = jnp.asarray(labels)
         own = jax.nn.one_hot(labels, self.classes, dtype=jnp.result_type(float)).sum(1)
         others = (labels.shape[1] - own) * jnp.exp(-self.sharpness)
         return others / jnp.maximum(own + others, jnp.finfo(own.dtype).tiny)
 
-    def predict(
-        self,
-        model: Transformer,
-        support: ArrayLike,
-        labels: ArrayLike,
-        queries: ArrayLike,
-        memory: Memory | None = None,
-    ) -> Logits:
-        """Logits of the queries; see `FewShot.predict`.
+    def predict(self, model: Any, *inputs: Any, memory: Memory | None = None) -> Logits:
+        """Logits of the queries, `[batch, query, class]`; see `Construction.predict`.
 
         Args:
-            model, support, labels, queries: as there; with a memory, the support may be empty.
-            memory: what `update` returned for the tasks before.
+            model: the compiled construction or a model of the same class.
+            inputs: support, labels, queries, and the memory if it is not named.
+            memory: what `update` returned for the tasks before; with one the support may be empty.
 
         Raises:
             ValueError: as there, and for a class without an example, now or in the memory.
         """
-        inputs = self.typed(weight_dtype(model), support, labels, queries)
-        self._check_memory(*inputs[:2], memory)
-        return self.apply(model, *inputs, *(memory or ()))
+        if len(inputs) == 4 and memory is None:
+            inputs, memory = inputs[:3], inputs[3]
+        arrays = self.given(model_type(model, self.program.slots.width), *inputs)
+        found = self.apply(model, *arrays, *self._checked(arrays[0], arrays[1], memory))
+        check_prediction(found, model, self.arguments, arrays)
+        return found
 
     def update(
         self,
         model: Transformer,
-        support: ArrayLike,
-        labels: ArrayLike,
+        support: Any,
+        labels: Any,
         memory: Memory | None = None,
     ) -> Memory:
         """The memory after one more task: the prototypes that the compiled model writes.
@@ -243,38 +249,45 @@ class HyperPrototypes(FewShot):
         Raises:
             ValueError: as for `predict`, but that classes may be missing.
         """
-        support, labels = jnp.asarray(support), jnp.asarray(labels)
+        support, labels = as_arrays(self.arguments[:2], (support, labels))
         if labels.shape != support.shape[:2]:
             raise ValueError(f"labels has shape {labels.shape}, must be {support.shape[:2]}")
-        query = jnp.zeros((len(support), 1, self.dim), support.dtype)
-        support, labels, query = self.typed(weight_dtype(model), support, labels, query)
-        self._check_memory(support, labels, memory, complete=False)
-        found = _weights(self, model, support, labels, query, *(memory or ()))
-        count = self.one_hot(labels, support).sum(1).astype(jnp.int32)
-        if memory is not None:
-            count = count + memory.count
+        query = np.zeros((len(support), 1, self.dim), np.int32)  # leaves the type to the others
+        like = model_type(model, self.program.slots.width)
+        support, labels, query = self.given(like, support, labels, query)
+        before = self._checked(support, labels, memory, complete=False)
+        found = _weights(self, model, support, labels, query, *before)
+        check_prediction(found, model, self.arguments[:1], (support,))
+        count = (labels[..., None] == jnp.arange(self.classes)).sum(1).astype(jnp.int32)
+        if before:
+            count = count + before[1]
         # what a class without examples holds is the average of all others
         return Memory(jnp.where(count[..., None] > 0, found, 0), count)
 
-    def _check_memory(
+    def _checked(
         self, support: Array, labels: Array, memory: Memory | None, complete: bool = True
-    ) -> None:
+    ) -> tuple[Array, ...]:
+        """The memory's two arrays, none without one; ValueError if it, or a class, is missing."""
         shape = (len(support), self.classes)
-        if memory is not None:
-            for name, wanted in (("mean", (*shape, self.dim)), ("count", shape)):
-                found = jnp.shape(getattr(memory, name))
-                if found != wanted:
-                    raise ValueError(f"memory.{name} has shape {found}, must be {wanted}")
-        if complete and not isinstance(labels, Tracer):
-            seen = np.asarray(self.one_hot(labels, support)).sum(1)
-            if memory is not None and not isinstance(memory.count, Tracer):
-                seen = seen + np.asarray(memory.count)
+        wanted = (Input("memory.mean", (*shape, self.dim)), Input("memory.count", shape))
+        if memory is not None and not (isinstance(memory, tuple) and len(memory) == 2):
+            raise ValueError(f"memory is a {type(memory).__name__}, must be a Memory or None")
+        given = as_arrays(wanted, memory) if memory is not None else []
+        if given:
+            check_inputs(wanted, given)
+            if not isinstance(given[1], Tracer) and (np.asarray(given[1]) < 0).any():
+                raise ValueError(f"memory.count holds {given[1].min()}, must be at least 0")
+        if complete and not any(isinstance(a, Tracer) for a in (labels, *given[1:])):
+            seen = (np.asarray(labels)[..., None] == np.arange(self.classes)).sum(1)
+            if given:
+                seen = seen + np.asarray(given[1])
             if not seen.all():
                 episode, missing = np.argwhere(seen == 0)[0]
                 raise ValueError(
                     f"labels of episode {episode} have no example of class {missing}, and no "
                     "memory of it was given: it has no prototype"
                 )
+        return tuple(jnp.asarray(a) for a in given)
 
     def _entering(self, support: Array, mean: Any, count: Any) -> tuple[Array, Array, Array]:
         """What class tokens begin with: mean, log N or 0, and whether N is 0."""
@@ -301,7 +314,7 @@ class HyperPrototypes(FewShot):
             bias: -kappa |mu_c|^2 / 2, `[batch, class, 1]`.
             prediction: logits, `[batch, query, class]`.
         """
-        support, labels, queries = self.typed(0.0, support, labels, queries)
+        support, labels, queries = self.given(0.0, support, labels, queries)
         assert self.scale is not None and self.shrinkage is not None
         einsum = partial(jnp.einsum, precision="highest")
         known, found = labels.shape[1], {}

@@ -25,6 +25,7 @@ from constructions.compiler import compile_program
 from constructions.counts import counts
 from constructions.evaluator import evaluate
 from constructions.family import Construction, Counterpart, Embedded, Place
+from constructions.inputs import FLAGS, INTEGERS, Input
 from constructions.inside_outside.algorithm import inside_outside
 from constructions.inside_outside.claims import CLAIMS, divergence
 from constructions.inside_outside.language_model import language_model
@@ -153,8 +154,20 @@ class InsideOutside(Construction):
         g = self.grammar
         return layout(self.rank, len(g.preterminals), self.max_length, len(g.nonterminals))
 
+    @property
+    def arguments(self) -> tuple[Input, ...]:
+        """tokens and mask `[batch, time]`, lengths `[batch]`; see `word_posterior`."""
+        both = ("batch", "time")
+        return (
+            Input("tokens", both, INTEGERS),
+            Input("lengths", ("batch",), INTEGERS),
+            Input("mask", both, FLAGS),
+        )
+
     def check(self, tokens: Any, lengths: Any, mask: Any = None) -> None:
         """ValueError for sentences that are longer than the construction, and other bad input."""
+        if any(isinstance(a, Tracer) for a in (tokens, lengths, mask)):
+            return
         check_sentences(len(self.grammar.vocabulary), self.max_length, tokens, lengths, mask)
 
     def context_size(self, *inputs: Any) -> int:

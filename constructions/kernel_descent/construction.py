@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 from constructions.compiler import compile_program, config_of
@@ -227,6 +228,26 @@ class KernelDescent(Regression):
         assert self.step_size is not None  # __post_init__ has filled it in
         return self.step_size / self.num_examples
 
+    def check(self, *inputs: Any) -> None:
+        """As the base class has it; inputs of the interpolant are at most ten times its range.
+
+        Further out its features are constant, as sums of hinges that cancel: past 1000 float32
+        loses digits, past 1e5 all of them.
+        """
+        super().check(*inputs)
+        if self.features is not None:
+            return
+        most = 10 * float(np.abs(self.points).max())
+        for argument, array in zip(self.arguments, inputs, strict=True):
+            if argument.name == "y" or isinstance(array, Tracer):
+                continue
+            largest = float(np.max(np.abs(np.asarray(array, float)), initial=0.0))
+            if largest > most:
+                raise ValueError(
+                    f"{argument.name} holds {largest:.3g} in size, must be at most {most:g}: the "
+                    f"features are sine and cosine from {self.points[0]:g} to {self.points[-1]:g}"
+                )
+
     def trace(self, x: ArrayLike, y: ArrayLike, x_query: ArrayLike) -> dict[str, Array]:
         """The algorithm, in weight space; arguments and errors as for `predict`.
 
@@ -237,7 +258,7 @@ class KernelDescent(Regression):
             estimate: W_k m(x) for the queries, `[batch, step, query, dim_y]`.
             prediction: W_K m(x), `[batch, query, dim_y]`.
         """
-        x, y, x_query = self.floats(0.0, x, y, x_query)
+        x, y, x_query = self.given(0.0, x, y, x_query)
         einsum = partial(jnp.einsum, precision="highest")
         m, m_query = self._features(x), self._features(x_query)
         initial = jnp.asarray(self.initial, x.dtype)

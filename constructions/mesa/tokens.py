@@ -20,14 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.core import Tracer
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from constructions.claims import NearMiss
 from constructions.compiler import compile_program, config_of
 from constructions.config import Config
 from constructions.family import Construction, Counterpart, Embedded, Gauge, Place
+from constructions.inputs import Input
 from constructions.program import CAUSAL, SELF, Head, Layer, Program
 from constructions.regression import at_least_one
 from constructions.slots import Slot, Slots, constant
@@ -75,43 +74,23 @@ class NextState(Construction):
         """Linear systems with orthogonal laws."""
         return LinearDynamics(self.dim, self.length, self.noise)
 
-    def predict(self, model: Transformer, states: ArrayLike) -> States:
-        """Predictions `[batch, time, dim]`; entry t is of state t + 1, from the states up to t.
+    @property
+    def arguments(self) -> tuple[Input, ...]:
+        """Sequences of states, `[batch, time, dim]`, time from 1 to `length`.
 
-        Args:
-            model: the compiled construction or a model of the same class.
-            states: `[batch, time, dim]`, time from 1 to `length`.
-
-        Raises:
-            ValueError: a shape that does not fit, values that are complex or not finite, or a model
-                of another width.
+        Entry t of the predictions, `[batch, time, dim]`, is of state t + 1, from those up to t.
         """
-        states = jnp.asarray(states)
-        self.check(states)
-        width = self.program.slots.width
-        if model.config.width != width:
-            raise ValueError(
-                f"model has width {model.config.width}, must be {width}, that of the "
-                "construction's slots"
-            )
-        weights = jax.tree.leaves(nnx.state(model, nnx.Param))
-        return self.apply(model, states.astype(jnp.result_type(weights[0], states)))
+        return (Input("states", ("batch", "time", self.dim), least=0),)
 
     def check(self, *inputs: Any) -> None:
-        """Shapes, real numbers, and finite values where they are concrete."""
-        if len(inputs) != 1:
-            raise ValueError(f"expected states, got {len(inputs)} arrays")
+        """As the base class has it, and lengths that there are position codes for."""
+        super().check(*inputs)
         shape = jnp.shape(inputs[0])
-        fits = len(shape) == 3 and shape[0] > 0 and shape[2] == self.dim
-        if not fits or not 1 <= shape[1] <= self.length:
+        if not 1 <= shape[1] <= self.length:
             raise ValueError(
-                f"states has shape {shape}, must be [batch, time, {self.dim}], batch at least 1, "
-                f"with time from 1 to {self.length}, the construction's length"
+                f"states has shape {shape}, must be [batch, time, {self.dim}] with time from 1 to "
+                f"{self.length}, the construction's length"
             )
-        if jnp.iscomplexobj(inputs[0]):
-            raise ValueError(f"states has dtype {inputs[0].dtype}, must be real")
-        if not isinstance(inputs[0], Tracer) and not np.isfinite(np.asarray(inputs[0])).all():
-            raise ValueError("states holds NaN or infinite values, must be finite")
 
     def context_size(self, *inputs: Any) -> int:
         """All states but the last."""

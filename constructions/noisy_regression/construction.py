@@ -151,7 +151,7 @@ class NoisyRegression(Regression):
             inputs, outputs: of all tokens, `[token, dim_x]` and `[token, 1]`.
             prediction: `[batch, query, 1]`.
         """
-        x, y, x_query = self.floats(0.0, x, y, x_query)
+        x, y, x_query = self.given(0.0, x, y, x_query)
         gram = context_gram(x, y)
         states = jax.tree.map(
             lambda s: jnp.moveaxis(s, 0, 1),

@@ -210,7 +210,7 @@ class SeparateTokens(Regression):
                 `[batch, 1 + layer, token, max(dim_x, dim_y)]`: of y_i nothing from layer 1 on.
             prediction: W_K x, `[batch, query, dim_y]`.
         """
-        x, y, x_query = self.floats(0.0, x, y, x_query)
+        x, y, x_query = self.given(0.0, x, y, x_query)
         einsum = partial(jnp.einsum, precision="highest")
         rate = self.eta / self.num_examples
 
@@ -236,7 +236,7 @@ class SeparateTokens(Regression):
         x, y, x_query = (
             jnp.pad(a, [(0, 0), (0, 0), (0, size - a.shape[-1])]) for a in (x, y, x_query)
         )
-        pairs = jnp.stack([x, y], axis=2).reshape(len(x), -1, size)
+        pairs = jnp.stack([x, y], axis=2).reshape(len(x), 2 * x.shape[1], size)
         return jnp.concatenate([pairs, x_query], axis=1)
 
     def embed(self, model: Transformer, x: Inputs, y: Outputs, x_query: Queries) -> Embedded:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from constructions.indices import take_rows
 from constructions.tint.auxiliary import DecoderShape
 from constructions.tint.weights import Weights
 
@@ -36,7 +37,7 @@ def decode(
     def linear(name: str, layer: int, x: Array) -> Array:
         return times(x, w[name][layer, :, :-1].T) + w[name][layer, :, -1]
 
-    x = w["embedding"][tokens] + w["position"][:time]
+    x = take_rows(w["embedding"], tokens) + w["position"][:time]
     for layer in range(shape.layers):
         a = norm(x, 2 * layer)
         q, k, v = (

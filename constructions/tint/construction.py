@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array
 
 from constructions.claims import Claim, NearMiss
 from constructions.counts import counts
 from constructions.evaluator import SlotBySlot, evaluate
 from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
+from constructions.inputs import INTEGERS, NUMBERS, Input, as_arrays, model_type
 from constructions.program import Program
 from constructions.slots import Slot
 from constructions.tint import algorithm
@@ -188,9 +188,18 @@ class Tint(Construction):
         names += ["gain"] if self.back.gains else []
         return (*names, "offset", *(("embedding", "position") if self.embeddings else ()))
 
-    def check(self, tokens: Any, train_mask: Any) -> None:
-        """ValueError for tokens or masks that are none."""
-        check_texts(self.shape, tokens, train_mask)
+    @property
+    def arguments(self) -> tuple[Input, ...]:
+        """tokens and train_mask, `[batch, time]`; predictions are `[batch, time, word]`."""
+        both = ("batch", "time")
+        return (
+            Input("tokens", both, INTEGERS, self.shape.words),
+            Input("train_mask", both, NUMBERS),
+        )
+
+    def check(self, *inputs: Any) -> None:
+        """ValueError for tokens or masks that are none, or texts that are too long."""
+        check_texts(self.shape, *as_arrays(self.arguments, inputs))
 
     def context_size(self, *inputs: Any) -> int:
         """Positions of the text: what follows them can be left out of the training."""
@@ -317,24 +326,24 @@ class Tint(Construction):
     def run(
         self,
         model: Model | None,
-        tokens: Int[Array, "batch time"],
-        train_mask: Bool[Array, "batch time"] | Int[Array, "batch time"],
+        tokens: Any,
+        train_mask: Any,
     ) -> Outcome:
         """Train the auxiliary model on each sequence, in one pass.
 
         Args:
             model: the compiled one; None for the program slot by slot, without dense weights,
                 which is the faster way.
-            tokens: at most as many as the auxiliary model has positions.
-            train_mask: the positions t whose loss, minus the log probability of token t + 1, is
-                summed and trained on; the last never counts.
+            tokens: `[batch, time]`, at most as many as the auxiliary model has positions.
+            train_mask: `[batch, time]`, 0 or 1: the positions t whose loss, minus the log
+                probability of token t + 1, is summed and trained on; the last never counts.
 
         Raises:
-            ValueError: tokens or mask do not fit.
+            ValueError: tokens, mask or model do not fit.
         """
-        if not any(isinstance(a, Tracer) for a in (tokens, train_mask)):
-            self.check(tokens, train_mask)
-        tokens, train_mask = jnp.asarray(tokens), jnp.asarray(train_mask)
+        if model is not None:
+            model_type(model, self.program.slots.width)
+        tokens, train_mask = self.given(0.0, tokens, train_mask)
         weights = self.weights
         if model is None:
             found = simulate(self, weights, tokens, train_mask)

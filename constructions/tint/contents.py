@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from constructions.family import Place
+from constructions.indices import take_rows
 from constructions.slots import Slot
 from constructions.tint.layout import TEXT, WORDS, Layout
 from constructions.tint.weights import MATRICES, Weights
@@ -32,11 +33,11 @@ def contents(at: Layout, weights: Weights, tokens: Array, train_mask: Array) -> 
         held[matrix.number.name][matrix.group] = jnp.eye(matrix.number.size, dtype=embedding.dtype)
     for name in ("gain", "offset"):
         held[name] = {group: weights[name][n, None] for n, group in enumerate(at.norms)}
-    held["embedding"] = {WORDS: embedding, TEXT: embedding[tokens]}
+    held["embedding"] = {WORDS: embedding, TEXT: take_rows(embedding, tokens)}
     held["position"] = {TEXT: weights["position"][:time]}
     if "word" in held:
         one_hot = jnp.eye(at.shape.words, dtype=embedding.dtype)
-        held["word"] = {WORDS: one_hot, TEXT: one_hot[tokens]}
+        held["word"] = {WORDS: one_hot, TEXT: take_rows(one_hot, tokens)}
     trained = jnp.where(jnp.arange(time) == time - 1, 0, train_mask).astype(embedding.dtype)
     held["train"] = {TEXT: trained[..., None]}
     dtype = embedding.dtype

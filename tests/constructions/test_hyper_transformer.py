@@ -239,6 +239,22 @@ def test_nothing_is_forgotten(x64):
     assert jnp.abs(c.predict(model, *inputs, memory) - at_once).max() < 1e-12
 
 
+@pytest.mark.parametrize("c", [PROTOTYPES, GUESSING], ids=["prototypes", "guesses"])
+def test_derivatives_along_a_line_are_those_of_differences(c, x64):
+    support, labels, queries = episode(5, 8, batch=1)
+    labels = labels if c is PROTOTYPES else labels[:, :4]
+    along, model = jnp.cos(jnp.arange(support.size).reshape(support.shape)), c.compile().model
+
+    def logits(t):
+        return c.apply(model, support + t * along, labels, queries)
+
+    slope, h = jax.jit(jax.jacfwd(logits)), 1e-5
+    ends = jax.jit(jax.vmap(logits))(jnp.array([-h, h]))
+    np.testing.assert_allclose(slope(0.0), (ends[1] - ends[0]) / (2 * h), rtol=1e-6, atol=1e-7)
+    curved = jax.jit(jax.hessian(logits))(0.0)
+    np.testing.assert_allclose(curved, (slope(h) - slope(-h)) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("x64", [True, False])
 def test_classes_that_a_task_does_not_show_keep_their_bits(x64):
     with jax.enable_x64(x64):

@@ -229,3 +229,7 @@ def test_predict_refuses():
         c.check(good[0].at[0, 0, 0].set(jnp.nan), *good[1:])
     with pytest.raises(ValueError, match="x has shape"):
         c.check(jnp.ones((2, 5, 2)), *good[1:])
+    c.check(50 * good[0], *good[1:])
+    for far in ((51 * good[0], *good[1:]), (*good[:2], -1e5 * good[2])):
+        with pytest.raises(ValueError, match=r"x(_query)? holds \S+ in size, must be at most 50"):
+            c.check(*far)

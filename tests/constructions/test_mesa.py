@@ -235,8 +235,7 @@ def test_bad_settings_are_named(make, message):
     [
         (np.zeros((2, 3)), r"states has shape \(2, 3\)"),
         (np.zeros((2, 3, 4)), r"states has shape \(2, 3, 4\), must be \[batch, time, 3\]"),
-        (np.zeros((0, 3, 3)), r"states has shape \(0, 3, 3\), .* batch at least 1"),
-        (np.zeros((2, 3, 3), complex), "states has dtype complex64, must be real"),
+        (np.zeros((2, 3, 3), complex), "states has dtype complex128, must be real"),
         (np.zeros((2, 0, 3)), "with time from 1 to 9"),
         (np.zeros((2, 10, 3)), "with time from 1 to 9, the construction's length"),
         (np.full((2, 3, 3), np.nan), "states holds NaN or infinite values"),

@@ -37,3 +37,19 @@ def test_softmax_of_large_scores_and_its_gradient_without_keys(x64):
     p = np.asarray(weights[0])
     np.testing.assert_allclose(jacobian[0, :, 0], np.diag(p) - np.outer(p, p), atol=1e-12)
     assert not jacobian[1].any()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_derivatives_of_any_order_are_finite_where_a_query_sees_nothing(x64, mixer):
+    rng = np.random.default_rng(1)
+    scores, along = jnp.asarray(rng.normal(size=(2, 3, 4)))
+    mask = jnp.asarray(rng.random((3, 4)) < 0.6).at[1].set(False).at[:, 2].set(False)
+
+    def on_a_line(t):
+        return MIXERS[mixer](scores + t * along, mask)
+
+    slope = jax.jit(jax.jacfwd(on_a_line))  # forward mode, as a hessian has it outside
+    h = 1e-5
+    np.testing.assert_allclose(slope(0.0), (on_a_line(h) - on_a_line(-h)) / (2 * h), atol=1e-9)
+    curved = jax.jit(jax.hessian(on_a_line))(0.0)
+    np.testing.assert_allclose(curved, (slope(h) - slope(-h)) / (2 * h), atol=1e-9)
