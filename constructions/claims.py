@@ -6,12 +6,13 @@ theory or a fit of its own reproduces, beside ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from constructions.transformer import Transformer
@@ -24,11 +25,57 @@ def predict(construction: Any, model: Transformer, *inputs: Array) -> Array:
     return construction.apply(model, *inputs)
 
 
-class NearMiss(NamedTuple):
-    """A model that is almost a construction, and the construction that it is almost."""
+@dataclass(frozen=True, eq=False)
+class NearMiss:
+    """A model that is almost a construction, and the construction that it is almost.
+
+    Raises:
+        ValueError: one of the two is the other, or a compiled construction is in the place of its
+            model.
+    """
 
     model: Transformer
     construction: Any
+
+    def __post_init__(self) -> None:
+        base, kind = self.construction, type(self.model).__name__
+        if callable(getattr(self.model, "trace", None)) or hasattr(self.model, "certificate"):
+            raise ValueError(
+                f"model is a {kind}, must be a transformer, such as construction.compile().model"
+            )
+        if not all(callable(getattr(base, name, None)) for name in ("trace", "apply")):
+            kind = type(base).__name__
+            raise ValueError(f"construction is a {kind}, must be a Construction")
+
+    def __iter__(self) -> Iterator[Any]:
+        """Model and construction, so that both can be unpacked."""
+        return iter((self.model, self.construction))
+
+
+def checked_near_misses(construction: Any) -> dict[str, NearMiss]:
+    """`construction.near_misses()`; ValueError unless it is a mapping of names to `NearMiss`."""
+    found, who = construction.near_misses(), f"{type(construction).__name__}.near_misses"
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{who} gives a {type(found).__name__}, must give {{name: NearMiss}}")
+    for name, near in found.items():
+        if not isinstance(near, NearMiss):
+            kind = type(near).__name__
+            raise ValueError(
+                f"{who}: {name!r} is a {kind}, must be a NearMiss(model, construction)"
+            )
+    return dict(found)
+
+
+def check_controls(claims: Sequence[Claim], near_misses: Mapping[str, NearMiss]) -> None:
+    """ValueError for a near-miss that a claim must catch, and that there is not."""
+    known = ", ".join(f"'{name}'" for name in near_misses) or "none"
+    for claim in claims:
+        for name in claim.catches:
+            if name not in near_misses:
+                raise ValueError(
+                    f"claim {claim.name!r} catches {name!r}, which is no near-miss: there are "
+                    f"{known}"
+                )
 
 
 @dataclass(frozen=True)
@@ -45,6 +92,9 @@ class Claim:
         published: the paper's value, None where it gives none.
         gauge: what the statistic does under the symmetries of the weights.
         note: what a reader of the published value should know.
+
+    Raises:
+        ValueError: one of these is something else, named.
     """
 
     name: str
@@ -59,8 +109,26 @@ class Claim:
     note: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name of a claim is {self.name!r}, must be a string of some letters")
+        who = f"claim {self.name!r}"
         if self.direction not in ("<=", ">="):
-            raise ValueError(f"direction is {self.direction!r}, must be '<=' or '>='")
+            raise ValueError(f"{who}: direction is {self.direction!r}, must be '<=' or '>='")
+        if not (callable(self.statistic) or isinstance(self.statistic, str)):
+            raise ValueError(
+                f"{who}: statistic is {self.statistic!r}, must be a name or a function of Evidence"
+            )
+        number = isinstance(self.threshold, int | float | np.number)
+        if not number or isinstance(self.threshold, bool) or not np.isfinite(self.threshold):
+            raise ValueError(f"{who}: threshold is {self.threshold!r}, must be a finite number")
+        catches = self.catches
+        listed = isinstance(catches, tuple | list)
+        if not listed or not all(isinstance(name, str) for name in catches):
+            raise ValueError(
+                f"{who}: catches is {catches!r}, must be a tuple of names of near-misses, such as "
+                "('no momentum',)"
+            )
+        object.__setattr__(self, "catches", tuple(catches))
 
     def holds(self, value: float) -> bool:
         """Whether a value of the statistic satisfies the claim; NaN does not."""

@@ -55,15 +55,22 @@ def show_families(families: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def show_certificates(certificates: Mapping[str, Certificate]) -> None:
-    """Print the errors of every certificate, per dtype."""
+    """Print the errors of every certificate, per dtype; below, why a dtype is not certified."""
     columns = ("family", "dtype", "max rel error", "max abs error", "tolerance", "worst", "")
     table = _table("", *columns)
+    marks = {"passed": "[green]passed[/]", "failed": "[red]FAILED[/]"}
     for name, certificate in certificates.items():
         for e in certificate.errors:
-            verdict = "[green]passed[/]" if e.passed else "[red]FAILED[/]"
+            verdict = marks.get(e.verdict, "[yellow]not certified[/]")
             numbers = map(number, (e.max_rel_error, e.max_abs_error, e.tolerance))
             table.add_row(name, e.dtype, *numbers, e.worst, verdict)
     _show(table)
+    for name, certificate in certificates.items():
+        batches = ", ".join(map(str, certificate.batches))
+        print(f"{name}: compared {', '.join(certificate.compared)} in batches of {batches}")
+        for e in certificate.errors:
+            if e.reason:
+                print(f"{name}: not certified in {e.dtype}: {e.reason}")
 
 
 def show_ledger(name: str, rows: Sequence[Row]) -> None:

@@ -227,6 +227,11 @@ class KernelDescent(Regression):
         assert self.step_size is not None  # __post_init__ has filled it in
         return self.step_size / self.num_examples
 
+    @property
+    def unplaced(self) -> tuple[str, ...]:
+        """W_k, which acts through what it writes."""
+        return ("weight",)
+
     def trace(self, x: ArrayLike, y: ArrayLike, x_query: ArrayLike) -> dict[str, Array]:
         """The algorithm, in weight space; arguments and errors as for `predict`.
 
