@@ -67,9 +67,13 @@ class Error:
         return self.verdict == "passed"
 
     def __str__(self) -> str:
-        line = f"{self.dtype} {self.verdict}: relative error {self.max_rel_error:.1e}"
-        line += f" in {self.worst}, tolerance {self.tolerance:.1e}"
-        return line + (f" ({self.reason})" if self.reason else "")
+        line = f"{self.dtype} {self.verdict}: "
+        if not self.worst:
+            return f"{line}not run"
+        return line + (
+            f"relative error {self.max_rel_error:.1e} in {self.worst}, "
+            f"tolerance {self.tolerance:.1e}"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,15 +132,18 @@ class Certificate:
         return f"<Certificate of {self.construction.split('(')[0]}: {each}>"
 
     def __str__(self) -> str:
-        lines = [f"{textwrap.shorten(self.construction, 100)}: {self.verdict}"]
-        lines += [f"  {error}" for error in self.errors]
-        lines += [f"  compared: {', '.join(self.compared)}"]
+        lines = [f"{textwrap.shorten(self.construction, 90)}: {self.verdict}"]
+        for error in self.errors:
+            lines.append(f"  {error}")
+            if error.reason:
+                lines.append(f"    {error.reason}")
+        lines.append(f"  compared: {', '.join(self.compared)}")
         if self.unplaced:
-            lines += [f"  held by no token: {', '.join(self.unplaced)}"]
-        lines += [f"  batches of {', '.join(map(str, self.batches))}"]
-        facts = {n: v if isinstance(v, str) else f"{v:.4g}" for n, v in self.domain.items()}
-        lines += [f"  {name}: {fact}" for name, fact in facts.items()]
-        return "\n".join(textwrap.shorten(line, 200) if len(line) > 200 else line for line in lines)
+            lines.append(f"  held by no token: {', '.join(self.unplaced)}")
+        lines.append(f"  batches of {', '.join(map(str, self.batches))}")
+        for name, fact in self.domain.items():
+            lines.append(f"  {name}: {fact if isinstance(fact, str) else f'{fact:.4g}'}")
+        return "\n".join(lines)
 
 
 def verify(
@@ -151,7 +158,7 @@ def verify(
 
     The reference is always `trace` in float64, on the same inputs. All of its values are compared
     with `read` except those in `Construction.unplaced`, and "prediction" with `apply` as well. In
-    the first dtype batches of `SMALL_BATCHES` are compared too, so that nothing can depend on how
+    one dtype batches of `SMALL_BATCHES` are compared too, so that nothing can depend on how
     many inputs there are.
 
     Args:
@@ -178,8 +185,13 @@ def verify(
     for name in dtypes:
         pairs: list[tuple[dict[str, Any], dict[str, list[Any]]]] = []
         tolerance = _tolerance(construction, name)
+        if tolerance == np.inf:  # what cannot be represented is not run
+            nothing = float("nan")
+            reason = _reason(construction, name, tolerance)
+            errors.append(Error(name, nothing, nothing, tolerance, "", batch, reason))
+            continue
         subject: Any = None
-        for size in (batch, *(small if name == dtypes[0] else ())):
+        for size in (batch, *(() if compared else small)):
             with jax.enable_x64(True):
                 # both sides see inputs that the narrower dtype can hold
                 inputs = tuple(_through(a, name) for a in _inputs(construction, seed, batch, size))
@@ -374,8 +386,14 @@ def _error(
                     continue
                 if not relative <= largest:
                     worst, largest, absolute, size = name, relative, error, len(wanted)
-    if not reason and tolerance > LARGEST_TOLERANCE:
-        reason = f"rounding may reach {tolerance:.2g}, more than {LARGEST_TOLERANCE:g}"
-        condition = construction.conditions(dtype)
-        reason += f": {condition}" if condition else ""
+    reason = reason or _reason(construction, dtype, tolerance)
     return Error(dtype, absolute, largest, tolerance, worst, size, reason)
+
+
+def _reason(construction: Construction, dtype: str, tolerance: float) -> str:
+    """Why a tolerance is too large to promise anything; empty where it is not."""
+    if tolerance <= LARGEST_TOLERANCE:
+        return ""
+    condition = construction.conditions(dtype)
+    bound = f"the error may reach {tolerance:.2g}, more than {LARGEST_TOLERANCE:g}"
+    return bound + (f": {condition}" if condition else "")

@@ -6,7 +6,7 @@ theory or a fit of its own reproduces, beside ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -50,32 +50,6 @@ class NearMiss:
     def __iter__(self) -> Iterator[Any]:
         """Model and construction, so that both can be unpacked."""
         return iter((self.model, self.construction))
-
-
-def checked_near_misses(construction: Any) -> dict[str, NearMiss]:
-    """`construction.near_misses()`; ValueError unless it is a mapping of names to `NearMiss`."""
-    found, who = construction.near_misses(), f"{type(construction).__name__}.near_misses"
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{who} gives a {type(found).__name__}, must give {{name: NearMiss}}")
-    for name, near in found.items():
-        if not isinstance(near, NearMiss):
-            kind = type(near).__name__
-            raise ValueError(
-                f"{who}: {name!r} is a {kind}, must be a NearMiss(model, construction)"
-            )
-    return dict(found)
-
-
-def check_controls(claims: Sequence[Claim], near_misses: Mapping[str, NearMiss]) -> None:
-    """ValueError for a near-miss that a claim must catch, and that there is not."""
-    known = ", ".join(f"'{name}'" for name in near_misses) or "none"
-    for claim in claims:
-        for name in claim.catches:
-            if name not in near_misses:
-                raise ValueError(
-                    f"claim {claim.name!r} catches {name!r}, which is no near-miss: there are "
-                    f"{known}"
-                )
 
 
 @dataclass(frozen=True)

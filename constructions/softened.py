@@ -164,6 +164,9 @@ class Softened(Construction):
     def conditions(self, dtype: str) -> str:
         """The largest of the three errors, and what makes it so large."""
         curved, others, rounding = self._parts(dtype)
+        if rounding == math.inf:
+            weight = f"a weight is e^c / (2 eps) = {math.exp(self.null_score) / 2:.1g}"
+            return f"{weight} / {self.scale_in(dtype):.1g}, beyond {dtype}"
         factor = self.program.depth * self.largest[2]
         best = replace(self, scale=None).scale_in(dtype)
         scale = f"scale {self.scale_in(dtype):.2g}, about {best:.2g} is best"
