@@ -6,7 +6,7 @@ theory or a fit of its own reproduces, beside ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -34,7 +34,7 @@ class NearMiss:
             model.
     """
 
-    model: Transformer
+    model: Any
     construction: Any
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Claim:
     threshold: float
     direction: str
     source: str
-    catches: tuple[str, ...] = ()
+    catches: Sequence[str] = ()
     published: float | str | None = None
     gauge: str = "invariant: a function of the model's outputs"
     note: str = ""

@@ -40,12 +40,8 @@ def claim(**changes):
     ("changes", "message"),
     [
         ({"catches": "no momentum"}, r"claim 'one': catches is 'no momentum', must be a tuple of"),
-        ({"catches": (1,)}, r"claim 'one': catches is \(1,\)"),
-        ({"catches": None}, r"claim 'one': catches is None"),
         ({"statistic": 0.5}, r"claim 'one': statistic is 0\.5, must be a name or a function"),
-        ({"threshold": "0.1"}, r"claim 'one': threshold is '0\.1', must be a finite number"),
         ({"threshold": float("nan")}, r"claim 'one': threshold is nan"),
-        ({"threshold": True}, r"claim 'one': threshold is True"),
         ({"direction": "<"}, r"claim 'one': direction is '<', must be '<=' or '>='"),
         ({"name": ""}, r"name of a claim is ''"),
     ],
