@@ -300,7 +300,7 @@ def test_initial_weights_of_a_fit():
     ]
     default, same, larger = (jax.tree.leaves(jax.tree.map(np.asarray, f.model)) for f in fits)
     assert all((a == b).all() for a, b in zip(default, same, strict=True))
-    drawn = [(a, b) for a, b in zip(same, larger, strict=True) if np.abs(a - b).max() > 1e-20]
+    drawn = [(a, b) for a, b in zip(same, larger, strict=True) if not np.allclose(a, b, atol=1e-20)]
     assert drawn
     for a, b in drawn:
         np.testing.assert_allclose(b, 25 * a, rtol=1e-3, atol=1e-20)
