@@ -6,12 +6,13 @@ theory or a fit of its own reproduces, beside ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from constructions.transformer import Transformer
@@ -24,11 +25,31 @@ def predict(construction: Any, model: Transformer, *inputs: Array) -> Array:
     return construction.apply(model, *inputs)
 
 
-class NearMiss(NamedTuple):
-    """A model that is almost a construction, and the construction that it is almost."""
+@dataclass(frozen=True, eq=False)
+class NearMiss:
+    """A model that is almost a construction, and the construction that it is almost.
 
-    model: Transformer
+    Raises:
+        ValueError: one of the two is the other, or a compiled construction is in the place of its
+            model.
+    """
+
+    model: Any
     construction: Any
+
+    def __post_init__(self) -> None:
+        base, kind = self.construction, type(self.model).__name__
+        if callable(getattr(self.model, "trace", None)) or hasattr(self.model, "certificate"):
+            raise ValueError(
+                f"model is a {kind}, must be a transformer, such as construction.compile().model"
+            )
+        if not all(callable(getattr(base, name, None)) for name in ("trace", "apply")):
+            kind = type(base).__name__
+            raise ValueError(f"construction is a {kind}, must be a Construction")
+
+    def __iter__(self) -> Iterator[Any]:
+        """Model and construction, so that both can be unpacked."""
+        return iter((self.model, self.construction))
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,9 @@ class Claim:
         published: the paper's value, None where it gives none.
         gauge: what the statistic does under the symmetries of the weights.
         note: what a reader of the published value should know.
+
+    Raises:
+        ValueError: one of these is something else, named.
     """
 
     name: str
@@ -53,14 +77,32 @@ class Claim:
     threshold: float
     direction: str
     source: str
-    catches: tuple[str, ...] = ()
+    catches: Sequence[str] = ()
     published: float | str | None = None
     gauge: str = "invariant: a function of the model's outputs"
     note: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name of a claim is {self.name!r}, must be a string of some letters")
+        who = f"claim {self.name!r}"
         if self.direction not in ("<=", ">="):
-            raise ValueError(f"direction is {self.direction!r}, must be '<=' or '>='")
+            raise ValueError(f"{who}: direction is {self.direction!r}, must be '<=' or '>='")
+        if not (callable(self.statistic) or isinstance(self.statistic, str)):
+            raise ValueError(
+                f"{who}: statistic is {self.statistic!r}, must be a name or a function of Evidence"
+            )
+        number = isinstance(self.threshold, int | float | np.number)
+        if not number or isinstance(self.threshold, bool) or not np.isfinite(self.threshold):
+            raise ValueError(f"{who}: threshold is {self.threshold!r}, must be a finite number")
+        catches = self.catches
+        listed = isinstance(catches, tuple | list)
+        if not listed or not all(isinstance(name, str) for name in catches):
+            raise ValueError(
+                f"{who}: catches is {catches!r}, must be a tuple of names of near-misses, such as "
+                "('no momentum',)"
+            )
+        object.__setattr__(self, "catches", tuple(catches))
 
     def holds(self, value: float) -> bool:
         """Whether a value of the statistic satisfies the claim; NaN does not."""

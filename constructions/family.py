@@ -2,22 +2,23 @@
 
 A family is one algorithm three ways: `Construction.trace` is the algorithm as plain array code,
 `Construction.compile` the hand-built transformer that runs it, `Construction.counterpart` the same
-transformer class, trained. `verify` measures how far the second equals the first.
+transformer class, trained. `verify` (in `constructions.certificate`) measures how far the second
+equals the first.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from constructions.certificate import Certificate, Error, check_settings, verify
 from constructions.claims import Claim, Measurement, NearMiss
 from constructions.compiler import compile_program
 from constructions.inputs import (
@@ -32,8 +33,24 @@ from constructions.program import Program
 from constructions.slots import Slot
 from constructions.soften import with_null
 from constructions.transformer import Transformer, randomise
-from synthetic.task import Task
+from synthetic.task import Task, checked
 from synthetic.train import Fit, Recipe, fit
+
+__all__ = [
+    "Certificate",
+    "Claim",
+    "Compiled",
+    "Construction",
+    "Counterpart",
+    "Embedded",
+    "Error",
+    "Family",
+    "Gauge",
+    "Measurement",
+    "NearMiss",
+    "Place",
+    "verify",
+]
 
 
 class Embedded(NamedTuple):
@@ -155,7 +172,8 @@ class Construction(ABC):
 
     Subclasses are frozen dataclasses of hashable settings: jitted functions take them as static
     arguments. Every trace has an entry "prediction", which is
-    what `task.loss` compares with the target; its other entries are named by the algorithm.
+    what `task.loss` compares with the target; its other entries are named by the algorithm. Each
+    of these has a place in the stream (`places`) or is declared to have none (`unplaced`).
     """
 
     @property
@@ -178,6 +196,14 @@ class Construction(ABC):
         """The most inputs that the ledger takes; less where a model is large or scatters little."""
         return 2**16
 
+    @property
+    def unplaced(self) -> tuple[str, ...]:
+        """Names in `trace` that no token holds, such as weights that act through what they write.
+
+        `verify` compares all the others.
+        """
+        return ()
+
     @abstractmethod
     def trace(self, *inputs: Array) -> dict[str, Array]:
         """The algorithm itself, independent of any model: {name: [batch, ...]}."""
@@ -197,8 +223,11 @@ class Construction(ABC):
         """The model's prediction, computed at the tokens that hold it; pure and unchecked."""
         stream, groups, _ = self.embed(model, *inputs)
         stream, groups = with_null(stream, groups, model.config)
-        place = self.places(model.config.depth, *inputs)["prediction"]
-        return place.from_output(model, stream, groups)
+        places = self.places(model.config.depth, *inputs)
+        if "prediction" not in places:
+            names = ", ".join(f"'{name}'" for name in places) or "nothing"
+            raise ValueError(f"{type(self).__name__}.places has no 'prediction', only {names}")
+        return places["prediction"].from_output(model, stream, groups)
 
     @property
     def arguments(self) -> tuple[Input, ...]:
@@ -237,8 +266,12 @@ class Construction(ABC):
         check_inputs(self.arguments, inputs)
 
     def sample(self, key: Array, batch: int) -> tuple[Array, ...]:
-        """Inputs of the construction's task."""
-        return self.task.sample(key, batch).inputs
+        """Inputs of the construction's task.
+
+        Raises:
+            ValueError: the task gives something else than a `synthetic.task.Batch`.
+        """
+        return checked(self.task, self.task.sample(key, batch)).inputs
 
     def context_size(self, *inputs: Any) -> int:
         """How many examples of the context can be left out one by one; see `subset`.
@@ -281,16 +314,39 @@ class Construction(ABC):
 
     def compile(self, dtype: Any = None) -> Compiled:
         """Compile the program; quick, raises only on what is static."""
+        check_settings(self)
         return Compiled(compile_program(self.program, dtype), self)
 
     def counterpart(self) -> Counterpart:
         """The trained model of the same class; the default suits small regression models."""
-        base = self.compile().model
-        return Counterpart(lambda key: randomise(base, key, 0.02), self.task, Recipe())
+        return Counterpart(self._random_weights(0.02), self.task, Recipe())
 
-    def fit(self, **options: Any) -> Fit:
-        """Fit the counterpart; `options` of `synthetic.train.fit` override its settings."""
+    def _random_weights(self, std: float) -> Callable[[Array], Transformer]:
+        base = self.compile().model
+        return lambda key: randomise(base, key, std)
+
+    def fit(self, *, init_std: float | None = None, **options: Any) -> Fit:
+        """Fit the counterpart; `options` of `synthetic.train.fit` override its settings.
+
+        Args:
+            init_std: standard deviation of the initial weights, above 0, in the place of the 0.02
+                of the default counterpart. Too small a one leaves a fit on a plateau.
+            options: of `synthetic.train.fit`.
+
+        Raises:
+            ValueError: init_std is out of range, or the family has initial weights of its own; an
+                option is out of range.
+        """
         counterpart = self.counterpart()
+        if init_std is not None:
+            if not (isinstance(init_std, float | int) and 0 < init_std < np.inf):
+                raise ValueError(f"init_std is {init_std!r}, must be finite and above 0")
+            if type(self).counterpart is not Construction.counterpart:
+                who = type(self).__name__
+                raise ValueError(
+                    f"init_std is {init_std}, but {who}.counterpart draws its own initial weights"
+                )
+            counterpart = replace(counterpart, init=self._random_weights(init_std))
         settings = {
             "recipe": counterpart.recipe,
             "predict": self.apply,
@@ -313,8 +369,16 @@ class Construction(ABC):
         return {"task": repr(self.task)}
 
     def tolerance(self, dtype: str) -> float:
-        """Largest error, relative to the root mean square, that counts as rounding."""
+        """Largest error, relative to the root mean square, that counts as rounding.
+
+        A certificate promises 1e-2 or better: above that, it reads "not certified" in this dtype.
+        """
         return {"float64": 1e-13, "float32": 5e-6}[dtype]
+
+    def conditions(self, dtype: str) -> str:
+        """What makes `tolerance` as large as it is, in numbers; said where it is too large."""
+        del dtype
+        return ""
 
 
 @dataclass(frozen=True)
@@ -344,126 +408,3 @@ class Family:
     def example(self) -> dict[str, Any]:
         """Settings that tests, the demonstration and the command use where none are given."""
         return dict(self.settings)
-
-
-@dataclass(frozen=True)
-class Error:
-    """How far a compiled model is from its algorithm, in one dtype."""
-
-    dtype: str
-    max_abs_error: float
-    max_rel_error: float
-    tolerance: float
-    worst: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the relative error is within the tolerance; NaN is not."""
-        return bool(self.max_rel_error <= self.tolerance)
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """Errors of a compiled model against `trace` on fresh inputs, per dtype, and their domain.
-
-    `max_rel_error` is the largest absolute error of a named value over the root mean square of
-    that value (over batch, steps and entries); `worst` names the value.
-    """
-
-    construction: str
-    errors: tuple[Error, ...]
-    domain: Mapping[str, float | str] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every dtype passed."""
-        return all(error.passed for error in self.errors)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data: one entry a dtype."""
-        return {
-            "construction": self.construction,
-            "passed": self.passed,
-            "domain": dict(self.domain),
-            "dtypes": {e.dtype: asdict(e) | {"passed": e.passed} for e in self.errors},
-        }
-
-
-def verify(
-    construction: Construction,
-    *,
-    dtypes: tuple[str, ...] = ("float64", "float32"),
-    batch: int = 256,
-    seed: int = 0,
-    model: Callable[[str], Transformer] | None = None,
-) -> Certificate:
-    """Compare a construction with its algorithm on fresh inputs of its task.
-
-    The reference is always `trace` in float64, on the same inputs; values that both have are
-    compared, "prediction" among them.
-
-    Args:
-        construction: any object of that protocol.
-        dtypes: "float64" and "float32", or one of them.
-        batch: number of inputs.
-        seed: of the inputs.
-        model: dtype -> model to test instead of the compiled one.
-    """
-    errors, domain = [], {}
-    for name in dtypes:
-        tolerance = construction.tolerance(name)
-        with jax.enable_x64(True):
-            inputs = construction.sample(jax.random.key(seed), batch)
-            # both sides see inputs that the narrower dtype can hold
-            inputs = tuple(_through(a, name) for a in inputs)
-            expected = jax.device_get(jax.jit(construction.trace)(*inputs))
-            domain = domain or construction.domain(*inputs)
-        with jax.enable_x64(name == "float64"):
-            given = tuple(jnp.asarray(_narrow(a, name)) for a in inputs)
-            subject = construction.compile(name).model if model is None else model(name)
-            found = jax.device_get(_values(construction, subject, *given))
-        errors.append(_error(name, expected, found, tolerance))
-    return Certificate(repr(construction), tuple(errors), domain)
-
-
-@partial(jax.jit, static_argnums=0)
-def _values(construction: Construction, model: Any, *inputs: Array) -> dict[str, Array]:
-    named = construction.read(model, *inputs)
-    # the prediction as users get it, from a run that computes only the tokens that are read
-    return named | {"prediction": construction.apply(model, *inputs)}
-
-
-def _through(a: Array, dtype: str) -> Array:
-    return a.astype(dtype).astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
-
-
-def _narrow(a: Array, dtype: str) -> np.ndarray:
-    array = np.asarray(a)
-    if np.issubdtype(array.dtype, np.floating):
-        return array.astype(dtype)
-    return array.astype(np.int32) if array.dtype == np.int64 and dtype == "float32" else array
-
-
-def _error(
-    dtype: str,
-    expected: Mapping[str, np.ndarray],
-    found: Mapping[str, np.ndarray],
-    tolerance: float,
-) -> Error:
-    worst, largest, absolute = "", -1.0, 0.0
-    for name in expected:
-        if name not in found:
-            continue
-        if found[name].shape != expected[name].shape:
-            raise ValueError(
-                f"'{name}' has shape {found[name].shape} in the model and "
-                f"{expected[name].shape} in the trace"
-            )
-        wanted = expected[name].astype(np.float64)
-        error = float(np.max(np.abs(found[name].astype(np.float64) - wanted), initial=0.0))
-        scale = float(np.sqrt(np.mean(wanted**2))) or 1.0
-        if not error / scale <= largest:  # NaN takes the place, and keeps it
-            worst, largest, absolute = name, error / scale, error
-            if np.isnan(error):
-                break
-    return Error(dtype, absolute, largest, tolerance, worst)

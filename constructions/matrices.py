@@ -66,6 +66,9 @@ class Matrix:
     def __init__(self, shape: tuple[int, int], blocks: Sequence[Block] = ()) -> None:
         self.shape, self.blocks = shape, tuple(blocks)
 
+    def __repr__(self) -> str:
+        return f"<Matrix {self.shape[0]} x {self.shape[1]}>"
+
     @staticmethod
     def identity(size: int, factor: float = 1.0) -> Matrix:
         """factor times the identity."""

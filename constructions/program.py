@@ -11,7 +11,7 @@ stream as it was before the layer, then the MLP reads the stream with all heads'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -332,7 +332,7 @@ class Layer:
         return tuple(found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program:
     """Layers over slots.
 
@@ -382,3 +382,32 @@ class Program:
         """(number from 1, layer) for every layer applied."""
         for number in range(self.depth):
             yield number + 1, self.layers[number % len(self.layers)]
+
+    def __repr__(self) -> str:
+        heads = sum(len(layer.single_heads) for layer in self.layers)
+        return (
+            f"<Program '{self.name}': {self.depth} layers, {heads} heads, {self.slots.width} "
+            "columns>"
+        )
+
+    def __str__(self) -> str:
+        """The slots, then each layer's parts with what they read and write."""
+        lines = [repr(self)[1:-1], f"  columns: {repr(self.slots)[7:-1]}"]
+        for number, layer in enumerate(self.layers, start=1):
+            lines.append(f"  layer {number}" + (f" ({layer.name})" if layer.name else ""))
+            if layer.norm is not None:
+                norm = layer.norm
+                lines.append(f"    {norm.kind} norm: {norm.read.name} -> {norm.write.name}")
+            for head in layer.heads:
+                read = dict.fromkeys(slot.name for _, slot, _ in head.reads())
+                lines.append(_arrow(f"{head.mixer} head '{head.name}'", read, head.writes()))
+            if layer.mlp is not None:
+                mlp = layer.mlp
+                parts = [mlp.hidden] + ([mlp.gate] if mlp.gate is not None else [])
+                read = dict.fromkeys(slot.name for part in parts for slot in part.terms)
+                lines.append(_arrow(f"{mlp.activation} mlp '{mlp.name}'", read, mlp.write))
+        return "\n".join(lines)
+
+
+def _arrow(part: str, read: Iterable[str], write: Iterable[Slot]) -> str:
+    return f"    {part}: {', '.join(read) or 'constants'} -> {', '.join(s.name for s in write)}"

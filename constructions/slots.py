@@ -171,6 +171,9 @@ class Expr(Affine):
     def __str__(self) -> str:
         return "expression of " + (", ".join(s.name for s in self.terms) or "a constant")
 
+    def __repr__(self) -> str:
+        return f"<{self}, {self.size} rows>"
+
 
 def _nothing(size: int) -> np.ndarray:
     """Zeros that take no memory, and cannot be written to."""
@@ -238,6 +241,10 @@ class Slots:
             raise ValueError(f"slot '{slot.name}' is declared twice")
         self._slots[slot.name] = slot
         return slot
+
+    def __repr__(self) -> str:
+        places = (f"{s.name} {s.start}:{s.start + s.size}" for s in self)
+        return f"<Slots {', '.join(places)}>"
 
     def __getitem__(self, name: str) -> Slot:
         return self._slots[name]

@@ -74,9 +74,12 @@ class Comparison:
             first = f"{self.counts['holds']} of {len(self.rows)} claims hold on {models}"
         else:
             first = f"The family makes no claims at these settings; {models} fitted"
-        exact = max(self.certificate.errors, key=lambda e: e.dtype)
-        if not self.certificate.passed:
+        if self.certificate.verdict == "failed":
             return f"{first}; the construction FAILS its certificate"
+        if not self.certificate.passed:
+            return f"{first}; the construction is not certified at these settings"
+        certified = [e for e in self.certificate.errors if e.passed]
+        exact = max(certified, key=lambda e: e.dtype)
         return f"{first}; construction exact to {exact.max_rel_error:.0e} in {exact.dtype}"
 
     def to_json(self) -> dict[str, Any]:

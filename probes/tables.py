@@ -93,16 +93,19 @@ def setting(key: str, value: Any) -> str:
 
 
 def show_certificate(name: str, certificate: Certificate) -> None:
-    """Print the errors of a certificate, a line a dtype, at once."""
+    """Print the errors of a certificate, a line a dtype, at once, and what was compared."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(name)
+    marks = {"passed": "[green]passed[/]", "failed": "[red]FAILED[/]"}
     for e in certificate.errors:
-        verdict = "[green]passed[/]" if e.passed else "[red]FAILED[/]"
         relative, absolute, allowed = map(number, (e.max_rel_error, e.max_abs_error, e.tolerance))
+        verdict = marks.get(e.verdict, "[yellow]not certified[/]")
         console.print(
             f"  {e.dtype}: {verdict}, error {relative} (at most {allowed}), absolute {absolute}, "
-            f"worst in {escape(e.worst)}"
+            f"worst in {escape(e.worst)}" + (f": {escape(e.reason)}" if e.reason else "")
         )
+    batches = ", ".join(map(str, certificate.batches))
+    console.print(f"  compared {', '.join(certificate.compared)} in batches of {batches}")
     sys.stdout.flush()
 
 

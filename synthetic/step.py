@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from synthetic import devices
 from synthetic.recipe import Recipe
 from synthetic.saved import named, unnamed
-from synthetic.task import Curriculum, Task
+from synthetic.task import Curriculum, Task, checked
 
 RESERVED = ("step", "loss", "gradient_norm", "excess", "steps", "steps_per_second")
 
@@ -176,9 +176,9 @@ class Loop:
     def _step(self, state: TrainingState, key: Array, index: Array, task: Task) -> Any:
         if isinstance(task, Curriculum):
             progress = index / max(self.recipe.steps - 1, 1)
-            batch = task.sample_during(key, self.recipe.batch, progress)
+            batch = checked(task, task.sample_during(key, self.recipe.batch, progress))
         else:
-            batch = task.sample(key, self.recipe.batch)
+            batch = checked(task, task.sample(key, self.recipe.batch))
         if self.mesh is not None:
             split = NamedSharding(self.mesh, PartitionSpec(devices.DATA))
             batch = jax.lax.with_sharding_constraint(batch, split)

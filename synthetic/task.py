@@ -30,6 +30,18 @@ class Task(Protocol):
         ...
 
 
+def checked(task: Any, batch: Any) -> Batch:
+    """What `task.sample` gave; ValueError unless it is a `Batch` whose inputs are a tuple."""
+    who = f"{type(task).__name__}.sample"
+    if not (hasattr(batch, "inputs") and hasattr(batch, "target")):
+        kind = type(batch).__name__
+        raise ValueError(f"{who} gives a {kind}, must give synthetic.task.Batch(inputs, target)")
+    if not isinstance(batch.inputs, tuple):
+        kind = type(batch.inputs).__name__
+        raise ValueError(f"{who}: inputs is a {kind}, must be a tuple of arrays, such as (x,)")
+    return batch
+
+
 @runtime_checkable
 class Curriculum(Task, Protocol):
     """A task whose batches change in the course of a fit."""

@@ -41,7 +41,7 @@ class NonFiniteLossError(ArithmeticError):
         self.step = step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """The result of `fit`.
 
@@ -75,6 +75,20 @@ class Fit:
     def last(self) -> Any:
         """The last iterate of the first seed."""
         return self.last_models[0]
+
+    def __repr__(self) -> str:
+        """Steps, time, and the losses of the last chunks, a column for each of four seeds."""
+        shown = self.seeds[:4]
+        kind = type(self.models[0]).__name__ if self.models else "no model"
+        lines = [f"Fit of {kind}: {self.step} steps in {sum(self.seconds.values()):.1f} s"]
+        more = f" and {len(self.seeds) - len(shown)} more" if len(self.seeds) > len(shown) else ""
+        lines.append("    step" + "".join(f"  loss, seed {seed}" for seed in shown) + more)
+        for record in self.history[-3:]:
+            losses = record["loss"] if isinstance(record["loss"], list) else [record["loss"]]
+            cells = zip(shown, losses, strict=False)
+            values = (f"{loss:>{12 + len(str(seed))}.4g}" for seed, loss in cells)
+            lines.append(f"{record['step']:>8}  " + "  ".join(values))
+        return "\n".join(lines)
 
 
 def fit(

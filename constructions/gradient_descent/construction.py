@@ -173,6 +173,11 @@ class GradientDescent(Regression):
         """Noise-free regression with inputs uniform on (-1/2, 1/2) and weights N(0, I)."""
         return RegressionTask(self.dim_x, self.num_examples, self.dim_y)
 
+    @property
+    def unplaced(self) -> tuple[str, ...]:
+        """W_k, which acts through what it writes."""
+        return ("weight",)
+
     def trace(self, x: ArrayLike, y: ArrayLike, x_query: ArrayLike) -> dict[str, Array]:
         """The algorithm, in weight space; arguments and errors as for `predict`.
 

@@ -228,6 +228,11 @@ class KernelDescent(Regression):
         assert self.step_size is not None  # __post_init__ has filled it in
         return self.step_size / self.num_examples
 
+    @property
+    def unplaced(self) -> tuple[str, ...]:
+        """W_k, which acts through what it writes."""
+        return ("weight",)
+
     def check(self, *inputs: Any) -> None:
         """As the base class has it; inputs of the interpolant are at most ten times its range.
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from constructions.certificate import LARGEST_TOLERANCE
 from constructions.claims import NearMiss
 from constructions.compiler import compile_program
 from constructions.family import Counterpart, Place
@@ -140,6 +141,11 @@ class MesaFeatures(NextState):
             steps=6000, batch=256, learning_rate=5e-3, schedule="cosine", warmup=100, clip=1.0
         )
         return wide_counterpart(self, recipe, quick=replace(recipe, steps=1500, batch=128))
+
+    def conditions(self, dtype: str) -> str:
+        """The regularisation, and the one that would do."""
+        enough = self.regularization * self.tolerance(dtype) / LARGEST_TOLERANCE
+        return f"regularization is {self.regularization:g}, at least {enough:.1g} is needed"
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Ridge regression on other features, with the wrong regularisation, or on a false pair."""

@@ -227,6 +227,10 @@ class MesaPolynomial(NextState):
         """Rounding; sums of powers cancel where the polynomial is of high degree."""
         return {"float64": 1e-13, "float32": 1e-4}[dtype] * self.depth
 
+    def conditions(self, dtype: str) -> str:
+        """The number of layers."""
+        return f"{self.tolerance(dtype) / self.depth:.0e} for each of {self.depth} layers"
+
 
 def grams(states: States) -> tuple[Array, Array]:
     """H_t = sum_{u<=t} z_u z_u^T and G_t = sum_{u<=t} s_u z_u^T, `[batch, time, dim, dim]`."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from constructions.certificate import LARGEST_TOLERANCE
 from constructions.claims import Claim, NearMiss
 from constructions.compiler import compile_program
 from constructions.config import Config
@@ -101,6 +102,11 @@ class MesaRidge(NextState):
             steps=3000, batch=256, learning_rate=5e-3, schedule="cosine", warmup=100, clip=1.0
         )
         return wide_counterpart(self, recipe, quick=replace(recipe, steps=1500, batch=128))
+
+    def conditions(self, dtype: str) -> str:
+        """The regularisation, and the one that would do."""
+        enough = self.regularization * self.tolerance(dtype) / LARGEST_TOLERANCE
+        return f"regularization is {self.regularization:g}, at least {enough:.1g} is needed"
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Ridge regression on the wrong pairs, or with the wrong regularisation, or none of it."""

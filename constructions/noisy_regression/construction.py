@@ -137,6 +137,12 @@ class NoisyRegression(Regression):
 
         return Program(slots, [layer(*w) for w in self.layers], token_groups=("context", "query"))
 
+    @property
+    def unplaced(self) -> tuple[str, ...]:
+        """What the layers do to the tokens, and the statistics of a context that decide it."""
+        state = ("matrix", "momentum", "weight", "label_scale")
+        return (*state, "gradient", "rescaling", "residual_power")
+
     def trace(self, x: ArrayLike, y: ArrayLike, x_query: ArrayLike) -> dict[str, Array]:
         """The recursion; arguments and errors as for `predict`.
 

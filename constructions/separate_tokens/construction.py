@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from constructions.certificate import LARGEST_TOLERANCE
 from constructions.compiler import compile_program, config_of
 from constructions.family import Claim, Counterpart, Embedded, NearMiss, Place
 from constructions.program import Head, Layer, Program
@@ -199,6 +200,11 @@ class SeparateTokens(Regression):
                 "are no position codes for more"
             )
 
+    @property
+    def unplaced(self) -> tuple[str, ...]:
+        """W_k, which acts through what it writes."""
+        return ("weight",)
+
     def trace(self, x: ArrayLike, y: ArrayLike, x_query: ArrayLike) -> dict[str, Array]:
         """The algorithm, in weight space; arguments and errors as for `predict`.
 
@@ -279,6 +285,15 @@ class SeparateTokens(Regression):
         queries. The factor 16 stands for the largest value of a sample over the root mean square.
         """
         return super().tolerance(dtype) + 16 * (self.steps + 1) * self.leak
+
+    def conditions(self, dtype: str) -> str:
+        """The leak, and the score scale that would do."""
+        room = LARGEST_TOLERANCE - super().tolerance(dtype)
+        enough = np.ceil(np.log(16 * (self.steps + 1) * (self.tokens - 1) / room))
+        return (
+            f"score_scale is {self.score_scale:g}, with a leak of {self.leak:.1e} to wrong tokens; "
+            f"at least {enough:.0f} is needed"
+        )
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Wrong step sizes, a step too many, centred attention, and layers that copy wrongly.

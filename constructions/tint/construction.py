@@ -412,13 +412,20 @@ class Tint(Construction):
     def tolerance(self, dtype: str) -> float:
         """Largest error against autograd, entry by entry over the root mean square.
 
-        Differences have an error of their own, and lose digits to rounding.
+        Differences have an error of their own, and lose digits to rounding: no certificate.
         """
         if self.back == replace(MODES["exact"], attention=self.back.attention) and (
             self.back.attention != "finite-difference"
         ):
             return {"float64": 1e-10, "float32": 1e-3}[dtype]
         return {"float64": 5e-2, "float32": 1e-1}[dtype]
+
+    def conditions(self, dtype: str) -> str:
+        """Which derivatives are approximated."""
+        del dtype
+        ways = {part: getattr(self.back, part) for part in ("attention", "norm", "activation")}
+        named = [f"{p} by {way}" for p, way in ways.items() if way not in ("exact", "value-only")]
+        return f"derivatives are approximations ({', '.join(named)}), certified are exact ones"
 
 
 def _scores(hidden: Array, embedding: Array) -> Array:

@@ -113,12 +113,15 @@ def test_without_a_null_token_it_is_centred_attention(x64):
     assert np.abs(found - linear).max() > 0.05 * np.abs(linear).max()
 
 
+SOFTENED = Softened(CATALOGUE["gradient-descent"](dim_x=3, num_examples=4, steps=2, step_size=0.5))
+
+
 def test_certificate_of_a_softened_construction():
-    c = Softened(CATALOGUE["gradient-descent"](dim_x=3, num_examples=4, steps=2, step_size=0.5))
-    certificate = verify(c, dtypes=("float64",), batch=64)
-    (error,) = certificate.errors
-    assert certificate.passed
-    assert error.tolerance < 1e-5
+    c = SOFTENED
+    certificate = verify(c, batch=64)
+    error, single = certificate.errors
+    assert error.passed and single.passed
+    assert error.tolerance < 1e-5 and single.tolerance < 1e-2
     assert "largest score on the task" in certificate.domain
 
     def other(dtype):
@@ -126,6 +129,38 @@ def test_certificate_of_a_softened_construction():
         return compile_program(soften(c.construction.program, scale=0.05, null_score=25.0))
 
     assert not verify(c, dtypes=("float64",), batch=64, model=other).passed
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_default_scale_is_the_best_in_each_dtype(dtype):
+    """The least sum of curvature and rounding, searched for; and a certificate in each dtype."""
+    c = SOFTENED
+    scales = np.geomspace(1e-8, 1, 4001)
+    bounds = [at_scale(scale).tolerance(dtype) for scale in scales]
+    assert c.scale_in(dtype) == pytest.approx(scales[np.argmin(bounds)], rel=0.01)
+    assert c.tolerance(dtype) <= min(bounds)
+    assert c.tolerance(dtype) < {"float64": 1e-8, "float32": 1e-2}[dtype]
+
+
+def test_a_scale_that_is_too_small_for_a_dtype():
+    certificate = verify(at_scale(1e-7), batch=64)
+    assert [e.verdict for e in certificate.errors] == ["passed", "not certified"]
+    error = certificate.errors[1]
+    assert error.max_rel_error > 1
+    assert "rounding at scale 1e-07, about 0.023 is best" in error.reason
+
+
+def at_scale(scale):
+    """`SOFTENED` at this scale, with what was measured on its task."""
+    other = replace(SOFTENED, scale=float(scale))
+    other.__dict__["largest"] = SOFTENED.largest
+    return other
+
+
+def test_a_weight_that_the_dtype_does_not_hold():
+    c = replace(SOFTENED, scale=1e-6, null_score=79.0)
+    (error,) = verify(c, dtypes=("float32",), batch=64).errors
+    assert error.verdict == "not certified" and "beyond float32" in error.reason
 
 
 def test_bad_arguments():
