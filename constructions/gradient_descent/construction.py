@@ -244,7 +244,8 @@ class GradientDescent(Regression):
     def gauge(self) -> Gauge:
         """Queries enter as (x, -W_0 x); only their y is read, with its sign turned."""
         identity = np.eye(self.dim_x + self.dim_y)
-        return Gauge(-identity[self.dim_x :], np.concatenate([np.eye(self.dim_x), -self.initial]))
+        entering = np.concatenate([np.eye(self.dim_x), -self.initial])
+        return Gauge(-identity[self.dim_x :], entering, ("query",))
 
     def domain(self, *inputs: Array) -> dict[str, float | str]:
         """The task, and how near its contexts come to the largest stable step size."""
