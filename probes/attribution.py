@@ -23,6 +23,7 @@ from probes.patching import (
     map_grid,
     mask_at,
     must_differ,
+    must_have_sites,
     pair_of,
     patched_prediction,
     positions_of,
@@ -71,6 +72,7 @@ def path_patch(
 
     ValueError as for `sweep`.
     """
+    must_have_sites(model)
     base, source = pair_of(base, source)
     effect, gap = _path_patch(model, base, source, construction=construction, chunk=chunk)
     must_differ(gap)

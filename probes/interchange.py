@@ -33,6 +33,7 @@ from probes.patching import (
     map_grid,
     mask_at,
     must_differ,
+    must_have_sites,
     pair_of,
     patched_prediction,
     positions_of,
@@ -81,8 +82,10 @@ def interchange(
         where: booleans that broadcast to `[layer, batch, *axes]`, see `sites.where`.
 
     Raises:
-        ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit.
+        ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit, or the
+            model is a function.
     """
+    must_have_sites(model)
     base, source = pair_of(base, source)
     return _interchange(
         model, base, source, jnp.asarray(where), construction=construction, site=site
@@ -112,8 +115,8 @@ def sweep(
         chunk: patched runs that are computed side by side; bounds the memory.
 
     Raises:
-        ValueError: base and source do not differ in shape only, unknown site or axis, or equal
-            predictions on both, which leave no effect to measure.
+        ValueError: base and source do not differ in shape only, unknown site or axis, equal
+            predictions on both, which leave no effect to measure, or a function as the model.
     """
     base, source = pair_of(base, source)
     axes = axes_of(construction, model, base, site, over)
@@ -144,6 +147,7 @@ def interchange_agreement(
 
     ValueError as for `sweep`, and if the two models differ in depth, heads or width.
     """
+    must_have_sites(model, reference)
     base, source = pair_of(base, source)
     axes = axes_of(construction, model, base, site, over)
     sizes = [site_axes(m.config, 1, site) for m in (model, reference)]

@@ -37,7 +37,7 @@ from constructions.inside_outside.construction import AT_ONCE
 from constructions.inside_outside.tableau import Layout
 from constructions.slots import Slot
 from constructions.transformer import Edit, Transformer
-from probes.patching import patched_prediction, site_values
+from probes.patching import must_have_sites, patched_prediction, site_values
 from probes.span_pairs import SpanPairs
 
 CONSTRUCTION = "construction"
@@ -113,6 +113,7 @@ def span_interchange(
         raise ValueError(f"models are named {list(models)}, must not be '{CONSTRUCTION}'")
     if len(pairs.first) > AT_ONCE:
         raise ValueError(f"there are {len(pairs.first)} pairs, must be at most {AT_ONCE}")
+    must_have_sites(*models.values())
     compiled = construction.compile().model if compiled is None else compiled
     given = jax.tree.map(jnp.asarray, pairs)
     found = {CONSTRUCTION: _in_slots(compiled, given, construction=construction)}

@@ -43,6 +43,11 @@ def best_step_size(e: Evidence) -> str:
     return f"step_size is {given:.4g}, the claim is about the best one, {best:.4g}"
 
 
+def added_loss(e: Evidence) -> float:
+    """Loss of the model over the loss of the construction, less 1; negative for a better model."""
+    return e.loss(e.prediction) / e.loss(e.expected) - 1
+
+
 def published_curvature(e: Evidence) -> str:
     """The construction's curvature is the one that the paper's training found, or near it."""
     given = float(e.construction.curvatures[0])
@@ -289,6 +294,57 @@ TWO_STEP_CLAIMS = (
         "<=",
         "Saunshi et al. 2022, arXiv 2210.01072, on a context; degrees: probes.fourier",
         catches=(*_STEPS, *_CURVATURE),
+    ),
+)
+
+_SEVERAL = (*_STEPS, "one step too many", "centred attention")
+_BETTER = (
+    "Trained layers that are free to change their inputs go below plain gradient descent, with "
+    "other predictions: they learn GD++ (gd-plus-plus)."
+)
+
+#: Of any number of steps, from any W_0: functions alone, as layers may share a step in many ways.
+STEPS_CLAIMS = (
+    Claim(
+        "loss of as many steps",
+        "Trained layers of linear attention have at most the loss of as many steps of gradient "
+        "descent.",
+        added_loss,
+        0.002,
+        "<=",
+        f"{_PAPER}, fig. 3",
+        catches=("centred attention",),
+        note="A step more, or longer ones where they are short, have less of it and pass.",
+    ),
+    Claim(
+        "equal predictions",
+        "Their predictions are those of these steps.",
+        "prediction_distance",
+        0.02,
+        "<=",
+        f"{_PAPER}, fig. 3",
+        catches=_SEVERAL,
+        note=_BETTER,
+    ),
+    Claim(
+        "aligned sensitivities",
+        "Their sensitivity to the query points where that of these steps does.",
+        "sensitivity_cosine",
+        0.985,
+        ">=",
+        f"{_PAPER}, fig. 3",
+        catches=("centred attention",),
+        note="A cosine cannot see a scale: a step size off by 10 % passes.",
+    ),
+    Claim(
+        "every subset",
+        "With any of the examples left out, they do what these steps do with the others.",
+        "subset_distance",
+        0.03,
+        "<=",
+        "probes.subsets",
+        catches=_SEVERAL,
+        note=_BETTER,
     ),
 )
 

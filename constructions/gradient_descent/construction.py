@@ -44,6 +44,7 @@ from constructions.gradient_descent.claims import (
     ONE_STEP_CLAIMS,
     PUBLISHED_CURVATURE,
     PUBLISHED_LOSS,
+    STEPS_CLAIMS,
     TWO_STEP_CLAIMS,
 )
 from constructions.program import Head, Layer, Program
@@ -365,11 +366,11 @@ class GradientDescent(Regression):
     def claims(self) -> tuple[Claim, ...]:
         """The paper's statements about one trained layer, applied once or, as GD++, twice.
 
-        None for other settings.
+        For other numbers of steps, and other W_0, those on functions alone.
         """
         published = (self.dim_x, self.dim_y, self.num_examples) == (10, 1, 10)
         if self.init_weight is None and self.steps == 1:
             return (*ONE_STEP_CLAIMS, *([PUBLISHED_LOSS] if published else []))
         if self.init_weight is None and self.steps == 2 and self.recurrent and self.curvature:
             return (*TWO_STEP_CLAIMS, *([PUBLISHED_CURVATURE] if published else []))
-        return ()
+        return STEPS_CLAIMS
