@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from constructions.transformer import Transformer
 from synthetic.task import Batch
 
 
 @partial(jax.jit, static_argnums=0)
-def _apply(construction: Any, model: Transformer, *inputs: Array) -> Array:
+def _apply(construction: Any, model: Any, *inputs: ArrayLike) -> Array:
     return construction.apply(model, *inputs)
 
 
@@ -30,7 +30,7 @@ def is_function(model: Any) -> bool:
     return callable(model) and not isinstance(model, nnx.Module)
 
 
-def predict(construction: Any, model: Any, *inputs: Array) -> Array:
+def predict(construction: Any, model: Any, *inputs: ArrayLike) -> Array:
     """`construction.apply`, jitted: one compilation for all models of a shape.
 
     A function in the place of a model is called as it is.

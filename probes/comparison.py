@@ -115,7 +115,8 @@ class Comparison:
         level = self.curves.construction
         apart = [100 * abs(loss / level - 1) for loss in self.curves.trained]
         said = [number(a) for a in (min(apart), max(apart))]
-        return f", with losses {'to '.join(f'{a} ' for a in dict.fromkeys(said))}% from the construction's"
+        said = " to ".join(dict.fromkeys(said))
+        return f", with losses {said} % from the construction's"
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; numbers that are not finite become None."""

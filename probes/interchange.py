@@ -33,13 +33,13 @@ from probes.patching import (
     map_grid,
     mask_at,
     must_differ,
-    must_have_sites,
     pair_of,
     patched_prediction,
     positions_of,
     site_values,
+    with_sites,
 )
-from probes.sites import Inputs, place_mask, site_axes
+from probes.sites import Inputs, Subject, place_mask, site_axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Agreement:
 
 def interchange(
     construction: Construction,
-    model: Transformer,
+    model: Subject,
     base: Inputs,
     source: Inputs,
     *,
@@ -85,7 +85,7 @@ def interchange(
         ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit, or the
             model is a function.
     """
-    must_have_sites(model)
+    model = with_sites(model)
     base, source = pair_of(base, source)
     return _interchange(
         model, base, source, jnp.asarray(where), construction=construction, site=site
@@ -94,7 +94,7 @@ def interchange(
 
 def sweep(
     construction: Construction,
-    model: Transformer,
+    model: Subject,
     base: Inputs,
     source: Inputs,
     *,
@@ -118,6 +118,7 @@ def sweep(
         ValueError: base and source do not differ in shape only, unknown site or axis, equal
             predictions on both, which leave no effect to measure, or a function as the model.
     """
+    model = with_sites(model)
     base, source = pair_of(base, source)
     axes = axes_of(construction, model, base, site, over)
     effect, off_axis, gap = _sweep(
@@ -129,8 +130,8 @@ def sweep(
 
 def interchange_agreement(
     construction: Construction,
-    model: Transformer,
-    reference: Transformer,
+    model: Subject,
+    reference: Subject,
     base: Inputs,
     source: Inputs,
     *,
@@ -147,7 +148,7 @@ def interchange_agreement(
 
     ValueError as for `sweep`, and if the two models differ in depth, heads or width.
     """
-    must_have_sites(model, reference)
+    model, reference = with_sites(model), with_sites(reference)
     base, source = pair_of(base, source)
     axes = axes_of(construction, model, base, site, over)
     sizes = [site_axes(m.config, 1, site) for m in (model, reference)]
@@ -171,7 +172,7 @@ def interchange_agreement(
 
 
 def exchange(
-    construction: Construction, model: Transformer, base: Inputs, source: Inputs, name: str
+    construction: Construction, model: Subject, base: Inputs, source: Inputs, name: str
 ) -> dict[int, float]:
     """Effect of exchanging one variable of the algorithm: {layers applied: effect}.
 
@@ -181,6 +182,7 @@ def exchange(
 
     ValueError as for `sweep`, and for a name without a place.
     """
+    model = with_sites(model)
     base, source = pair_of(base, source)
     tokens = count_tokens(construction, model, base)
     masks = place_mask(construction, model.config, tokens, base, name)

@@ -29,7 +29,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 from scipy import stats
 
 from constructions.checks import ProgramError
@@ -242,7 +241,7 @@ def compiled_like(construction: Construction, model: Transformer) -> Transformer
 
 def ledger(
     construction: Construction,
-    trained: Sequence[Transformer | Callable[..., Array]] = (),
+    trained: Sequence[Any] = (),
     *,
     seed: int = 0,
     batch: int = 2**16,

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from constructions.claims import is_function
 from constructions.family import Construction
 from constructions.transformer import Edit, Transformer
-from probes.sites import Edited, Inputs, site_axes
+from probes.sites import Edited, Inputs, Subject, site_axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,18 +40,18 @@ def pair_of(base: Inputs, source: Inputs) -> tuple[tuple[Array, ...], tuple[Arra
     return tuple(map(jnp.asarray, base)), tuple(map(jnp.asarray, source))
 
 
-def must_have_sites(*models: Any) -> None:
-    """ValueError for a function in the place of a model: it has no sites to put values in."""
-    if any(is_function(model) for model in models):
-        raise ValueError(
-            "model is a function, must be a Transformer: an interchange puts values into its named "
-            "sites. Of a function's activations, probe_table takes a table"
-        )
+def with_sites(model: Subject) -> Transformer:
+    """The model itself; ValueError for a function in its place, which has no sites to edit."""
+    if isinstance(model, Transformer):
+        return model
+    raise ValueError(
+        "model is a function, must be a Transformer: an interchange puts values into its named "
+        "sites. Of a function's activations, probe_table takes a table"
+    )
 
 
 def count_tokens(construction: Construction, model: Transformer, inputs: Inputs) -> int:
     """Length of the stream that the inputs become."""
-    must_have_sites(model)
     return jax.eval_shape(lambda *a: construction.embed(model, *a).stream, *inputs).shape[1]
 
 

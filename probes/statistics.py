@@ -153,7 +153,7 @@ def roll_out_gap(e: Evidence) -> float:
     return float(jnp.abs(jnp.log(rolled(e.model) / theirs)).max())
 
 
-def _on_subsets(e: Evidence, model: Transformer) -> np.ndarray:
+def _on_subsets(e: Evidence, model: Any) -> np.ndarray:
     """Answers for every subset of four examples, `[subset, batch, ...]`, less their mean."""
     inputs = jax.tree.map(lambda a: a[:512], e.examples.inputs)
     players = min(4, e.construction.context_size(*inputs))

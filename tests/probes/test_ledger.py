@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from constructions.symmetries import transform
 from constructions.transformer import Transformer
 from probes.ledger import CONSTRUCTION, RANDOM, compiled_like, decide, ledger, measure
 from probes.statistics import lacks
+from synthetic.task import Batch
 
 
 def claim(threshold=0.1, direction="<=", catches=("off",)):
@@ -334,6 +335,9 @@ class Guess:
     def __init__(self, outcome):
         self.outcome = outcome
 
+    def sample(self, key, batch):
+        raise NotImplementedError
+
     def loss(self, prediction, batch):
         logs = (
             jnp.log(prediction)
@@ -344,11 +348,10 @@ class Guess:
 
 
 def evidence_of(outcome, found, expected):
-    batch = SimpleNamespace(inputs=(), target=jnp.zeros((2, 3), int))
-    evidence: Any = Evidence(
-        SimpleNamespace(task=Guess(outcome)), lambda: found, lambda: expected, batch, None
-    )
-    return evidence
+    examples = Batch((), jnp.zeros((2, 3), int))
+    memo = {("expected", id(examples)): (examples, expected)}
+    construction, reference = SimpleNamespace(task=Guess(outcome)), near["wrong N"].model
+    return Evidence(construction, lambda: found, reference, examples, jax.random.key(0), memo)
 
 
 @pytest.mark.parametrize("outcome", ["logits", "probabilities"])

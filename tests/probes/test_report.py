@@ -188,7 +188,9 @@ def test_verdict_counts(comparison: Comparison) -> None:
     level = comparison.curves.construction
     apart = sorted(100 * abs(a / level - 1) for a in comparison.curves.trained)
     silent = dataclasses.replace(comparison, rows=[]).verdict
-    assert f"with losses {number(apart[0])} to {number(apart[1])} % from the construction's" in silent
+    assert (
+        f"with losses {number(apart[0])} to {number(apart[1])} % from the construction's" in silent
+    )
     wrong = dataclasses.replace(comparison.certificate.errors[0], max_rel_error=1.0)
     failed = dataclasses.replace(comparison.certificate, errors=(wrong,))
     assert tone(dataclasses.replace(comparison, rows=[good], certificate=failed)) == "mixed"
