@@ -33,9 +33,12 @@ def known_weights(e: Evidence) -> str:
     return "the model is a function, whose weights are not known" if is_function(e.model) else ""
 
 
-def same_sizes(e: Evidence) -> str:
-    """As many layers as the construction has, as wide, with its token groups."""
-    return known_weights(e) or unlike(e.model.config, e.reference.config)
+def same_width(e: Evidence) -> str:
+    """A stream as wide as the construction's."""
+    if missing := known_weights(e):
+        return missing
+    ours, theirs = e.model.config.width, e.reference.config.width
+    return "" if ours == theirs else f"width of the model is {ours}, of the construction {theirs}"
 
 
 def linear_attention(e: Evidence) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence
-from constructions.needs import same_sizes
+from constructions.needs import same_width
 from constructions.transformer import Transformer
 
 #: Episodes from which class tokens are read, half of them to fit the map and half to judge it.
@@ -190,7 +190,7 @@ GRADIENT_CLAIMS = (
         _PAPER,
         catches=("a feature left out",),
         gauge=_LINEAR,
-        needs=(same_sizes,),
+        needs=(same_width,),
     ),
     Claim(
         "a class a token",
@@ -201,7 +201,7 @@ GRADIENT_CLAIMS = (
         _PAPER,
         catches=("a feature left out", "1/C left out", "softmax for linear"),
         gauge=_LINEAR,
-        needs=(same_sizes,),
+        needs=(same_width,),
         note="Refuted: only the sum over class tokens counts. Linear attention leaves the basis of "
         "the classes free, A W in the tokens and the inverse of A at the logits, and training "
         "ends in a mixed one. Softmax attention does not, see hyper-prototypes.",
@@ -251,7 +251,7 @@ PROTOTYPE_CLAIMS = (
         _PAPER,
         catches=("sharpness 1",),
         gauge=_LINEAR,
-        needs=(same_sizes,),
+        needs=(same_width,),
     ),
 )
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence
-from constructions.needs import same_sizes
+from constructions.needs import same_width
 from constructions.transformer import Transformer
 from synthetic.sine import optimal_smoother, optimal_step
 
@@ -146,7 +146,7 @@ SHARED_CLAIMS = (
         "von Oswald et al. 2022, arXiv 2212.07677, Prop. 2",
         catches=("one step too many", "centred attention", "keys that read y"),
         gauge="invariant: features enter through their span, heads through the prediction",
-        needs=(same_sizes,),
+        needs=(same_width,),
         note="From any start and with any preconditioner: a step size off by 10 % passes.",
     ),
 )
