@@ -22,6 +22,7 @@ from probes.ledger import decide
 from probes.losses import mean_losses
 from probes.report import is_report, render, tone, write_report
 from probes.style import number
+from probes.tables import show_ledger
 from synthetic.saved import RunError
 
 NAME = "gradient-descent"
@@ -194,6 +195,33 @@ def test_verdict_counts(comparison: Comparison) -> None:
     wrong = dataclasses.replace(comparison.certificate.errors[0], max_rel_error=1.0)
     failed = dataclasses.replace(comparison.certificate, errors=(wrong,))
     assert tone(dataclasses.replace(comparison, rows=[good], certificate=failed)) == "mixed"
+
+
+def test_exit_status_is_the_certificates(
+    comparison: Comparison, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Refuted claims are a result; a construction that is not its algorithm is a failure."""
+    import dataclasses
+
+    wrong = dataclasses.replace(comparison.certificate.errors[0], max_rel_error=1.0)
+    failed = dataclasses.replace(comparison.certificate, errors=(wrong,))
+    monkeypatch.setattr("probes.report.pictures", lambda _: [])
+    for certificate, status in ((comparison.certificate, 0), (failed, 1)):
+        shown = dataclasses.replace(comparison, certificate=certificate)
+        monkeypatch.setattr("probes.judging.Compare.comparison", lambda *_, c=shown: c)
+        assert main(["compare", NAME, "--out", str(tmp_path / str(status))]) == status
+
+
+def test_printed_ledger_says_what_was_not_decided(comparison: Comparison, capsys: Any) -> None:
+    claim = comparison.rows[0].claim
+    values = dict.fromkeys(comparison.rows[0].values, 1.0) | {"construction": 0.0}
+    show_ledger(NAME, [decide(claim, values, [np.nan], {"trained 0": "it is softmax"})])
+    said = capsys.readouterr().out
+    assert f"not applicable: {claim.name}: it is softmax" in said
+    show_ledger(NAME, [decide(claim, values, [2.0], note="The sign?")])
+    assert "note: The sign?" in capsys.readouterr().out
+    show_ledger(NAME, [])
+    assert f"{NAME}: nothing is claimed at these settings" in capsys.readouterr().out
 
 
 def test_directories_are_not_clobbered(comparison: Comparison, out: Path, tmp_path: Path) -> None:
