@@ -51,7 +51,7 @@ def excess_loss(e: Evidence) -> float:
     return abs(e.loss(e.prediction) / e.loss(e.expected) - 1)
 
 
-def compared(construction: Construction, prediction: Array) -> Array:
+def compared(construction: Any, prediction: Array) -> Array:
     """A prediction without what means nothing: of logits, the mean over the outcomes."""
     if outcome(construction.task) != "logits":
         return prediction

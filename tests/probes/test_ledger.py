@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions import CATALOGUE
 from constructions.claims import Claim, Evidence
 from constructions.compiler import compile_program, config_of
 from constructions.config import MlpConfig, NormConfig
@@ -79,7 +78,7 @@ def test_interval_is_students():
 
 def small():
     """One step at its best step size, small enough for a test."""
-    return CATALOGUE["gradient-descent"](dim_x=4, num_examples=6, steps=1)
+    return GradientDescent(dim_x=4, num_examples=6, steps=1)
 
 
 @pytest.fixture(scope="module")
