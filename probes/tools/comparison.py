@@ -68,8 +68,8 @@ def functions(run: Run, seed: int) -> Result:
     values = []
     for model in run.models:
         ours, theirs = (partial(predict, construction, m) for m in (model, reference))
-        predictions = [compared(construction, f(*inputs)) for f in (ours, theirs)]
-        distance = similarity.prediction_distance(*map(_constant, predictions), inputs)
+        one, other = (_constant(compared(construction, f(*inputs))) for f in (ours, theirs))
+        distance = similarity.prediction_distance(one, other, inputs)
         cosine = np.nan  # where inputs are no real numbers, a token each
         if not similarity.obstacle(ours, inputs):
             cosine = float(sensitivities(construction, model, reference, inputs))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ def language_model_like():
     config = replace(shape, segments=(replace(segment, pattern=(layer,)),))
     wiring = compile_program(small().program).arrays()["segments"][0]["layers"][0]["heads"][0]
 
-    def fill(name, shape):
+    def fill(name, shape) -> Any:
         if isinstance(shape, dict):
             return {n: fill(n, s) for n, s in shape.items()}
         if name in ("scale", "window") or name.endswith("groups"):
@@ -205,7 +205,7 @@ def test_claims_on_weights_are_not_applicable_to_other_models():
 def step_by_hand(x, y, x_query):
     """One gradient step in plain numpy, which JAX cannot trace."""
     x, y, x_query = (np.asarray(a, float) for a in (x, y, x_query))
-    weight = small().step_size / small().num_examples * np.einsum("bno,bni->boi", y, x)
+    weight = float(small().step_sizes[0]) / small().num_examples * np.einsum("bno,bni->boi", y, x)
     return np.einsum("boi,bqi->bqo", weight, x_query)
 
 
