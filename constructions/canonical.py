@@ -15,12 +15,18 @@ compared; `canonical_distance` compares T.
 In a causal or context-only mask T is also all that can be known of a layer. Where each token sees
 only itself, G_i h_i is cubic in h_i and further parts of T drop out; T is then still invariant, but
 two equal functions may differ in it.
+
+Masks enter kind by kind: what tokens of kind p take from keys of kind q is the sum of T over the
+heads that let p see q, and this is what two models are compared in. Tokens that are read enter the
+first layer as `Gauge` says, so that heads which see them as keys too (the query among the keys)
+differ from heads which do not by what those keys add, and by nothing where they add nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -116,12 +122,15 @@ def canonical_distance(
 ) -> Float[Array, ""]:
     """||T - T*|| / ||T*||, the norm taken over all layers together; pure, differentiable.
 
-    Sums run over heads with equal masks only; tensors of different masks count as orthogonal, so
-    that a model that attends to other tokens than its reference is far from it.
+    The norm runs over what tokens of each kind take from keys of each kind (see the module's text),
+    where heads that act on the same pairs of kinds count once. Only `gauge.kinds` count as readers
+    in the last layer, and as keys of the first layer they are what `gauge.query` makes of them: a
+    mask that differs without effect is no distance. Windows are compared as they stand: tensors of
+    different windows are orthogonal, so that a model with another window is far from its reference.
 
     Raises:
         TypeError: either model is more than linear attention.
-        ValueError: depths, widths or token groups differ.
+        ValueError: depths, widths or token groups differ, or the gauge names an unknown kind.
     """
     difference, scale = _squared_norms(model, reference, gauge)
     return _root(difference.sum()) / _root(scale.sum())
@@ -251,35 +260,114 @@ def _squared_norms(
     """||T - T*||^2 and ||T*||^2 of every layer."""
     for config in (model.config, reference.config):
         check_linear(config)
-    for name in ("depth", "width", "token_groups"):
-        one, other = getattr(model.config, name), getattr(reference.config, name)
-        if one != other:
-            raise ValueError(f"{name} of the model is {one}, of the reference {other}")
+    if apart := unlike(model.config, reference.config):
+        raise ValueError(apart)
     trained, built = head_products(model), head_products(reference)
     minus = built._replace(output_value=-built.output_value)
     both = HeadProducts(*(jnp.concatenate(p, axis=1) for p in zip(trained, minus, strict=True)))
-    return _norms(both, gauge), _norms(built, gauge)
+    groups = model.config.token_groups
+    return _norms(both, gauge, groups), _norms(built, gauge, groups)
 
 
-def _norms(products: HeadProducts, gauge: Gauge) -> Float[Array, " layer"]:
+def _norms(products: HeadProducts, gauge: Gauge, groups: Sequence[str]) -> Float[Array, " layer"]:
     inner, last = _contract(products, gauge)
-    end = _norm(last)[None]
-    if not len(inner.wiring):
+    depth = len(products.wiring)
+    end = _norm(last, _pairs(gauge, groups, 0 if depth == 1 else depth - 1, depth))[None]
+    if depth == 1:
         return end
+    start = _norm(HeadProducts(*(p[0] for p in inner)), _pairs(gauge, groups, 0, depth))[None]
+    if depth == 2:
+        return jnp.concatenate([start, end])
     # one layer at a time: T has width^4 entries
-    return jnp.concatenate([jax.lax.map(_norm, inner), end])
+    middle = partial(_norm, pairs=_pairs(gauge, groups, 1, depth))
+    rest = jax.lax.map(middle, HeadProducts(*(p[1:] for p in inner)))
+    return jnp.concatenate([start, rest, end])
 
 
-def _norm(layer: HeadProducts) -> Float[Array, ""]:
-    """Sum over masks of ||sum of the tensors of heads with that mask||^2.
+class _Pair(NamedTuple):
+    """Tokens of one kind with keys of another; the maps through which they enter, None for any."""
 
-    Masks may be traced, so heads are not sorted into classes: every head stands for its class, and
-    a class of m heads is counted m times with weight 1 / m.
+    query: int
+    key: int
+    into_query: np.ndarray | None
+    into_key: np.ndarray | None
+
+    def freer(self, other: _Pair) -> bool:
+        """Whether the other pair's inputs are among this one's, and fewer."""
+        ours, theirs = ((p.into_query is None, p.into_key is None) for p in (self, other))
+        return ours != theirs and all(a >= b for a, b in zip(ours, theirs, strict=True))
+
+
+def _pairs(gauge: Gauge, groups: Sequence[str], layer: int, depth: int) -> list[_Pair]:
+    """The pairs of kinds that matter in a layer, counted from 0."""
+    for kind in gauge.kinds or ():
+        if kind not in groups:
+            raise ValueError(f"gauge has kind {kind!r}, must be one of {tuple(groups)}")
+    bound = {groups.index(kind) for kind in gauge.kinds or ()} if layer == 0 else set()
+    read = gauge.kinds if gauge.kinds is not None and layer == depth - 1 else groups
+    query = gauge.query
+    return [
+        _Pair(
+            groups.index(p),
+            q,
+            # in the only layer B already ends in the gauge's map
+            query if groups.index(p) in bound and depth > 1 else None,
+            query if q in bound else None,
+        )
+        for p in read
+        for q in range(len(groups))
+    ]
+
+
+def _norm(layer: HeadProducts, pairs: Sequence[_Pair]) -> Float[Array, ""]:
+    """||sum of the tensors of the heads that act on a pair||^2, over pairs of kinds and windows.
+
+    Pairs and windows that the same heads act on are counted once, those with the freest inputs.
+    Masks may be traced, so heads are not sorted into classes: every head stands for the class of
+    those with its window, and a class that is found m times has weight 1 / m.
     """
-    alike = (layer.wiring[:, None] == layer.wiring[None]).all(-1).astype(layer.key_query.dtype)
-    each = _tensor(layer.output_value, layer.key_query)
-    classes = jnp.einsum("mn,noabc->moabc", alike, each, precision="highest")
-    return (jnp.square(classes).sum((1, 2, 3, 4)) / alike.sum(1)).sum()
+    heads, kinds = len(layer.wiring), (layer.wiring.shape[-1] - 2) // 3
+    window, rest = layer.wiring[:, :2], layer.wiring[:, 2:] != 0
+    acts, sees, sinks = (rest[:, n * kinds : (n + 1) * kinds] for n in range(3))
+    classes = []
+    for pair in pairs:
+        on = acts[:, pair.query] & (sees[:, pair.key] | sinks[:, pair.key])
+        # sinks are seen at any offset
+        near = jnp.where(sinks[:, pair.key, None], jnp.iinfo(window.dtype).max, window)
+        alike = (near[:, None] == near[None]).all(-1)
+        classes.append(alike & on[:, None] & on[None])
+    found = jnp.concatenate(classes)  # [pair and head, head]
+    same = (found[:, None] == found[None]).all(-1)
+    kind = [(p.into_query is None, p.into_key is None) for p in pairs]
+    equal = np.kron([[a == b for b in kind] for a in kind], np.ones((heads, heads), bool))
+    freer = np.kron([[b.freer(a) for b in pairs] for a in pairs], np.ones((heads, heads), bool))
+    counted = found.any(1) & ~(same & freer).any(1)
+    weight = jnp.where(counted, 1 / (same & equal).sum(1), 0)
+    total = jnp.zeros((), layer.key_query.dtype)
+    for free in dict.fromkeys(kind):
+        chosen = [n for n, k in enumerate(kind) if k == free]
+        pair = pairs[chosen[0]]
+        each = _tensor(*_entering(layer, pair.into_query, pair.into_key))
+        rows = np.concatenate([np.arange(n * heads, (n + 1) * heads) for n in chosen])
+        picked = found[rows].astype(each.dtype)
+        sums = jnp.einsum("mn,noabc->moabc", picked, each, precision="highest")
+        squares = jnp.square(sums).sum((1, 2, 3, 4))
+        total += (weight[rows].astype(each.dtype) * squares).sum()
+    return total
+
+
+def _entering(
+    layer: HeadProducts, into_query: np.ndarray | None, into_key: np.ndarray | None
+) -> tuple[Array, Array]:
+    """A and B of tokens and keys that enter through these maps."""
+    a, b, _ = layer
+    einsum = partial(jnp.einsum, precision="highest")
+    if into_key is not None:
+        a = einsum("noa,av->nov", a, jnp.asarray(into_key, a.dtype))
+        b = einsum("nbc,bv->nvc", b, jnp.asarray(into_key, b.dtype))
+    if into_query is not None:
+        b = einsum("nbc,cv->nbv", b, jnp.asarray(into_query, b.dtype))
+    return a, b
 
 
 def _root(square: Array) -> Array:
@@ -288,8 +376,8 @@ def _root(square: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
 
-def check_linear(config: Config) -> None:
-    """TypeError, naming what is in the way, unless a model is linear attention alone."""
+def obstacle(config: Config) -> str:
+    """What a model is beyond linear attention, in one phrase; "" where it is nothing more."""
     for number, layer in enumerate(config.layers(), start=1):
         found = [f"{h.mixer} heads" for h in layer.heads if h.mixer != "linear"]
         found += ["factors" for h in layer.heads if h.factor_dim]
@@ -297,14 +385,23 @@ def check_linear(config: Config) -> None:
         found += ["an mlp"] * (layer.mlp is not None)
         found += ["a norm"] * (layer.norm is not None or layer.mlp_norm is not None)
         if found:
-            raise TypeError(
-                f"the canonical form is that of linear attention alone; layer {number} has "
-                f"{found[0]}"
-            )
-    if config.final_norm is not None:
-        raise TypeError(
-            "the canonical form is that of linear attention alone; the model has a final norm"
-        )
+            return f"layer {number} has {found[0]}"
+    return "the model has a final norm" if config.final_norm is not None else ""
+
+
+def unlike(config: Config, reference: Config) -> str:
+    """In which size a model differs from its reference, in one phrase; "" where in none."""
+    for name in ("depth", "width", "token_groups"):
+        one, other = getattr(config, name), getattr(reference, name)
+        if one != other:
+            return f"{name} of the model is {one}, of the reference {other}"
+    return ""
+
+
+def check_linear(config: Config) -> None:
+    """TypeError, naming what is in the way, unless a model is linear attention alone."""
+    if found := obstacle(config):
+        raise TypeError(f"the canonical form is that of linear attention alone; {found}")
 
 
 def _check_one_wiring(model: Transformer) -> None:

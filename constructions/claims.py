@@ -12,17 +12,33 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from flax import nnx
+from jaxtyping import Array, ArrayLike
 
 from constructions.transformer import Transformer
 from synthetic.task import Batch
 
 
 @partial(jax.jit, static_argnums=0)
-def predict(construction: Any, model: Transformer, *inputs: Array) -> Array:
-    """`construction.apply`, jitted: one compilation for all models of a shape."""
+def _apply(construction: Any, model: Any, *inputs: ArrayLike) -> Array:
     return construction.apply(model, *inputs)
+
+
+def is_function(model: Any) -> bool:
+    """Whether a model is a black box: a function from inputs to predictions."""
+    return callable(model) and not isinstance(model, nnx.Module)
+
+
+def predict(construction: Any, model: Any, *inputs: ArrayLike) -> Array:
+    """`construction.apply`, jitted: one compilation for all models of a shape.
+
+    A function in the place of a model is called as it is.
+    """
+    if is_function(model):
+        return jnp.asarray(model(*inputs))
+    return _apply(construction, model, *inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +82,9 @@ class Claim:
         published: the paper's value, None where it gives none.
         gauge: what the statistic does under the symmetries of the weights.
         note: what a reader of the published value should know.
+        needs: what the statistic assumes of a model and of the settings, besides what a statistic
+            of `STATISTICS` assumes anyway: functions that say in one phrase what is missing, "" for
+            nothing. See `constructions.needs`.
 
     Raises:
         ValueError: one of these is something else, named.
@@ -81,6 +100,7 @@ class Claim:
     published: float | str | None = None
     gauge: str = "invariant: a function of the model's outputs"
     note: str = ""
+    needs: tuple[Callable[[Evidence], str], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -115,7 +135,8 @@ class Evidence:
 
     Attributes:
         construction: whose claim it is.
-        model: the subject: a trained counterpart, a near-miss, a random model, the construction.
+        model: the subject: a trained counterpart, a near-miss, a random model, the construction;
+            or a function from inputs to predictions.
         reference: the compiled construction.
         examples: drawn from the task, the same for every subject: comparisons are paired.
         key: source of any further inputs.
@@ -123,7 +144,7 @@ class Evidence:
     """
 
     construction: Any
-    model: Transformer
+    model: Any
     reference: Transformer
     examples: Batch
     key: Array
@@ -137,7 +158,11 @@ class Evidence:
     @cached_property
     def prediction(self) -> Array:
         """What the model predicts on the examples."""
-        return predict(self.construction, self.model, *self.examples.inputs)
+        return self.apply(*self.examples.inputs)
+
+    def apply(self, *inputs: Array) -> Array:
+        """What the model predicts on other inputs."""
+        return predict(self.construction, self.model, *inputs)
 
     @property
     def expected(self) -> Array:

@@ -112,11 +112,14 @@ class Gauge:
 
     Only `read @ stream` is read from the tokens that are read, `[rows, width]`, and those tokens
     enter the model as `query @ (their free values)`, `[width, values]`. Weights that these two
-    maps annihilate have no effect, so comparisons of weights leave them out.
+    maps annihilate have no effect, so comparisons of weights leave them out. `kinds` are the token
+    groups of the tokens that are read, None where it is not said; no other token enters through
+    `query`, and nobody sees what the last layer writes to tokens of other kinds.
     """
 
     read: np.ndarray
     query: np.ndarray
+    kinds: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,14 @@ from probes.patching import (
     patched_prediction,
     positions_of,
     site_values,
+    with_sites,
 )
-from probes.sites import Edited, Inputs
+from probes.sites import Edited, Inputs, Subject
 
 
 def attribution(
     construction: Construction,
-    model: Transformer,
+    model: Subject,
     base: Inputs,
     source: Inputs,
     *,
@@ -48,6 +49,7 @@ def attribution(
 
     Arguments and errors as in `sweep`.
     """
+    model = with_sites(model)
     base, source = pair_of(base, source)
     axes = axes_of(construction, model, base, site, over)
     effect, gap = _attribution(model, base, source, construction=construction, site=site, axes=axes)
@@ -56,7 +58,7 @@ def attribution(
 
 
 def path_patch(
-    construction: Construction, model: Transformer, base: Inputs, source: Inputs, *, chunk: int = 8
+    construction: Construction, model: Subject, base: Inputs, source: Inputs, *, chunk: int = 8
 ) -> np.ndarray:
     """Effects of the direct paths from every head to the heads of every later layer.
 
@@ -71,6 +73,7 @@ def path_patch(
 
     ValueError as for `sweep`.
     """
+    model = with_sites(model)
     base, source = pair_of(base, source)
     effect, gap = _path_patch(model, base, source, construction=construction, chunk=chunk)
     must_differ(gap)

@@ -1,9 +1,10 @@
 """The `orrery` command. Each subcommand is a dataclass of its options with a `run`.
 
 Heavy modules are imported inside `run`, so that `--help` and mistakes in options answer at once.
-Exit status: 0 done; 1 a certificate failed, or holds in no dtype, or a fit broke down; 2 bad input, or a machine that
-cannot do it (no such back end, no memory, a full disk), in one line on stderr; 128 and the number
-of the signal where one ended it: 130 interrupted, 141 nobody reads the output, 143 terminated.
+Exit status: 0 done; 1 a certificate failed, or holds in no dtype, or a fit broke down; 2 bad input,
+or a machine that cannot do it (no such back end, no memory, a full disk), in one line on stderr;
+128 and the number of the signal where one ended it: 130 interrupted, 141 nobody reads the output,
+143 terminated.
 """
 
 from __future__ import annotations

@@ -22,9 +22,19 @@ from constructions.claims import Measurement
 from constructions.family import Certificate
 from constructions.runs import Run
 from probes import losses, sections
-from probes.ledger import Row, compiled_like, ledger
+from probes.ledger import (
+    HOLDS,
+    NOT_APPLICABLE,
+    REFUTED,
+    VERDICTS,
+    VOID,
+    Row,
+    compiled_like,
+    ledger,
+)
 from probes.losses import Curves, RollOut, ScaleCurve
 from probes.sections import NotApplicable, Patches, Weights
+from probes.style import number
 from probes.table import ProbeTable
 
 FORMAT, VERSION = "orrery-report", 1
@@ -62,18 +72,36 @@ class Comparison:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many claims hold, are refuted, are void."""
+        """How many claims have each verdict."""
         verdicts = [row.verdict for row in self.rows]
-        return {verdict: verdicts.count(verdict) for verdict in ("holds", "refuted", "void")}
+        return {verdict: verdicts.count(verdict) for verdict in VERDICTS}
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether something was claimed and held, nothing failed, and the certificate is right.
+
+        Claims that are not applicable count neither way.
+        """
+        counts = self.counts
+        failed = counts[REFUTED] + counts[VOID]
+        return bool(counts[HOLDS]) and not failed and self.certificate.passed
 
     @property
     def verdict(self) -> str:
         """The comparison in one sentence."""
         models = f"{len(self.seeds)} trained model" + ("s" if len(self.seeds) != 1 else "")
-        if self.rows:
-            first = f"{self.counts['holds']} of {len(self.rows)} claims hold on {models}"
+        counts = self.counts
+        applicable = len(self.rows) - counts[NOT_APPLICABLE]
+        if applicable:
+            claims = "claim holds" if applicable == 1 else "claims hold"
+            first = f"{counts[HOLDS]} of {applicable} {claims} on {models}"
+            if counts[NOT_APPLICABLE]:
+                first += f", {counts[NOT_APPLICABLE]} not applicable"
         else:
-            first = f"The family makes no claims at these settings; {models} fitted"
+            first = f"Nothing was claimed at these settings; {models} fitted"
+            if self.rows:
+                first = f"None of {len(self.rows)} claims is applicable; {models} fitted"
+            first += self._losses
         if self.certificate.verdict == "failed":
             return f"{first}; the construction FAILS its certificate"
         if not self.certificate.passed:
@@ -81,6 +109,17 @@ class Comparison:
         certified = [e for e in self.certificate.errors if e.passed]
         exact = max(certified, key=lambda e: e.dtype)
         return f"{first}; construction exact to {exact.max_rel_error:.0e} in {exact.dtype}"
+
+    @property
+    def _losses(self) -> str:
+        """What was measured where nothing was claimed."""
+        if self.curves is None:
+            return ""
+        level = self.curves.construction
+        apart = [100 * abs(loss / level - 1) for loss in self.curves.trained]
+        said = [number(a) for a in (min(apart), max(apart))]
+        said = " to ".join(dict.fromkeys(said))
+        return f", with losses {said} % from the construction's"
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; numbers that are not finite become None."""
@@ -144,7 +183,9 @@ def compare(
 
     named = {f"trained {s}": m for s, m in zip(run.seeds[:PROBED], models, strict=False)}
     work: dict[str, Callable[[], Any]] = {
-        "claims": lambda: ledger(construction, models, seed=seed, batch=batch),
+        "claims": lambda: ledger(
+            construction, models, seed=seed, batch=batch, claims=construction.claims
+        ),
         "measurements": lambda: list(measure()),
         "certificate": lambda: construction.compile().certificate,
         "curves": lambda: losses.curves(run, reference, seed),

@@ -37,8 +37,9 @@ from probes.patching import (
     patched_prediction,
     positions_of,
     site_values,
+    with_sites,
 )
-from probes.sites import Inputs, place_mask, site_axes
+from probes.sites import Inputs, Subject, place_mask, site_axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Agreement:
 
 def interchange(
     construction: Construction,
-    model: Transformer,
+    model: Subject,
     base: Inputs,
     source: Inputs,
     *,
@@ -81,8 +82,10 @@ def interchange(
         where: booleans that broadcast to `[layer, batch, *axes]`, see `sites.where`.
 
     Raises:
-        ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit.
+        ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit, or the
+            model is a function.
     """
+    model = with_sites(model)
     base, source = pair_of(base, source)
     return _interchange(
         model, base, source, jnp.asarray(where), construction=construction, site=site
@@ -91,7 +94,7 @@ def interchange(
 
 def sweep(
     construction: Construction,
-    model: Transformer,
+    model: Subject,
     base: Inputs,
     source: Inputs,
     *,
@@ -112,9 +115,10 @@ def sweep(
         chunk: patched runs that are computed side by side; bounds the memory.
 
     Raises:
-        ValueError: base and source do not differ in shape only, unknown site or axis, or equal
-            predictions on both, which leave no effect to measure.
+        ValueError: base and source do not differ in shape only, unknown site or axis, equal
+            predictions on both, which leave no effect to measure, or a function as the model.
     """
+    model = with_sites(model)
     base, source = pair_of(base, source)
     axes = axes_of(construction, model, base, site, over)
     effect, off_axis, gap = _sweep(
@@ -126,8 +130,8 @@ def sweep(
 
 def interchange_agreement(
     construction: Construction,
-    model: Transformer,
-    reference: Transformer,
+    model: Subject,
+    reference: Subject,
     base: Inputs,
     source: Inputs,
     *,
@@ -144,6 +148,7 @@ def interchange_agreement(
 
     ValueError as for `sweep`, and if the two models differ in depth, heads or width.
     """
+    model, reference = with_sites(model), with_sites(reference)
     base, source = pair_of(base, source)
     axes = axes_of(construction, model, base, site, over)
     sizes = [site_axes(m.config, 1, site) for m in (model, reference)]
@@ -167,7 +172,7 @@ def interchange_agreement(
 
 
 def exchange(
-    construction: Construction, model: Transformer, base: Inputs, source: Inputs, name: str
+    construction: Construction, model: Subject, base: Inputs, source: Inputs, name: str
 ) -> dict[int, float]:
     """Effect of exchanging one variable of the algorithm: {layers applied: effect}.
 
@@ -177,6 +182,7 @@ def exchange(
 
     ValueError as for `sweep`, and for a name without a place.
     """
+    model = with_sites(model)
     base, source = pair_of(base, source)
     tokens = count_tokens(construction, model, base)
     masks = place_mask(construction, model.config, tokens, base, name)

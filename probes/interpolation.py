@@ -19,10 +19,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from constructions.config import SegmentConfig
+from constructions.config import Config, SegmentConfig
 from constructions.family import Construction
 from constructions.transformer import Transformer
 from synthetic.task import Batch
+
+
+def more_than_attention(*configs: Config) -> str:
+    """Why models are no sums of heads, in one phrase; "" where they are."""
+    for config in configs:
+        if config.final_norm or any(m.mlp or m.norm or m.mlp_norm for m in config.layers()):
+            return "models must be attention alone to be blended, got an mlp or a norm"
+    return ""
+
+
+def obstacle(one: Config, other: Config) -> str:
+    """Why two models cannot be blended, in one phrase; "" where they can."""
+    if found := more_than_attention(one, other):
+        return found
+    for name in ("width", "token_groups"):
+        if getattr(one, name) != getattr(other, name):
+            return (
+                f"{name} of the model is {getattr(one, name)}, "
+                f"of the reference {getattr(other, name)}"
+            )
+    plans = [[(len(s.pattern), s.repeats, s.tied) for s in c.segments] for c in (one, other)]
+    if plans[0] != plans[1]:
+        return (
+            f"segments (layers, repeats, tied) of the model are {plans[0]}, "
+            f"of the reference {plans[1]}"
+        )
+    return ""
 
 
 def blend(model: Transformer, reference: Transformer, fraction: ArrayLike) -> Transformer:
@@ -36,22 +63,10 @@ def blend(model: Transformer, reference: Transformer, fraction: ArrayLike) -> Tr
         ValueError: depths, widths, token groups or loops differ.
     """
     one, other = model.config, reference.config
-    for config in (one, other):
-        layers = list(config.layers())
-        if config.final_norm or any(m.mlp or m.norm or m.mlp_norm for m in layers):
-            raise TypeError("models must be attention alone to be blended, got an mlp or a norm")
-    for name in ("width", "token_groups"):
-        if getattr(one, name) != getattr(other, name):
-            raise ValueError(
-                f"{name} of the model is {getattr(one, name)}, "
-                f"of the reference {getattr(other, name)}"
-            )
-    plans = [[(len(s.pattern), s.repeats, s.tied) for s in c.segments] for c in (one, other)]
-    if plans[0] != plans[1]:
-        raise ValueError(
-            f"segments (layers, repeats, tied) of the model are {plans[0]}, "
-            f"of the reference {plans[1]}"
-        )
+    if found := more_than_attention(one, other):
+        raise TypeError(found)
+    if found := obstacle(one, other):
+        raise ValueError(found)
     stored = [m.arrays()["segments"] for m in (model, reference)]
     segments, arrays = [], {}
     for s, pair in enumerate(zip(one.segments, other.segments, strict=True)):

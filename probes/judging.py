@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from probes.options import (
+    FAILED,
     OK,
     Names,
     Settings,
@@ -64,7 +65,7 @@ class Compare:
         page = write_report(comparison, self.out, overwrite=True)
         write_json(self.json, comparison.to_json(), True)
         print(f"{comparison.verdict}.\n{page}")
-        return OK
+        return OK if comparison.certificate.passed else FAILED
 
     def comparison(self, name: str, settings: Mapping[str, Any]) -> Any:
         """The comparison of a saved or a fresh run."""
@@ -150,7 +151,11 @@ class Claims:
         for name in names:
             run = fit_family(name, settings, quick=self.quick, seeds=seeds, progress=print_progress)
             rows = ledger(
-                run.construction, run.models, seed=self.seed, batch=FEWER if self.quick else 2**16
+                run.construction,
+                run.models,
+                seed=self.seed,
+                batch=FEWER if self.quick else 2**16,
+                claims=run.construction.claims,
             )
             tables.show_ledger(name, rows)
             measured = []
@@ -195,4 +200,4 @@ class Demo:
             print(f"{name}: {comparison.verdict}.")
             found.append(comparison)
         print(f"The report is {write_index(found, self.out)}")
-        return OK
+        return OK if all(c.certificate.passed for c in found) else FAILED

@@ -7,162 +7,71 @@ A claim counts only if its statistic can tell things apart. Every row is therefo
     a randomly initialised model        must fail
     the near-misses in `claim.catches`  must fail (a step size off by 10 %, one step too many, ...)
 
-and the verdict is "holds", "refuted" (a trained model fails) or "void" (a control passes, or the
-construction fails: the statistic, not the model, is at fault).
+and the verdict is
+
+    holds           every trained model satisfies it
+    refuted         a trained model fails
+    void            a control passes, or the construction fails: the statistic, not the model, is at
+                    fault
+    not applicable  the settings, or the trained models, lack what the claim needs: it is about
+                    other ones, and nothing is said of these
+
+The last is decided beforehand, from what claim and statistic declare (`probes.statistics.lacks`). A
+trained model may be a function from inputs to predictions: claims on weights do not apply to it.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from scipy import stats
 
-from constructions.canonical import canonical_distance, without_inert
 from constructions.checks import ProgramError
-from constructions.claims import Claim, Evidence, NearMiss
+from constructions.claims import Claim, Evidence, NearMiss, is_function
 from constructions.compiler import compile_program
 from constructions.family import Construction
 from constructions.transformer import Transformer
-from probes import interpolation, similarity
-from probes.fourier import degree_weights
-from probes.subsets import all_subsets
-from synthetic.task import Batch
+from probes.statistics import (
+    FRACTIONS,
+    STATISTICS,
+    between,
+    compared,
+    lacks,
+    measure,
+    sensitivities,
+    statistic_of,
+    value_of,
+)
 
-FRACTIONS = tuple(n / 10 for n in range(11))
+__all__ = [
+    "CONSTRUCTION",
+    "FRACTIONS",
+    "HOLDS",
+    "NOT_APPLICABLE",
+    "RANDOM",
+    "REFUTED",
+    "STATISTICS",
+    "VERDICTS",
+    "VOID",
+    "Row",
+    "between",
+    "compiled_like",
+    "decide",
+    "ledger",
+    "measure",
+    "sensitivities",
+]
+
 CONSTRUCTION, TRAINED, RANDOM = "construction", "trained", "random init"
-
-
-@partial(jax.jit, static_argnums=0)
-def _weights(construction: Construction, model: Transformer, reference: Transformer) -> Array:
-    return canonical_distance(model, reference, construction.gauge())
-
-
-@partial(jax.jit, static_argnums=0)
-def sensitivities(
-    construction: Construction, model: Transformer, reference: Transformer, inputs: Any
-) -> Array:
-    """Mean cosine of the sensitivities of two models, jitted."""
-    ours, theirs = (partial(construction.apply, m) for m in (model, reference))
-    return similarity.sensitivity_cosine(ours, theirs, inputs)
-
-
-@partial(jax.jit, static_argnums=0)
-def between(
-    construction: Construction, model: Transformer, reference: Transformer, examples: Batch
-) -> Array:
-    """Losses at `FRACTIONS` of the line from model to reference, jitted."""
-    fractions = jnp.array(FRACTIONS)
-    return interpolation.interpolate(construction, model, reference, examples, fractions)
-
-
-def excess_loss(e: Evidence) -> float:
-    """|loss of the model / loss of the construction - 1|, on the same examples."""
-    return abs(e.loss(e.prediction) / e.loss(e.expected) - 1)
-
-
-def prediction_distance(e: Evidence) -> float:
-    """Root mean square difference of the predictions, over that of the construction's."""
-    models = (lambda *_: e.prediction), (lambda *_: e.expected)
-    return float(similarity.prediction_distance(*models, e.examples.inputs).relative)
-
-
-def sensitivity_cosine(e: Evidence) -> float:
-    """Mean cosine between d prediction / d query of model and construction; blind to scale."""
-    inputs = jax.tree.map(lambda a: a[:1024], e.examples.inputs)
-    return float(sensitivities(e.construction, e.model, e.reference, inputs))
-
-
-def weight_distance(e: Evidence) -> float:
-    """|T - T*| / |T*| of the canonical tensors: weights compared modulo their symmetries."""
-    return float(_weights(e.construction, e.model, e.reference))
-
-
-def interpolation_gap(e: Evidence) -> float:
-    """Largest loss on the line between model and construction, over the smaller end, less 1."""
-    losses = between(e.construction, e.model, e.reference, e.examples)
-    return float(interpolation.interpolation_gap(losses))
-
-
-@partial(jax.jit, static_argnums=0)
-def _rolled(construction: Construction, model: Transformer, examples: Batch) -> Array:
-    predictions = interpolation.roll_out(
-        construction, model, *examples.inputs, depth=20, damping=0.75
-    )
-    # the median: in the mean, the few contexts that are nearly unstable drown all others
-    return jax.vmap(lambda p: jnp.median(construction.task.loss(p, examples)))(predictions)
-
-
-def roll_out_gap(e: Evidence) -> float:
-    """Largest |log(loss / loss of the construction)| over 20 applications, damped by 0.75.
-
-    Losses are medians over the examples.
-    Inert weights are removed first: see `constructions.canonical.without_inert`.
-    """
-    examples = jax.tree.map(lambda a: a[:4096], e.examples)
-    gauge = e.construction.gauge()
-
-    def rolled(model: Transformer) -> Array:
-        return _rolled(e.construction, without_inert(model, gauge), examples)
-
-    theirs = e.once("roll-out", lambda: rolled(e.reference))
-    return float(jnp.abs(jnp.log(rolled(e.model) / theirs)).max())
-
-
-def _on_subsets(e: Evidence, model: Transformer) -> np.ndarray:
-    """Answers for every subset of four examples, `[subset, batch, ...]`, less their mean."""
-    inputs = jax.tree.map(lambda a: a[:512], e.examples.inputs)
-    players = min(4, e.construction.context_size(*inputs))
-    found = all_subsets(e.construction, model, inputs, players)
-    return found - found.mean(0)
-
-
-def subset_distance(e: Evidence) -> float:
-    """Root mean square difference of what examples change, over all subsets of four of them."""
-    theirs = e.once("subsets", lambda: _on_subsets(e, e.reference))
-    return float(np.linalg.norm(_on_subsets(e, e.model) - theirs) / np.linalg.norm(theirs))
-
-
-def degree_distance(e: Evidence) -> float:
-    """|log of the share of degree 2 and above over the construction's|, in four examples.
-
-    See `probes.fourier`; the share is what no linear datamodel has.
-    """
-    theirs = e.once("subsets", lambda: _on_subsets(e, e.reference))
-    ours, theirs = (degree_weights(v) for v in (_on_subsets(e, e.model), theirs))
-    return abs(float(np.log(ours[2:].sum() / ours.sum()) - np.log(theirs[2:].sum() / theirs.sum())))
-
-
-STATISTICS: dict[str, Callable[[Evidence], float]] = {
-    "excess_loss": excess_loss,
-    "prediction_distance": prediction_distance,
-    "sensitivity_cosine": sensitivity_cosine,
-    "weight_distance": weight_distance,
-    "interpolation_gap": interpolation_gap,
-    "roll_out_gap": roll_out_gap,
-    "subset_distance": subset_distance,
-    "degree_distance": degree_distance,
-}
-
-
-def measure(claim: Claim, evidence: Evidence) -> float:
-    """The claim's statistic, NaN where it is not defined for the model.
-
-    Weights of a softmax or of another depth, for example, have no distance to the construction's.
-    A statistic that is not defined for the construction itself makes its claim void.
-    """
-    statistic = claim.statistic
-    function = STATISTICS[statistic] if isinstance(statistic, str) else statistic
-    try:
-        return float(function(evidence))
-    except (TypeError, ValueError):
-        return float("nan")
+HOLDS, REFUTED, VOID, NOT_APPLICABLE = "holds", "refuted", "void", "not applicable"
+VERDICTS = (HOLDS, REFUTED, VOID, NOT_APPLICABLE)
+#: Cosine of predictions or sensitivities below which a model says the opposite.
+OPPOSITE = -0.9
 
 
 @dataclass(frozen=True)
@@ -174,8 +83,11 @@ class Row:
         values: value of the statistic on the construction and on every control.
         trained: values of the trained models, one a seed.
         interval: 95 % confidence interval of their mean (Student's t), None below two seeds.
-        verdict: "holds", "refuted" or "void".
+        verdict: one of `VERDICTS`.
         reason: what decided a verdict other than "holds".
+        lacking: for every subject that the claim does not apply to ("trained 0" is the first
+            trained model), what it lacks; its value is NaN.
+        note: a hint at what may lie behind a verdict.
     """
 
     claim: Claim
@@ -184,42 +96,139 @@ class Row:
     interval: tuple[float, float] | None
     verdict: str
     reason: str = ""
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; numbers that are not defined become None."""
         claim = asdict(self.claim)
         statistic = claim["statistic"]
-        claim["statistic"] = statistic if isinstance(statistic, str) else statistic.__name__
+        claim["statistic"] = statistic if isinstance(statistic, str) else _name(statistic)
+        claim["needs"] = [_name(need) for need in self.claim.needs]
         values = {name: v if np.isfinite(v) else None for name, v in self.values.items()}
         return {
             "claim": claim,
             "values": values,
-            "trained": list(self.trained),
+            "trained": [v if np.isfinite(v) else None for v in self.trained],
             "interval": self.interval,
             "verdict": self.verdict,
             "reason": self.reason,
+            "lacking": dict(self.lacking),
+            "note": self.note,
         }
 
 
-def decide(claim: Claim, values: Mapping[str, float], trained: Sequence[float]) -> Row:
-    """The verdict on a claim from its measured values."""
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", repr(function))
+
+
+def _trained(number: int) -> str:
+    return f"{TRAINED} {number}"
+
+
+def decide(
+    claim: Claim,
+    values: Mapping[str, float],
+    trained: Sequence[float],
+    lacking: Mapping[str, str] | None = None,
+    note: str = "",
+) -> Row:
+    """The verdict on a claim from its measured values.
+
+    Args:
+        claim: the claim.
+        values: of the construction and of every control.
+        trained: of every trained model.
+        lacking: subject -> what it lacks, for those that the claim does not apply to.
+        note: a hint, kept with a refutation.
+    """
+    lacking = dict(lacking or {})
     controls = [name for name in values if name == RANDOM or name in claim.catches]
+    unasked = [f"{name} ({lacking[name]})" for name in controls if name in lacking]
     passing = [name for name in controls if claim.holds(values[name])]
     missing = [name for name in claim.catches if name not in values]
-    failing = [seed for seed, value in enumerate(trained) if not claim.holds(value)]
-    if not claim.holds(values[CONSTRUCTION]):
-        verdict, reason = "void", "the construction itself fails"
-    elif passing or missing:
-        verdict, reason = "void", "not caught: " + ", ".join(passing + missing)
+    foreign = [lacking[_trained(n)] for n in range(len(trained)) if _trained(n) in lacking]
+    failing = [
+        n
+        for n, value in enumerate(trained)
+        if _trained(n) not in lacking and not claim.holds(value)
+    ]
+    if CONSTRUCTION in lacking:
+        verdict, reason = NOT_APPLICABLE, lacking[CONSTRUCTION]
+    elif foreign and len(foreign) == len(trained):
+        verdict, reason = NOT_APPLICABLE, "; ".join(dict.fromkeys(foreign))
+    elif not claim.holds(values[CONSTRUCTION]):
+        verdict, reason = VOID, "the construction itself fails"
+    elif passing or missing or unasked:
+        verdict, reason = VOID, "not caught: " + ", ".join(passing + missing + unasked)
     elif failing:
-        verdict, reason = "refuted", f"{len(failing)} of {len(trained)} trained models fail"
+        verdict, reason = REFUTED, f"{len(failing)} of {len(trained)} trained models fail"
+    elif foreign:
+        said = "; ".join(dict.fromkeys(foreign))
+        verdict, reason = NOT_APPLICABLE, f"{len(foreign)} of {len(trained)} trained models: {said}"
     else:
-        verdict, reason = "holds", "" if trained else "no trained model was given"
+        verdict, reason = HOLDS, "" if trained else "no trained model was given"
     interval = None
     if len(trained) > 1 and np.isfinite(trained).all():
         half = stats.sem(trained) * stats.t.ppf(0.975, len(trained) - 1)
         interval = (float(np.mean(trained) - half), float(np.mean(trained) + half))
-    return Row(claim, dict(values), tuple(trained), interval, verdict, reason)
+    note = note if verdict == REFUTED else ""
+    return Row(claim, dict(values), tuple(trained), interval, verdict, reason, lacking, note)
+
+
+def check_claims(claims: Sequence[Claim], near_misses: Mapping[str, Any]) -> None:
+    """ValueError, in one line, for claims and near-misses that do not fit each other."""
+    reserved = (CONSTRUCTION, RANDOM)
+    for name, near in near_misses.items():
+        if name in reserved or name.startswith(f"{TRAINED} "):
+            raise ValueError(f"near-miss {name!r}: the name is taken, must be another")
+        if not isinstance(near, NearMiss):
+            raise ValueError(
+                f"near-miss {name!r} is a {type(near).__name__}, must be NearMiss(model, "
+                "construction)"
+            )
+        if not isinstance(near.construction, Construction):
+            found = type(near.construction).__name__
+            raise ValueError(
+                f"near-miss {name!r} has a {found} as its construction, must be a Construction"
+            )
+    names: set[str] = set()
+    for claim in claims:
+        if not isinstance(claim, Claim):
+            raise ValueError(f"claims hold a {type(claim).__name__}, must hold Claims")
+        if claim.name in names:
+            raise ValueError(f"claim {claim.name!r} is there twice, must have a name of its own")
+        names.add(claim.name)
+        statistic_of(claim)
+        if isinstance(claim.catches, str):
+            raise ValueError(
+                f"claim {claim.name!r}: catches is {claim.catches!r}, must be a tuple of names, "
+                f"({claim.catches!r},)"
+            )
+        for caught in claim.catches:
+            if caught not in near_misses:
+                known = ", ".join(map(repr, near_misses)) or "nothing: there are no near-misses"
+                raise ValueError(
+                    f"claim {claim.name!r}: catches has {caught!r}, must name near-misses: {known}"
+                )
+
+
+def _opposite(evidence: Evidence) -> bool:
+    """Whether predictions point against the construction's, all of them together."""
+    ours, theirs = (
+        np.asarray(compared(evidence.construction, p), float).ravel()
+        for p in (evidence.prediction, evidence.expected)
+    )
+    return bool(ours @ theirs < OPPOSITE * np.linalg.norm(ours) * np.linalg.norm(theirs))
+
+
+def _hint(claim: Claim, opposite: Sequence[str], results: Mapping[str, float]) -> str:
+    against = [*opposite]
+    if claim.statistic == "sensitivity_cosine":
+        against += [n for n, v in results.items() if v < OPPOSITE and n not in against]
+    if not against:
+        return ""
+    return f"{', '.join(against)}: nearly minus the construction's. The sign of the read-out?"
 
 
 def compiled_like(construction: Construction, model: Transformer) -> Transformer:
@@ -232,7 +241,7 @@ def compiled_like(construction: Construction, model: Transformer) -> Transformer
 
 def ledger(
     construction: Construction,
-    trained: Sequence[Transformer] = (),
+    trained: Sequence[Any] = (),
     *,
     seed: int = 0,
     batch: int = 2**16,
@@ -242,19 +251,45 @@ def ledger(
 
     Args:
         construction: whose claims are decided.
-        trained: counterparts, one a seed.
+        trained: counterparts, one a seed; or functions from inputs to predictions.
         seed: of the inputs and of the random model.
         batch: inputs per statistic, or what the construction has as its `examples` if that is less.
         claims: other claims than the construction's own.
+
+    Returns:
+        A row for each claim, in their order. Where the construction claims nothing at its settings
+        there is none, with a warning.
+
+    Raises:
+        ValueError: a claim names no statistic or near-miss, a near-miss is none, a trained model is
+            neither model nor function, or its predictions are of another shape.
+        Exception: what a statistic raises.
     """
+    if claims is None:
+        claims = construction.claims
+        if not claims:
+            warnings.warn(
+                f"{type(construction).__name__} claims nothing at these settings, so nothing was "
+                f"decided: {construction!r}",
+                stacklevel=2,
+            )
+            return []
+    near_misses = construction.near_misses()
+    check_claims(claims, near_misses)
+    for number, model in enumerate(trained):
+        if not isinstance(model, Transformer) and not is_function(model):
+            raise ValueError(
+                f"{_trained(number)} is a {type(model).__name__}, must be a Transformer or a "
+                "function from inputs to predictions"
+            )
     key, random_key = jax.random.split(jax.random.key(seed))
     random = construction.counterpart().untrained(random_key)
     reference = compiled_like(construction, random)
     subjects = {
         CONSTRUCTION: NearMiss(reference, construction),
         RANDOM: NearMiss(random, construction),
-        **construction.near_misses(),
-        **{f"{TRAINED} {n}": NearMiss(model, construction) for n, model in enumerate(trained)},
+        **near_misses,
+        **{_trained(n): NearMiss(model, construction) for n, model in enumerate(trained)},
     }
     bases = {s.construction for s in subjects.values()}
     examples = {base: base.task.sample(key, min(batch, base.examples)) for base in bases}
@@ -264,9 +299,24 @@ def ledger(
         name: Evidence(base, model, references[base], examples[base], key, memos[base])
         for name, (model, base) in subjects.items()
     }
+    names = [_trained(n) for n in range(len(trained))]
+    for name in names:
+        ours, theirs = (_shape(evidence[name], p) for p in ("prediction", "expected"))
+        if ours != theirs:
+            raise ValueError(f"predictions of {name} have shape {ours}, must be {theirs}")
+    opposite = [name for name in names if _opposite(evidence[name])]
     rows = []
-    for claim in construction.claims if claims is None else claims:
-        values = {name: measure(claim, e) for name, e in evidence.items()}
-        results = [values.pop(f"{TRAINED} {n}") for n in range(len(trained))]
-        rows.append(decide(claim, values, results))
+    for claim in claims:
+        lacking = {name: found for name, e in evidence.items() if (found := lacks(claim, e))}
+        values = {
+            name: float("nan") if name in lacking else value_of(claim, e)
+            for name, e in evidence.items()
+        }
+        results = {name: values.pop(name) for name in names}
+        note = _hint(claim, opposite, results)
+        rows.append(decide(claim, values, list(results.values()), lacking, note))
     return rows
+
+
+def _shape(evidence: Evidence, of: str) -> tuple[int, ...]:
+    return getattr(evidence, of).shape

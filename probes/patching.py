@@ -13,7 +13,7 @@ from jax import Array
 
 from constructions.family import Construction
 from constructions.transformer import Edit, Transformer
-from probes.sites import Edited, Inputs, site_axes
+from probes.sites import Edited, Inputs, Subject, site_axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,16 @@ def pair_of(base: Inputs, source: Inputs) -> tuple[tuple[Array, ...], tuple[Arra
     if shapes[0] != shapes[1]:
         raise ValueError(f"base has shapes {shapes[0]} and source {shapes[1]}, must be equal")
     return tuple(map(jnp.asarray, base)), tuple(map(jnp.asarray, source))
+
+
+def with_sites(model: Subject) -> Transformer:
+    """The model itself; ValueError for a function in its place, which has no sites to edit."""
+    if isinstance(model, Transformer):
+        return model
+    raise ValueError(
+        "model is a function, must be a Transformer: an interchange puts values into its named "
+        "sites. Of a function's activations, probe_table takes a table"
+    )
 
 
 def count_tokens(construction: Construction, model: Transformer, inputs: Inputs) -> int:

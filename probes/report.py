@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from probes.comparison import FORMAT, Comparison
 from probes.figures import pictures
-from probes.ledger import CONSTRUCTION, RANDOM, Row
+from probes.ledger import CONSTRUCTION, NOT_APPLICABLE, RANDOM, Row
 from probes.style import Picture, number
 from synthetic.files import RunError, atomic, check_writable, remove
 from synthetic.text_files import parse_json
@@ -55,6 +55,11 @@ def mean(row: Row | ClaimRow) -> str:
     return number(sum(row.trained) / len(row.trained)) if row.trained else "not measured"
 
 
+def slug(verdict: str) -> str:
+    """A verdict as the name of a style."""
+    return verdict.replace(" ", "-")
+
+
 def interval(row: Row | ClaimRow) -> str:
     """The 95 % interval of that mean, empty where there is none."""
     if row.interval is None:
@@ -68,9 +73,11 @@ def controls(rows: Sequence[Row]) -> list[str]:
 
 
 def tone(comparison: Comparison) -> str:
-    """ "good" where everything holds, else "mixed"."""
-    good = comparison.certificate.passed and comparison.counts["holds"] == len(comparison.rows)
-    return "good" if good else "mixed"
+    """ "good": something was claimed and held; "none": nothing was decided; "mixed": the rest."""
+    if comparison.confirmed:
+        return "good"
+    decided = any(row.verdict != NOT_APPLICABLE for row in comparison.rows)
+    return "mixed" if decided or not comparison.certificate.passed else "none"
 
 
 def _listing(value: Any) -> str:
@@ -96,6 +103,7 @@ def _templates() -> jinja2.Environment:
         "mean": mean,
         "interval": interval,
         "tone": tone,
+        "slug": slug,
         "listing": _listing,
         "base64": lambda data: base64.b64encode(data).decode(),
     }

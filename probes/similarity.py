@@ -60,25 +60,56 @@ def sensitivity(apply: Apply, inputs: Sequence[Array], argnum: int = -1) -> Sens
 
     Raises:
         TypeError: that input is not real-valued.
-        ValueError: its tokens are not those of the prediction.
+        ValueError: its tokens are not those of the prediction, or `apply` is a function that JAX
+            cannot trace, so that it has no derivative here.
     """
     inputs = tuple(inputs)
     argnum = range(len(inputs))[argnum]
-    chosen = inputs[argnum]
-    if not jnp.issubdtype(chosen.dtype, jnp.floating):
-        raise TypeError(f"input {argnum} has dtype {chosen.dtype}, must be a floating point type")
-    shape = jax.eval_shape(apply, *inputs).shape
-    if len(shape) != 3 or chosen.ndim != 3 or shape[:2] != chosen.shape[:2]:
-        raise ValueError(
-            f"input {argnum} has shape {chosen.shape} and the prediction {shape}, must be "
-            "[batch, token, dim_in] and [batch, token, dim_out]"
-        )
+    if not _real(inputs[argnum]):
+        raise TypeError(_not_real(argnum, inputs[argnum]))
+    if found := obstacle(apply, inputs, argnum):
+        raise ValueError(found)
 
     def one(*example: Array) -> Array:
         return apply(*(a[None] for a in example))[0]
 
     jacobian = jax.vmap(jax.jacrev(one, argnums=argnum))(*inputs)  # [batch, t, out, t', in]
     return jnp.einsum("btoti->btoi", jacobian)
+
+
+def obstacle(apply: Apply, inputs: Sequence[Array], argnum: int = -1) -> str:
+    """Why a model has no `sensitivity` on these inputs, in one phrase; "" where it has one.
+
+    What `apply` raises on the inputs themselves is raised.
+    """
+    inputs = tuple(inputs)
+    argnum = range(len(inputs))[argnum]
+    chosen = inputs[argnum]
+    if not _real(chosen):
+        return _not_real(argnum, chosen)
+    try:
+        shape = jax.eval_shape(apply, *inputs).shape
+    except Exception:
+        # a function that is at fault fails on numbers as well; this one takes nothing else
+        apply(*inputs)
+        return (
+            "apply cannot be traced by JAX, so it has no derivative: it must be made of jax.numpy "
+            "operations"
+        )
+    if len(shape) != 3 or chosen.ndim != 3 or shape[:2] != chosen.shape[:2]:
+        return (
+            f"input {argnum} has shape {chosen.shape} and the prediction {shape}, must be "
+            "[batch, token, dim_in] and [batch, token, dim_out]"
+        )
+    return ""
+
+
+def _real(a: Array) -> bool:
+    return jnp.issubdtype(a.dtype, jnp.floating)
+
+
+def _not_real(argnum: int, a: Array) -> str:
+    return f"input {argnum} has dtype {a.dtype}, must be a floating point type"
 
 
 def sensitivity_cosine(

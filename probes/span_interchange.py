@@ -37,7 +37,8 @@ from constructions.inside_outside.construction import AT_ONCE
 from constructions.inside_outside.tableau import Layout
 from constructions.slots import Slot
 from constructions.transformer import Edit, Transformer
-from probes.patching import patched_prediction, site_values
+from probes.patching import patched_prediction, site_values, with_sites
+from probes.sites import Subject
 from probes.span_pairs import SpanPairs
 
 CONSTRUCTION = "construction"
@@ -90,7 +91,7 @@ class SpanEffects:
 
 def span_interchange(
     construction: Construction,
-    models: Mapping[str, Transformer],
+    models: Mapping[str, Subject],
     pairs: SpanPairs,
     compiled: Transformer | None = None,
 ) -> SpanEffects:
@@ -117,7 +118,7 @@ def span_interchange(
     given = jax.tree.map(jnp.asarray, pairs)
     found = {CONSTRUCTION: _in_slots(compiled, given, construction=construction)}
     for column, model in models.items():
-        found[column] = _by_layer(model, given, construction=construction)
+        found[column] = _by_layer(with_sites(model), given, construction=construction)
 
     def named(number: int) -> dict[str, dict[str, np.ndarray]]:
         kinds = {column: SLOT_KINDS if column == CONSTRUCTION else KINDS for column in found}

@@ -9,22 +9,15 @@ to 0, which is the same for linear attention only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array
 
+from constructions.claims import predict
 from constructions.family import Construction
 
 #: Inputs that are run at once: always this many, so that few shapes are compiled.
 AT_ONCE = 256
-
-
-@partial(jax.jit, static_argnums=0)
-def _apply(construction: Construction, model: Any, inputs: tuple[Array, ...]) -> Array:
-    return construction.apply(model, *inputs)
 
 
 def _predict(construction: Construction, model: Any, inputs: list[np.ndarray]) -> np.ndarray:
@@ -32,7 +25,7 @@ def _predict(construction: Construction, model: Any, inputs: list[np.ndarray]) -
     rows, found = len(inputs[0]), []
     for start in range(0, rows, AT_ONCE):
         block = np.minimum(np.arange(start, start + AT_ONCE), rows - 1)
-        found.append(np.asarray(_apply(construction, model, tuple(a[block] for a in inputs))))
+        found.append(np.asarray(predict(construction, model, *(a[block] for a in inputs))))
     return np.concatenate(found)[:rows]
 
 
@@ -48,7 +41,7 @@ def answers(
 
     Args:
         construction: gives inputs their meaning.
-        model: of its class.
+        model: of its class, or a function from inputs to predictions.
         inputs: as `construction.sample` gives them, all of one batch size and length.
         kept: for each of them, the examples that stay, ascending.
 

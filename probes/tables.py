@@ -18,12 +18,12 @@ from rich.table import Column, Table
 from constructions import CATALOGUE
 from constructions.claims import Measurement
 from constructions.family import Certificate
-from probes.ledger import CONSTRUCTION, RANDOM, Row
+from probes.ledger import CONSTRUCTION, HOLDS, NOT_APPLICABLE, RANDOM, REFUTED, VOID, Row
 from probes.report import controls, interval, mean
 from probes.style import number
 from probes.tools import Result
 
-MARKS = {"holds": "green", "refuted": "red", "void": "yellow"}
+MARKS = {HOLDS: "green", REFUTED: "red", VOID: "yellow", NOT_APPLICABLE: "cyan"}
 MARKS |= {"reproduced": "green", "better": "green", "differs": "red", "measured": "cyan"}
 
 
@@ -111,6 +111,9 @@ def show_certificate(name: str, certificate: Certificate) -> None:
 
 def show_ledger(name: str, rows: Sequence[Row]) -> None:
     """Print the claims of a family, their controls, and below them reasons and notes."""
+    if not rows:
+        print(f"{name}: nothing is claimed at these settings, so nothing was decided")
+        return
     others = controls(rows)
     table = _table(
         f"{name} (ok: rejected as it must be; MISSED: accepted; in brackets: not asked for)",
@@ -126,7 +129,9 @@ def show_ledger(name: str, rows: Sequence[Row]) -> None:
         ]
         for other in others:
             value = number(row.values[other])
-            if other not in (RANDOM, *claim.catches):
+            if other in row.lacking:
+                cells.append("n/a")
+            elif other not in (RANDOM, *claim.catches):
                 cells.append(f"({value})")
             else:
                 missed = claim.holds(row.values[other])
@@ -136,6 +141,8 @@ def show_ledger(name: str, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.reason:
             print(f"{row.verdict}: {row.claim.name}: {row.reason}")
+    for note in dict.fromkeys(row.note for row in rows if row.note):
+        print(f"note: {note}")
     for row in rows:
         if row.claim.note:
             print(f"note: {row.claim.name}: {row.claim.note}")

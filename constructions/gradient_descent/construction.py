@@ -44,6 +44,7 @@ from constructions.gradient_descent.claims import (
     ONE_STEP_CLAIMS,
     PUBLISHED_CURVATURE,
     PUBLISHED_LOSS,
+    STEPS_CLAIMS,
     TWO_STEP_CLAIMS,
 )
 from constructions.program import Head, Layer, Program
@@ -249,7 +250,8 @@ class GradientDescent(Regression):
     def gauge(self) -> Gauge:
         """Queries enter as (x, -W_0 x); only their y is read, with its sign turned."""
         identity = np.eye(self.dim_x + self.dim_y)
-        return Gauge(-identity[self.dim_x :], np.concatenate([np.eye(self.dim_x), -self.initial]))
+        entering = np.concatenate([np.eye(self.dim_x), -self.initial])
+        return Gauge(-identity[self.dim_x :], entering, ("query",))
 
     def domain(self, *inputs: Array) -> dict[str, float | str]:
         """The task, and how near its contexts come to the largest stable step size."""
@@ -369,11 +371,11 @@ class GradientDescent(Regression):
     def claims(self) -> tuple[Claim, ...]:
         """The paper's statements about one trained layer, applied once or, as GD++, twice.
 
-        None for other settings.
+        For other numbers of steps, and other W_0, those on functions alone.
         """
         published = (self.dim_x, self.dim_y, self.num_examples) == (10, 1, 10)
         if self.init_weight is None and self.steps == 1:
             return (*ONE_STEP_CLAIMS, *([PUBLISHED_LOSS] if published else []))
         if self.init_weight is None and self.steps == 2 and self.recurrent and self.curvature:
             return (*TWO_STEP_CLAIMS, *([PUBLISHED_CURVATURE] if published else []))
-        return ()
+        return STEPS_CLAIMS

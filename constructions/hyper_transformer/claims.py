@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence
+from constructions.needs import same_width
 from constructions.transformer import Transformer
 
 #: Episodes from which class tokens are read, half of them to fit the map and half to judge it.
@@ -102,6 +103,25 @@ def held_weights(e: Evidence) -> float:
     return _explained(e, together=True)
 
 
+def best_step_size(e: Evidence) -> str:
+    """The construction's step size is the best one for a single step."""
+    given, best = e.construction.step_size, e.construction.task.step_size()
+    if abs(given / best - 1) <= 0.01:
+        return ""
+    return f"step_size is {given:.4g}, the claim is about the best one, {best:.4g}"
+
+
+def exact_posterior(e: Evidence) -> str:
+    """The construction's scale and shrinkage are those of the exact posterior."""
+    c = e.construction
+    wanted = {"scale": c.task.shrinkage / c.task.predictive_variance, "shrinkage": c.task.shrinkage}
+    for name, exact in wanted.items():
+        given = getattr(c, name)
+        if abs(given / exact - 1) > 0.01:
+            return f"{name} is {given:.4g}, the claim is about the posterior's, {exact:.4g}"
+    return ""
+
+
 _STEPS = ("step size + 10 %", "step size - 10 %")
 _PAPER = "Zhmoginov et al. 2022, arXiv 2201.04182"
 _GAUGE = "invariant: centred logits"
@@ -158,6 +178,7 @@ GRADIENT_CLAIMS = (
         "<=",
         "synthetic.classes.GaussianClasses.step_size",
         catches=(*_STEPS, "softmax for linear"),
+        needs=(best_step_size,),
         gauge=_GAUGE,
     ),
     Claim(
@@ -169,6 +190,7 @@ GRADIENT_CLAIMS = (
         _PAPER,
         catches=("a feature left out",),
         gauge=_LINEAR,
+        needs=(same_width,),
     ),
     Claim(
         "a class a token",
@@ -179,6 +201,7 @@ GRADIENT_CLAIMS = (
         _PAPER,
         catches=("a feature left out", "1/C left out", "softmax for linear"),
         gauge=_LINEAR,
+        needs=(same_width,),
         note="Refuted: only the sum over class tokens counts. Linear attention leaves the basis of "
         "the classes free, A W in the tokens and the inverse of A at the logits, and training "
         "ends in a mixed one. Softmax attention does not, see hyper-prototypes.",
@@ -207,6 +230,7 @@ PROTOTYPE_CLAIMS = (
         "<=",
         "synthetic.classes.GaussianClasses.posterior",
         catches=(*_SCALES, *_WIRING),
+        needs=(exact_posterior,),
     ),
     Claim(
         "equal logits",
@@ -227,6 +251,7 @@ PROTOTYPE_CLAIMS = (
         _PAPER,
         catches=("sharpness 1",),
         gauge=_LINEAR,
+        needs=(same_width,),
     ),
 )
 

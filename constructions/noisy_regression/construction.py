@@ -212,7 +212,7 @@ class NoisyRegression(Regression):
     def gauge(self) -> Gauge:
         """Queries enter as (x, 0); only their y is read, with its sign turned."""
         identity = np.eye(self.dim_x + 1)
-        return Gauge(-identity[self.dim_x :], identity[:, : self.dim_x])
+        return Gauge(-identity[self.dim_x :], identity[:, : self.dim_x], ("query",))
 
     def tolerance(self, dtype: str) -> float:
         """Larger than for a stable descent: layers of any weights amplify what was rounded."""

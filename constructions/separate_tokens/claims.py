@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence
+from constructions.needs import known_weights
 from constructions.transformer import Transformer
 
 
@@ -34,6 +35,15 @@ def pairing(e: Evidence) -> float:
     """
     inputs = jax.tree.map(lambda a: a[:1024], e.examples.inputs)
     return float(_found(e.construction, e.model, *inputs))
+
+
+def softmax_first(e: Evidence) -> str:
+    """The first layer has softmax heads, whose attention is a share of 1."""
+    if missing := known_weights(e):
+        return missing
+    first = next(iter(e.model.config.layers()))
+    others = [heads.mixer for heads in first.heads if heads.mixer != "softmax"]
+    return f"layer 1 has {others[0]} heads, whose attention is no share of 1" if others else ""
 
 
 _STEPS = ("step size + 10 %", "step size - 10 %")
@@ -106,5 +116,6 @@ def claims(mixer: str, attends: str) -> tuple[Claim, ...]:
         catches=("copy from the previous token",),
         published=1.0,
         gauge="invariant: attention weights; whichever head and direction",
+        needs=(softmax_first,),
     )
     return (*rows, found)

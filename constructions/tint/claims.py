@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence
+from constructions.needs import known_weights
 from constructions.tint.weights import CHANGED
 
 _SOURCE = "construction of Panigrahi et al. 2023, arXiv 2307.01189; trained further here"
@@ -79,6 +80,7 @@ CLAIMS = (
         _SOURCE,
         catches=("up the gradient", "attention does not go back"),
         gauge="none: prefix tokens are read where the construction keeps the weights",
+        needs=(known_weights,),
     ),
     Claim(
         "the step itself",
@@ -94,6 +96,7 @@ CLAIMS = (
             "half the step",
         ),
         gauge="none: prefix tokens are read where the construction keeps the weights",
+        needs=(known_weights,),
     ),
     Claim(
         "predictions after one step",

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from constructions.canonical import canonical_distance
-from constructions.claims import predict
+from constructions.claims import Evidence, predict
+from constructions.needs import comparable_weights
 from constructions.runs import Run, load_checkpoints
 from probes import losses, sections, similarity
-from probes.ledger import FRACTIONS, between, sensitivities
+from probes.interpolation import obstacle
+from probes.ledger import OPPOSITE
+from probes.statistics import FRACTIONS, between, compared, sensitivities
 from probes.table import probe_table
 from probes.tools.result import Result, seed_names, table
+from synthetic.task import Batch
 
 #: Numbers in the stream of one input up to which values are looked for in all tokens at once.
 SMALL = 10_000
@@ -47,21 +54,32 @@ def interchange(run: Run, seed: int) -> Result:
     return table("effect of interchanging a token's stream", tokens, rows, values)
 
 
+def _constant(value: Array) -> Callable[..., Array]:
+    return lambda *_: value
+
+
 def functions(run: Run, seed: int) -> Result:
-    """Distance of predictions and cosine of sensitivities to the construction's."""
+    """Distance of predictions and cosine of sensitivities to the construction's.
+
+    Logits are compared up to a number common to all outcomes.
+    """
     construction, reference = run.construction, run.construction.compile().model
     inputs = construction.sample(jax.random.key(seed), 256)
     values = []
     for model in run.models:
         ours, theirs = (partial(predict, construction, m) for m in (model, reference))
-        distance = similarity.prediction_distance(ours, theirs, inputs)
-        try:
+        one, other = (_constant(compared(construction, f(*inputs))) for f in (ours, theirs))
+        distance = similarity.prediction_distance(one, other, inputs)
+        cosine = np.nan  # where inputs are no real numbers, a token each
+        if not similarity.obstacle(ours, inputs):
             cosine = float(sensitivities(construction, model, reference, inputs))
-        except (TypeError, ValueError):  # inputs that are no real numbers, a token each
-            cosine = np.nan
         values.append([float(distance.relative), float(distance.mean_norm), cosine])
     columns = ("relative prediction distance", "mean prediction distance", "sensitivity cosine")
-    return table("functions, against the construction", columns, seed_names(run), values)
+    result = table("functions, against the construction", columns, seed_names(run), values)
+    if any(row[-1] < OPPOSITE for row in values):
+        hint = "A cosine near -1: is the sign of the read-out the construction's?"
+        return replace(result, note=f"{result.note} {hint}".strip())
+    return result
 
 
 def interpolation(run: Run, seed: int) -> Result:
@@ -71,10 +89,10 @@ def interpolation(run: Run, seed: int) -> Result:
     """
     construction, reference = run.construction, run.construction.compile().model
     batch = construction.task.sample(jax.random.key(seed), 2048)
-    try:
-        values = [between(construction, model, reference, batch) for model in run.models]
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    for model in run.models:
+        if missing := obstacle(model.config, reference.config):
+            raise ValueError(missing)
+    values = [between(construction, model, reference, batch) for model in run.models]
     columns = [f"{100 * f:.0f} %" for f in FRACTIONS]
     return table("loss between trained (0 %) and construction", columns, seed_names(run), values)
 
@@ -98,16 +116,17 @@ def training(run: Run, seed: int) -> Result:
     if run.path is None:
         raise ValueError("the run was not kept, so it has no checkpoints")
     construction, reference = run.construction, run.construction.compile().model
-    inputs = construction.sample(jax.random.key(seed), 1024)
+    key = jax.random.key(seed)
+    inputs = construction.sample(key, 1024)
     rows, values = [], []
     for step, models in load_checkpoints(run.path):
         for name, model in zip(seed_names(run), models, strict=True):
             ours, theirs = (partial(predict, construction, m) for m in (model, reference))
             distance = similarity.prediction_distance(ours, theirs, inputs)
-            try:
+            evidence = Evidence(construction, model, reference, Batch(inputs, None), key)
+            weights = np.nan  # where there is more than linear attention, say
+            if not comparable_weights(evidence):
                 weights = float(canonical_distance(model, reference, construction.gauge()))
-            except (TypeError, ValueError):  # more than linear attention, or another depth
-                weights = np.nan
             rows.append(f"step {step}, {name}")
             values.append([float(distance.relative), weights])
     if not rows:

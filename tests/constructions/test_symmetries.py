@@ -18,7 +18,7 @@ from constructions.canonical import (
     layer_tensors,
     without_inert,
 )
-from constructions.compiler import FAR
+from constructions.compiler import FAR, compile_program
 from constructions.config import (
     Config,
     HeadsConfig,
@@ -237,6 +237,68 @@ def test_other_mask_is_far():
     causal, every = (draw(config("linear"), mask=mask) for mask in ("causal", "every"))
     assert distance(causal, every, ALL) == pytest.approx(2**0.5)
     assert not equal(call(causal, stream()), call(every, stream()), 1e-2)
+
+
+def seeing(model, keys, queries=(True, True)):
+    """The model whose heads let these kinds of tokens see those."""
+    arrays = model.arrays()
+    for w in arrays["segments"][0]["layers"][0]["heads"].values():
+        for name, kinds in (("key_groups", keys), ("query_groups", queries)):
+            w[name] = jnp.broadcast_to(jnp.asarray(kinds), w[name].shape)
+    return Transformer(model.config, arrays)
+
+
+def test_what_a_mask_lets_in_counts_as_what_it_adds():
+    """The query among the keys: nothing where values do not read it, else what they make of it."""
+    g = Gauge(gauge().read, gauge().query, ("query",))
+    model = draw(config("linear", "linear"), mask="every")
+    without = seeing(model, (True, False))
+    with_query = seeing(model, (True, True))
+    blind = with_query.arrays()
+    outside = jnp.asarray(np.eye(WIDTH) - g.query @ np.linalg.pinv(g.query))
+    for w in blind["segments"][0]["layers"][0]["heads"].values():
+        w["value"] = w["value"] @ outside
+    blind = Transformer(model.config, blind)
+    inputs = stream()
+    inputs[:, 5:] = np.random.default_rng(2).normal(size=(3, 1, 3)) @ g.query.T
+    chosen = np.array([0, 1, 2, 3, 5])  # a context, and one query behind it
+    run = nnx.jit(lambda m, inputs: m(inputs, KINDS[chosen]))
+
+    def read(m):
+        return np.asarray(run(m, inputs[:, chosen]))[:, -1] @ g.read.T
+
+    assert equal(read(blind), read(seeing(blind, (True, False))))
+    assert distance(blind, seeing(blind, (True, False)), g) < 1e-12
+    assert distance(seeing(blind, (True, False)), blind, g) < 1e-12
+    assert not equal(read(with_query), read(without), 1e-2)
+    full = np.einsum("ro,oabc,cv->rabv", g.read, brute_force(model, 0), g.query)
+    added = np.einsum("rabv,ap,bq->rpqv", full, g.query, g.query)
+    expected = np.linalg.norm(added) / np.linalg.norm(full)
+    assert equal(distance(with_query, without, g), expected, 1e-12)
+    # what the last layer writes to tokens that nobody reads is without effect
+    assert distance(seeing(model, (True, False), (False, True)), without, g) < 1e-12
+    # where nobody says which tokens are read, they may be any
+    unsaid = Gauge(g.read, g.query)
+    assert distance(with_query, without, unsaid) == pytest.approx(1)
+    with pytest.raises(ValueError, match="gauge has kind 'quarry', must be one of"):
+        canonical_distance(model, model, Gauge(g.read, g.query, ("quarry",)))
+
+
+def test_in_a_deeper_model_only_the_first_layer_knows_how_queries_enter():
+    """With a query among the keys of layer 2 there is a difference, even where y is 0 at first."""
+    c = GradientDescent(dim_x=4, steps=2, step_size=1.0)
+    reference, gauge = c.compile().model, c.gauge()
+    arrays = reference.arrays()
+    for segment in arrays["segments"].values():
+        for w in segment["layers"][0]["heads"].values():
+            w["key_groups"] = w["key_groups"].at[0].set(True)
+    first = Transformer(reference.config, arrays)
+    inputs = c.sample(random_key(0), 3)
+    assert equal(c.predict(first, *inputs), c.predict(reference, *inputs))
+    assert distance(first, reference, gauge) == 0
+    every = compile_program(c._program("linear", None))
+    assert not equal(c.predict(every, *inputs), c.predict(reference, *inputs), 1e-2)
+    assert distance(every, reference, gauge) > 0.5
 
 
 def test_jit_and_gradient():

@@ -297,3 +297,19 @@ class TwoHeads(Construction):
     def apply(self, model, *inputs):
         stream, groups, read = self.embed(model, *inputs)
         return model(stream, groups, read=read)[:, 0, :2]
+
+
+def test_functions_have_no_sites():
+    c = gd()
+    base, source = pair(c)
+    model, function = c.compile().model, lambda x, y, query: query[..., :2]
+    for call in (
+        lambda: interchange(c, function, base, source, where=True),
+        lambda: sweep(c, function, base, source),
+        lambda: interchange_agreement(c, function, model, base, source),
+        lambda: exchange(c, function, base, source, "residual"),
+        lambda: attribution(c, function, base, source),
+        lambda: path_patch(c, function, base, source),
+    ):
+        with pytest.raises(ValueError, match="model is a function, must be a Transformer"):
+            call()

@@ -1,17 +1,23 @@
 """The ledger: its verdicts, and the matrix of claims against near-misses."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions import CATALOGUE
 from constructions.claims import Claim, Evidence
 from constructions.compiler import compile_program, config_of
+from constructions.config import MlpConfig, NormConfig
+from constructions.gradient_descent import GradientDescent
 from constructions.symmetries import transform
-from probes.ledger import CONSTRUCTION, RANDOM, decide, ledger, measure
+from constructions.transformer import Transformer
+from probes.ledger import CONSTRUCTION, RANDOM, compiled_like, decide, ledger, measure
+from probes.statistics import lacks
+from synthetic.task import Batch
 
 
 def claim(threshold=0.1, direction="<=", catches=("off",)):
@@ -72,7 +78,7 @@ def test_interval_is_students():
 
 def small():
     """One step at its best step size, small enough for a test."""
-    return CATALOGUE["gradient-descent"](dim_x=4, num_examples=6, steps=1)
+    return GradientDescent(dim_x=4, num_examples=6, steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +121,258 @@ def test_a_step_size_off_by_ten_percent_costs_what_the_law_says(rows):
     expected = excess_law(small().task).coefficient * 0.1**2
     assert rows["optimal loss"].values["step size + 10 %"] == pytest.approx(expected, rel=1e-3)
     assert rows["equal loss"].values["step size + 10 %"] == pytest.approx(expected, rel=0.5)
+
+
+ABOUT_WEIGHTS = {"optimal loss", "equal step size", "equal weights", "interpolation", "roll-out"}
+
+
+def few(*names):
+    """Some of the claims on one step: every one costs a compilation."""
+    return [c for c in small().claims if c.name in names]
+
+
+def verdicts(found):
+    return {row.claim.name: row.verdict for row in found}
+
+
+def test_masks_that_differ_without_effect_satisfy_every_claim(rows):
+    """From W_0 = 0 the query, as a key, adds nothing: the same function, and no distance."""
+    construction = small()
+    shape = config_of(construction.program)
+    program = construction._program("linear", keys=None)
+    model = compile_program(program, config=shape.with_heads(5, 5))
+    twin = transform(model, jax.random.key(4), construction.gauge())
+    assert verdicts(ledger(construction, [model, twin], batch=2**12)) == dict.fromkeys(
+        rows, "holds"
+    )
+
+
+def test_masks_that_differ_with_effect_are_refuted_as_functions_not_as_weights():
+    """What a mask lets in counts in the distance of weights, and makes closed forms another's."""
+    construction = small()
+    arrays = compile_program(construction._program("linear", keys=None)).arrays()
+    own = arrays["segments"][0]["layers"][0]["heads"][0]
+    own["value"] = own["value"].at[..., 0].add(0.5)  # reads x of the query as well
+    model = Transformer(compile_program(construction._program("linear", keys=None)).config, arrays)
+    found = {r.claim.name: r for r in ledger(construction, [model], batch=2**12)}
+    for name in ("optimal loss", "equal step size", "roll-out"):
+        assert found[name].verdict == "not applicable"
+        assert "its heads see other tokens than the construction's" in found[name].reason
+    assert found["equal weights"].verdict == found["equal predictions"].verdict == "refuted"
+
+
+def language_model_like():
+    """Softmax heads, an MLP and norms, as wide as the tokens: no linear attention at all."""
+    shape = config_of(small().program)
+    (segment,) = shape.segments
+    (layer,) = segment.pattern
+    heads = tuple(replace(h, mixer="softmax", bias=True) for h in layer.heads)
+    norm = NormConfig("layer", affine=True)
+    layer = replace(layer, heads=heads, mlp=MlpConfig(8, "gelu"), norm=norm, mlp_norm=norm)
+    config = replace(shape, segments=(replace(segment, pattern=(layer,)),))
+    wiring = compile_program(small().program).arrays()["segments"][0]["layers"][0]["heads"][0]
+
+    def fill(name, shape) -> Any:
+        if isinstance(shape, dict):
+            return {n: fill(n, s) for n, s in shape.items()}
+        if name in ("scale", "window") or name.endswith("groups"):
+            return wiring[name]
+        return 0.1 * jax.random.normal(jax.random.key(len(name)), shape)
+
+    return Transformer(config, fill("", config.shapes()))
+
+
+def test_claims_on_weights_are_not_applicable_to_other_models():
+    found = ledger(small(), [language_model_like()], batch=2**12)
+    assert {n for n, v in verdicts(found).items() if v == "not applicable"} == ABOUT_WEIGHTS
+    assert {n for n, v in verdicts(found).items() if v == "refuted"} == {
+        r.claim.name for r in found
+    } - ABOUT_WEIGHTS
+    for row in found:
+        (value,) = row.trained
+        assert np.isnan(value) == (row.claim.name in ABOUT_WEIGHTS)
+        assert (row.to_json()["trained"] == [None]) == np.isnan(value)
+        if row.claim.name in ("optimal loss", "equal weights"):
+            assert "layer 1 has softmax heads" in row.reason
+    with_itself = [compiled_like(small(), small().counterpart().init(jax.random.key(0)))]
+    (row,) = ledger(
+        small(), [*with_itself, language_model_like()], batch=2**12, claims=few("equal weights")
+    )
+    assert row.verdict == "not applicable" and row.reason.startswith("1 of 2 trained models: ")
+    assert row.trained[0] < 1e-5
+
+
+def step_by_hand(x, y, x_query):
+    """One gradient step in plain numpy, which JAX cannot trace."""
+    x, y, x_query = (np.asarray(a, float) for a in (x, y, x_query))
+    weight = float(small().step_sizes[0]) / small().num_examples * np.einsum("bno,bni->boi", y, x)
+    return np.einsum("boi,bqi->bqo", weight, x_query)
+
+
+def test_a_function_may_stand_for_a_trained_model():
+    names = ("equal predictions", "equal weights", "aligned sensitivities", "every subset")
+    found = verdicts(ledger(small(), [step_by_hand], batch=2**12, claims=few(*names)))
+    assert found == {
+        "equal predictions": "holds",
+        "every subset": "holds",
+        "equal weights": "not applicable",
+        "aligned sensitivities": "not applicable",
+    }
+    traced = lambda *inputs: -small().trace(*inputs)["prediction"]  # noqa: E731
+    rows = ledger(small(), [traced], batch=2**12, claims=few(*names))
+    assert verdicts(rows)["aligned sensitivities"] == "refuted"
+    row = next(r for r in rows if r.claim.name == "aligned sensitivities")
+    assert row.trained[0] == pytest.approx(-1, abs=1e-5)
+    for row in rows:
+        hinted = row.verdict == "refuted"
+        assert ("trained 0: nearly minus" in row.note and "sign" in row.note) == hinted
+
+
+def test_models_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"predictions of trained 0 have shape \(16, 4\), must be"):
+        ledger(small(), [lambda x, y, q: q[:, 0]], batch=16)
+    with pytest.raises(ValueError, match="trained 0 is a str, must be a Transformer or a function"):
+        ledger(small(), ["model"], batch=16)
+
+
+def test_a_claim_about_another_setting_is_not_applicable():
+    """Any other step size leaves more than the least loss; that is no fault of the statistic."""
+    construction = replace(small(), step_size=0.6 * float(small().step_sizes[0]))
+    (row,) = ledger(construction, batch=2**12, claims=few("optimal loss"))
+    assert row.verdict == "not applicable"
+    assert row.reason == (
+        f"step_size is {construction.step_size:.4g}, the claim is about the best one, "
+        f"{small().step_size:.4g}"
+    )
+    assert row.to_json()["claim"]["needs"] == ["best_step_size", "masks_alike"]
+    (row,) = ledger(
+        replace(small(), step_size=1.001 * float(small().step_sizes[0])),
+        batch=2**12,
+        claims=few("optimal loss"),
+    )
+    assert row.verdict == "holds"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 2, "step_size": 2.0}, {"init_weight": np.ones((1, 4))}]
+)
+def test_any_number_of_steps_from_anywhere_claims_something(settings):
+    construction = replace(small(), **settings)
+    twin = construction.compile().model
+    found = {row.claim.name: row for row in ledger(construction, [twin], batch=2**12)}
+    assert {r.verdict for r in found.values()} == {"holds"} and len(found) == 4
+    for name, row in found.items():
+        for caught in row.claim.catches:
+            assert not row.claim.holds(row.values[caught]), (name, caught)
+
+
+def test_nothing_claimed_is_said():
+    @dataclass(frozen=True)
+    class Silent(GradientDescent):
+        claims: ClassVar[tuple[Claim, ...]] = ()  # pyright: ignore
+
+    with pytest.warns(UserWarning, match="Silent claims nothing at these settings"):
+        assert ledger(Silent(dim_x=4, num_examples=6)) == []
+
+
+def test_errors_in_a_statistic_are_raised():
+    def mistaken(e: Evidence) -> float:
+        return len(e.size)  # pyright: ignore
+
+    own = replace(few("equal loss")[0], statistic=mistaken, name="mine")
+    with pytest.raises(TypeError, match="has no len") as caught:
+        ledger(small(), batch=16, claims=[own])
+    assert "in the statistic of the claim 'mine'" in caught.value.__notes__
+    many = replace(own, statistic=lambda e: e.prediction)
+    with pytest.raises(ValueError, match=r"'mine': its statistic gives an array of shape \(16, 1"):
+        ledger(small(), batch=16, claims=[many])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"statistic": "prediction_distanc"}, "statistic is 'prediction_distanc', must be a func"),
+        ({"statistic": 3}, "statistic is 3, must be a function of the evidence or one of"),
+        (
+            {"catches": ("no-momentum",)},
+            "'c': catches has 'no-momentum', must name near-misses: 's",
+        ),
+        ({"catches": "wrong N"}, "catches is 'wrong N', must be a tuple of names"),
+    ],
+)
+def test_misspelt_claims_are_refused_before_anything_is_measured(changes, message, monkeypatch):
+    monkeypatch.setattr(GradientDescent, "task", None)  # nothing is drawn
+    bad = claim(catches=("wrong N",))
+    for name, value in changes.items():
+        object.__setattr__(bad, name, value)
+    monkeypatch.setattr(GradientDescent, "near_misses", lambda _: near)
+    with pytest.raises(ValueError, match=message):
+        ledger(cheap, claims=[bad])
+
+
+cheap = GradientDescent(2, 1, 2, step_size=1.0)
+near = cheap.near_misses()
+
+
+def test_near_misses_that_are_none_are_refused(monkeypatch):
+    for misses, message in (
+        ({"off": near["wrong N"].model}, "near-miss 'off' is a Transformer, must be NearMiss"),
+        ({"off": near["wrong N"]._replace(construction="gd")}, "has a str as its construction"),
+        ({RANDOM: near["wrong N"]}, "near-miss 'random init': the name is taken"),
+    ):
+        monkeypatch.setattr(GradientDescent, "near_misses", lambda _, m=misses: m)
+        with pytest.raises(ValueError, match=message):
+            ledger(cheap, claims=[claim(catches=())])
+    with pytest.raises(ValueError, match="claim 'c' is there twice"):
+        monkeypatch.setattr(GradientDescent, "near_misses", lambda _: near)
+        ledger(cheap, claims=[claim(catches=())] * 2)
+
+
+class Guess:
+    """Four outcomes at three places, of which the loss looks at the first two."""
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def sample(self, key, batch):
+        raise NotImplementedError
+
+    def loss(self, prediction, batch):
+        logs = (
+            jnp.log(prediction)
+            if self.outcome == "probabilities"
+            else jax.nn.log_softmax(prediction)
+        )
+        return -jnp.take_along_axis(logs, batch.target[..., None], -1)[:, :2, 0].mean(1)
+
+
+def evidence_of(outcome, found, expected):
+    examples = Batch((), jnp.zeros((2, 3), int))
+    memo = {("expected", id(examples)): (examples, expected)}
+    construction, reference = SimpleNamespace(task=Guess(outcome)), near["wrong N"].model
+    return Evidence(construction, lambda: found, reference, examples, jax.random.key(0), memo)
+
+
+@pytest.mark.parametrize("outcome", ["logits", "probabilities"])
+def test_distributions(outcome):
+    """Against the sums of their definitions; what is common to all logits changes nothing."""
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(size=(2, 2, 3, 4))
+    p, q = (np.exp(a) / np.exp(a).sum(-1, keepdims=True) for a in (ours, theirs))
+    given = (ours, theirs) if outcome == "logits" else (p, q)
+    e = evidence_of(outcome, *map(jnp.asarray, given))
+    kl = (q * np.log(q / p)).sum(-1)[:, :2].mean()
+    own = replace(claim(), statistic="divergence")
+    assert measure(own, e) == pytest.approx(kl, rel=1e-5)
+    same = (p.argmax(-1) == q.argmax(-1))[:, :2].mean()
+    assert measure(replace(own, statistic="same_outcome"), e) == pytest.approx(same)
+    if outcome == "logits":
+        shifted = theirs + 10 * rng.normal(size=(2, 3, 1))
+        e = evidence_of(outcome, jnp.asarray(shifted), jnp.asarray(theirs))
+        for statistic in ("divergence", "prediction_distance"):
+            assert measure(replace(own, statistic=statistic), e) < 1e-5
+    values = evidence_of("values", *map(jnp.asarray, given))
+    assert lacks(own, values) == "Guess: its predictions are no distributions"
 
 
 def test_statistics_that_are_not_defined_are_nan():

@@ -20,8 +20,9 @@ from probes.cli import main
 from probes.comparison import Comparison, compare
 from probes.ledger import decide
 from probes.losses import mean_losses
-from probes.report import is_report, render, write_report
+from probes.report import is_report, render, tone, write_report
 from probes.style import number
+from probes.tables import show_ledger
 from synthetic.saved import RunError
 
 NAME = "gradient-descent"
@@ -169,7 +170,58 @@ def test_verdict_counts(comparison: Comparison) -> None:
     two = dataclasses.replace(comparison, rows=[good, bad])
     assert two.verdict.startswith("1 of 2 claims hold on 2 trained models")
     assert "1 of 2 trained models fail" in render(two, [])
-    assert two.counts == {"holds": 1, "refuted": 1, "void": 0}
+    assert two.counts == {"holds": 1, "refuted": 1, "void": 0, "not applicable": 0}
+    other = decide(claim, values, [np.nan] * 2, {f"trained {n}": "it is softmax" for n in (0, 1)})
+    for rows, said, mark in (
+        ([good], "1 of 1 claim holds on 2 trained models;", "good"),
+        ([good, other], "1 of 1 claim holds on 2 trained models, 1 not applicable", "good"),
+        ([good, bad, other], "1 of 2 claims hold on 2 trained models, 1 not applicable", "mixed"),
+        ([other], "None of 1 claims is applicable; 2 trained models fitted, with losses", "none"),
+        ([], "Nothing was claimed at these settings; 2 trained models fitted, with losses", "none"),
+    ):
+        shown = dataclasses.replace(comparison, rows=rows)
+        assert shown.verdict.startswith(said)
+        assert tone(shown) == mark
+        assert f'class="verdict {mark}"' in render(shown, [])
+        if other in rows:
+            assert "</b>: it is softmax." in render(shown, [])
+    assert comparison.curves is not None
+    level = comparison.curves.construction
+    apart = sorted(100 * abs(a / level - 1) for a in comparison.curves.trained)
+    silent = dataclasses.replace(comparison, rows=[]).verdict
+    assert (
+        f"with losses {number(apart[0])} to {number(apart[1])} % from the construction's" in silent
+    )
+    wrong = dataclasses.replace(comparison.certificate.errors[0], max_rel_error=1.0)
+    failed = dataclasses.replace(comparison.certificate, errors=(wrong,))
+    assert tone(dataclasses.replace(comparison, rows=[good], certificate=failed)) == "mixed"
+
+
+def test_exit_status_is_the_certificates(
+    comparison: Comparison, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Refuted claims are a result; a construction that is not its algorithm is a failure."""
+    import dataclasses
+
+    wrong = dataclasses.replace(comparison.certificate.errors[0], max_rel_error=1.0)
+    failed = dataclasses.replace(comparison.certificate, errors=(wrong,))
+    monkeypatch.setattr("probes.report.pictures", lambda _: [])
+    for certificate, status in ((comparison.certificate, 0), (failed, 1)):
+        shown = dataclasses.replace(comparison, certificate=certificate)
+        monkeypatch.setattr("probes.judging.Compare.comparison", lambda *_, c=shown: c)
+        assert main(["compare", NAME, "--out", str(tmp_path / str(status))]) == status
+
+
+def test_printed_ledger_says_what_was_not_decided(comparison: Comparison, capsys: Any) -> None:
+    claim = comparison.rows[0].claim
+    values = dict.fromkeys(comparison.rows[0].values, 1.0) | {"construction": 0.0}
+    show_ledger(NAME, [decide(claim, values, [np.nan], {"trained 0": "it is softmax"})])
+    said = capsys.readouterr().out
+    assert f"not applicable: {claim.name}: it is softmax" in said
+    show_ledger(NAME, [decide(claim, values, [2.0], note="The sign?")])
+    assert "note: The sign?" in capsys.readouterr().out
+    show_ledger(NAME, [])
+    assert f"{NAME}: nothing is claimed at these settings" in capsys.readouterr().out
 
 
 def test_directories_are_not_clobbered(comparison: Comparison, out: Path, tmp_path: Path) -> None:

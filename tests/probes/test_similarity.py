@@ -84,6 +84,22 @@ def test_cosine_of_two_algorithms():
     assert flat == 0
 
 
+def test_functions_that_jax_cannot_trace_are_refused():
+    _, apply = built()
+
+    def elsewhere(x, y, query):
+        return np.asarray(apply(*map(jnp.asarray, map(np.asarray, (x, y, query)))))
+
+    with pytest.raises(ValueError, match="apply cannot be traced by JAX, so it has no derivative"):
+        sensitivity_cosine(elsewhere, apply, inputs())
+
+    def at_fault(*_):
+        raise TypeError("a mistake of its own")
+
+    with pytest.raises(TypeError, match="of its own"):
+        sensitivity_cosine(at_fault, apply, inputs())
+
+
 def test_bad_inputs():
     _, apply = built()
     x, y, query = inputs()

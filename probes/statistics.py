@@ -1,0 +1,287 @@
+"""The statistics that claims name, each with what it needs of a model.
+
+A statistic maps the `Evidence` to a number. What it assumes beyond predictions is declared in
+`NEEDS` and asked first (see `constructions.needs`); what goes wrong inside it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from constructions import needs
+from constructions.canonical import without_inert
+from constructions.claims import Claim, Evidence
+from constructions.family import Construction
+from constructions.transformer import Transformer
+from probes import interpolation, similarity
+from probes.fourier import degree_weights
+from probes.subsets import all_subsets
+from synthetic.task import Batch, outcome
+
+FRACTIONS = tuple(n / 10 for n in range(11))
+
+
+@partial(jax.jit, static_argnums=0)
+def sensitivities(
+    construction: Construction, model: Transformer, reference: Transformer, inputs: Any
+) -> Array:
+    """Mean cosine of the sensitivities of two models, jitted."""
+    ours, theirs = (partial(construction.apply, m) for m in (model, reference))
+    return similarity.sensitivity_cosine(ours, theirs, inputs)
+
+
+@partial(jax.jit, static_argnums=0)
+def between(
+    construction: Construction, model: Transformer, reference: Transformer, examples: Batch
+) -> Array:
+    """Losses at `FRACTIONS` of the line from model to reference, jitted."""
+    fractions = jnp.array(FRACTIONS)
+    return interpolation.interpolate(construction, model, reference, examples, fractions)
+
+
+def excess_loss(e: Evidence) -> float:
+    """|loss of the model / loss of the construction - 1|, on the same examples."""
+    return abs(e.loss(e.prediction) / e.loss(e.expected) - 1)
+
+
+def compared(construction: Any, prediction: Array) -> Array:
+    """A prediction without what means nothing: of logits, the mean over the outcomes."""
+    if outcome(construction.task) != "logits":
+        return prediction
+    return prediction - prediction.mean(-1, keepdims=True)
+
+
+def prediction_distance(e: Evidence) -> float:
+    """Root mean square difference of the predictions, over that of the construction's.
+
+    Logits are compared up to a number common to all outcomes, which no probability depends on.
+    """
+    ours, theirs = (compared(e.construction, p) for p in (e.prediction, e.expected))
+    models = (lambda *_: ours), (lambda *_: theirs)
+    return float(similarity.prediction_distance(*models, e.examples.inputs).relative)
+
+
+def _log_probabilities(e: Evidence, prediction: Array) -> Array:
+    if outcome(e.construction.task) == "logits":
+        return jax.nn.log_softmax(prediction)
+    return jnp.log(jnp.maximum(prediction, jnp.finfo(prediction.dtype).tiny))
+
+
+def _counted(e: Evidence) -> Bool[Array, " batch *place"]:
+    """Which distributions of a prediction the task's loss looks at."""
+
+    def loss(prediction: Array) -> Array:
+        return e.construction.task.loss(prediction, e.examples).sum()
+
+    # at equal probabilities, so that none that is 0 or 1 hides where the loss looks
+    flat = jax.nn.softmax(jnp.zeros_like(e.expected))
+    return (jax.grad(loss)(flat) != 0).any(-1)
+
+
+def divergence(e: Evidence) -> float:
+    """Mean KL(construction || model) of the predicted distributions, in nats.
+
+    Over the places that the task's loss looks at. Probabilities of 0 count as the smallest positive
+    number of their type.
+    """
+    ours, theirs = (_log_probabilities(e, p) for p in (e.prediction, e.expected))
+    nats = (jnp.exp(theirs) * (theirs - ours)).sum(-1)
+    counted = e.once("counted", lambda: _counted(e))
+    return float(jnp.where(counted, nats, 0).sum() / counted.sum())
+
+
+def same_outcome(e: Evidence) -> float:
+    """Share of the distributions in which model and construction find the same outcome likeliest.
+
+    Over the places that the task's loss looks at.
+    """
+    equal = e.prediction.argmax(-1) == e.expected.argmax(-1)
+    counted = e.once("counted", lambda: _counted(e))
+    return float((equal & counted).sum() / counted.sum())
+
+
+def sensitivity_cosine(e: Evidence) -> float:
+    """Mean cosine between d prediction / d query of model and construction; blind to scale."""
+    inputs = jax.tree.map(lambda a: a[:1024], e.examples.inputs)
+    if not needs.known_weights(e):
+        return float(sensitivities(e.construction, e.model, e.reference, inputs))
+    theirs = partial(e.construction.apply, e.reference)
+    return float(similarity.sensitivity_cosine(e.apply, theirs, inputs))
+
+
+def weight_distance(e: Evidence) -> float:
+    """|T - T*| / |T*| of the canonical tensors: weights compared modulo their symmetries."""
+    return float(needs.weight_distance(e.construction, e.model, e.reference))
+
+
+def interpolation_gap(e: Evidence) -> float:
+    """Largest loss on the line between model and construction, over the smaller end, less 1."""
+    losses = between(e.construction, e.model, e.reference, e.examples)
+    return float(interpolation.interpolation_gap(losses))
+
+
+@partial(jax.jit, static_argnums=0)
+def _rolled(construction: Construction, model: Transformer, examples: Batch) -> Array:
+    predictions = interpolation.roll_out(
+        construction, model, *examples.inputs, depth=20, damping=0.75
+    )
+    # the median: in the mean, the few contexts that are nearly unstable drown all others
+    return jax.vmap(lambda p: jnp.median(construction.task.loss(p, examples)))(predictions)
+
+
+def roll_out_gap(e: Evidence) -> float:
+    """Largest |log(loss / loss of the construction)| over 20 applications, damped by 0.75.
+
+    Losses are medians over the examples. Inert weights are removed first, as are masks that differ
+    without effect: see `constructions.canonical.without_inert`.
+    """
+    examples = jax.tree.map(lambda a: a[:4096], e.examples)
+    gauge = e.construction.gauge()
+
+    def rolled(model: Transformer) -> Array:
+        bare = without_inert(needs.with_masks_of(model, e.reference), gauge)
+        return _rolled(e.construction, bare, examples)
+
+    theirs = e.once("roll-out", lambda: rolled(e.reference))
+    return float(jnp.abs(jnp.log(rolled(e.model) / theirs)).max())
+
+
+def _on_subsets(e: Evidence, model: Any) -> np.ndarray:
+    """Answers for every subset of four examples, `[subset, batch, ...]`, less their mean."""
+    inputs = jax.tree.map(lambda a: a[:512], e.examples.inputs)
+    players = min(4, e.construction.context_size(*inputs))
+    found = all_subsets(e.construction, model, inputs, players)
+    return found - found.mean(0)
+
+
+def subset_distance(e: Evidence) -> float:
+    """Root mean square difference of what examples change, over all subsets of four of them."""
+    theirs = e.once("subsets", lambda: _on_subsets(e, e.reference))
+    return float(np.linalg.norm(_on_subsets(e, e.model) - theirs) / np.linalg.norm(theirs))
+
+
+def degree_distance(e: Evidence) -> float:
+    """|log of the share of degree 2 and above over the construction's|, in four examples.
+
+    See `probes.fourier`; the share is what no linear datamodel has.
+    """
+    theirs = e.once("subsets", lambda: _on_subsets(e, e.reference))
+    ours, theirs = (degree_weights(v) for v in (_on_subsets(e, e.model), theirs))
+    return abs(float(np.log(ours[2:].sum() / ours.sum()) - np.log(theirs[2:].sum() / theirs.sum())))
+
+
+def distributions(e: Evidence) -> str:
+    """Predictions are probabilities or logits."""
+    task = e.construction.task
+    if outcome(task) == "values":
+        return f"{type(task).__name__}: its predictions are no distributions"
+    return ""
+
+
+def differentiable(e: Evidence) -> str:
+    """Predictions have derivatives by the last input, token by token."""
+    inputs = tuple(a[:2] for a in e.examples.inputs)
+    apply = e.apply if needs.known_weights(e) else partial(e.construction.apply, e.model)
+    return similarity.obstacle(apply, inputs)
+
+
+def blendable(e: Evidence) -> str:
+    """Attention alone, with as many layers and loops as the construction's."""
+    missing = needs.known_weights(e)
+    return missing or interpolation.obstacle(e.model.config, e.reference.config)
+
+
+def rolled_alike(e: Evidence) -> str:
+    """One layer of linear attention may be applied again and again, and the prediction read."""
+    if missing := needs.masks_alike(e):
+        return missing
+    if "prediction" not in e.construction.places(1, *e.examples.inputs):
+        return f"{type(e.construction).__name__} names no place of the prediction in the stream"
+    return ""
+
+
+def examples_to_leave_out(e: Evidence) -> str:
+    """The construction says what the examples of its inputs are."""
+    if type(e.construction).context_size is Construction.context_size:
+        return f"{type(e.construction).__name__}: its inputs have no examples to leave out"
+    return ""
+
+
+Statistic = Callable[[Evidence], float]
+
+STATISTICS: dict[str, Statistic] = {
+    "excess_loss": excess_loss,
+    "prediction_distance": prediction_distance,
+    "divergence": divergence,
+    "same_outcome": same_outcome,
+    "sensitivity_cosine": sensitivity_cosine,
+    "weight_distance": weight_distance,
+    "interpolation_gap": interpolation_gap,
+    "roll_out_gap": roll_out_gap,
+    "subset_distance": subset_distance,
+    "degree_distance": degree_distance,
+}
+
+#: What each statistic needs, besides what the claim itself does; nothing where it is not named.
+NEEDS: dict[str, tuple[Callable[[Evidence], str], ...]] = {
+    "divergence": (distributions,),
+    "same_outcome": (distributions,),
+    "sensitivity_cosine": (differentiable,),
+    "weight_distance": (needs.comparable_weights,),
+    "interpolation_gap": (blendable,),
+    "roll_out_gap": (rolled_alike,),
+    "subset_distance": (examples_to_leave_out,),
+    "degree_distance": (examples_to_leave_out,),
+}
+
+
+def lacks(claim: Claim, evidence: Evidence) -> str:
+    """What a claim or its statistic needs and the evidence lacks, in one phrase; "" for nothing."""
+    own = NEEDS.get(claim.statistic, ()) if isinstance(claim.statistic, str) else ()
+    return next((missing for need in (*claim.needs, *own) if (missing := need(evidence))), "")
+
+
+def statistic_of(claim: Claim) -> Statistic:
+    """The function that a claim names; ValueError lists the known ones."""
+    statistic = claim.statistic
+    if callable(statistic):
+        return statistic
+    if not isinstance(statistic, str) or statistic not in STATISTICS:
+        raise ValueError(
+            f"claim {claim.name!r}: statistic is {statistic!r}, must be a function of the evidence "
+            f"or one of {', '.join(STATISTICS)}"
+        )
+    return STATISTICS[statistic]
+
+
+def measure(claim: Claim, evidence: Evidence) -> float:
+    """`value_of` the claim; NaN where `lacks` says that it does not apply to the model."""
+    return float("nan") if lacks(claim, evidence) else value_of(claim, evidence)
+
+
+def value_of(claim: Claim, evidence: Evidence) -> float:
+    """The claim's statistic, of evidence that lacks nothing.
+
+    Raises:
+        ValueError: the claim names no statistic, or it does not give one number.
+        Exception: whatever the statistic raises, with the claim's name added.
+    """
+    function = statistic_of(claim)
+    try:
+        found = np.asarray(function(evidence))
+    except Exception as error:
+        error.add_note(f"in the statistic of the claim {claim.name!r}")
+        raise
+    if found.shape != () or found.dtype.kind not in "biuf" and found.dtype.name != "bfloat16":
+        raise ValueError(
+            f"claim {claim.name!r}: its statistic gives an array of shape {found.shape} and dtype "
+            f"{found.dtype}, must give one number"
+        )
+    return float(found)
