@@ -343,7 +343,7 @@ class SeparateTokens(Regression):
         def by_position(model: Transformer, *inputs: Array) -> Array:
             return self.apply(self._by_position(model), *inputs)
 
-        restricted = {"predict": by_position} if self.attends == "position" else {}
+        restricted: dict[str, Any] = {"predict": by_position} if self.attends == "position" else {}
         return super().fit(**(restricted | options))
 
     def _by_position(self, model: Transformer) -> Transformer:
