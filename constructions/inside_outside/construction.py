@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from numbers import Real
 from typing import Any
 
 import jax
@@ -23,24 +24,34 @@ from jaxtyping import Array, ArrayLike, Float
 from constructions.claims import Claim, NearMiss, predict
 from constructions.compiler import compile_program
 from constructions.counts import counts
-from constructions.evaluator import evaluate
 from constructions.family import Construction, Counterpart, Embedded, Place
 from constructions.inside_outside.algorithm import inside_outside
 from constructions.inside_outside.claims import CLAIMS, divergence
+from constructions.inside_outside.evaluation import (
+    defined,
+    marginals,
+    run_program,
+    token_numbers,
+    word_posterior,
+)
+from constructions.inside_outside.exactness import Exactness, exactness
 from constructions.inside_outside.language_model import language_model
 from constructions.inside_outside.low_rank import LowRank, low_rank
 from constructions.inside_outside.tableau import Layout, layout, tableau
+from constructions.inside_outside.units import check_size, surely_held, typical_scale
 from constructions.program import Head, HeadFamily, Program
 from constructions.slots import Slot
-from constructions.transformer import Transformer, randomise, shares
+from constructions.transformer import Transformer, randomise
 from synthetic import chart
 from synthetic.grammar import Grammar
 from synthetic.grammars import named
-from synthetic.masked_language import MaskedLanguageTask, check_sentences
+from synthetic.masked_language import MaskedLanguageTask, as_array, check_sentences
 from synthetic.train import Recipe
 
 #: Sentences that run in one go.
 AT_ONCE = 512
+#: The most that `max_length` may be: charts of the counterpart's task take its square.
+MOST_WORDS = 1000
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,9 @@ class InsideOutside(Construction):
         grammar: a `Grammar`, its JSON form, or the name of one in `synthetic.grammars`. It need
             not be proper: a grammar restricted to some of its symbols also compiles.
         max_length: words of the longest sentence, at least 2.
-        scale: factor on what a word's token holds, which cancels in every probability and keeps
-            float32 from underflow; None takes one that about undoes what a rule costs.
+        scale: factor on what a word's token holds, which cancels in every probability; None takes
+            one at which sentences of the grammar have a Z of about 1
+            (`constructions.inside_outside.units`). What float32 still does not hold is refused.
         masking: of the task: the probability that a word is hidden.
         layers, heads, width, activation: of the counterpart; "relu" has units that
             `probes.selectivity` can look at.
@@ -80,12 +92,17 @@ class InsideOutside(Construction):
         if not isinstance(grammar, Grammar):
             raise ValueError(f"grammar is {grammar!r}, must be a Grammar, its JSON form or a name")
         object.__setattr__(self, "grammar", grammar)
-        if isinstance(self.max_length, bool) or self.max_length != int(self.max_length):
-            raise ValueError(f"max_length is {self.max_length!r}, must be a whole number")
-        if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}, must be at least 2")
-        object.__setattr__(self, "max_length", int(self.max_length))
-        if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
+        longest = self.max_length
+        if isinstance(longest, bool) or not isinstance(longest, Real) or longest % 1 != 0:
+            raise ValueError(f"max_length is {longest!r}, must be a whole number")
+        if not 2 <= longest <= MOST_WORDS:
+            raise ValueError(
+                f"max_length is {longest}, must be at least 2 and at most {MOST_WORDS}"
+            )
+        object.__setattr__(self, "max_length", int(longest))
+        if self.scale is not None and not (
+            isinstance(self.scale, Real) and np.isfinite(self.scale) and self.scale > 0
+        ):
             raise ValueError(f"scale is {self.scale!r}, must be finite and above 0")
         if self.activation not in ("gelu", "relu"):
             raise ValueError(f"activation is {self.activation!r}, must be 'gelu' or 'relu'")
@@ -113,9 +130,7 @@ class InsideOutside(Construction):
         g = self.grammar
         scale = self.scale
         if scale is None:
-            p = g.rules.reshape(len(g.rules), -1)
-            p = p / np.maximum(p.sum(1, keepdims=True), 1e-300)
-            scale = np.exp(-np.mean(np.sum(p * np.log(np.where(p > 0, p, 1)), 1)))
+            scale = typical_scale(g, self.max_length)
         best = g.emission.max(0)
         return np.append(scale / np.where(best > 0, best, 1), 1.0)
 
@@ -128,7 +143,12 @@ class InsideOutside(Construction):
 
     @cached_property
     def program(self) -> Program:
-        """2 max_length layers of linear heads, each at one relative offset."""
+        """2 max_length layers of linear heads, each at one relative offset.
+
+        Raises:
+            ValueError: `max_length` is too large for a program of max_length^2 terms.
+        """
+        check_size(self.max_length)
         root, rules = self.passed
         form = None if self.reduction is None else self.reduction.products
         emission = self.grammar.emission
@@ -186,8 +206,9 @@ class InsideOutside(Construction):
             span_products, tag_products: beta times alpha, by label.
             span_marginals, tag_marginals, prediction: as `synthetic.chart` has them; the
                 prediction is its word posterior. With a reduction marginals may be negative, and
-                are all 0 where Z is not positive; the prediction takes what is negative as 0.
+                are NaN where Z is not positive; the prediction takes what is negative as 0.
         """
+        check_size(self.max_length)
         g, reduction = self.grammar, self.reduction
         tokens, lengths, mask = jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask)
         root, rules, leaves = (jnp.asarray(a, float) for a in (*self.passed, self.leaves))
@@ -207,19 +228,13 @@ class InsideOutside(Construction):
             "around": alpha[1],
             "span_products": jnp.stack([products[n] for n in longer], 2),
             "tag_products": products[1],
-            **self.marginals(products),
-            "prediction": shares(jnp.einsum("btx,xw->btw", alpha[1], jnp.asarray(g.emission))),
+            **marginals(products, lengths, self.max_length),
+            "prediction": word_posterior(alpha[1], jnp.asarray(g.emission, float), lengths),
         }
 
     def numbers(self, tokens: Array, lengths: Array, mask: Array) -> Array:
         """Token numbers with BOS, EOS and PAD, `[batch, time + 2]`."""
-        words = len(self.grammar.vocabulary)
-        visible = jnp.where(mask, words, tokens)
-        position, end = jnp.arange(tokens.shape[1] + 2), lengths[:, None] + 1
-        inner = jnp.pad(visible, ((0, 0), (1, 1)))
-        word = (position >= 1) & (position < end)
-        special = words + jnp.where(position == 0, 1, jnp.where(position == end, 2, 3))
-        return jnp.where(word, inner, special)
+        return token_numbers(len(self.grammar.vocabulary), tokens, lengths, mask)
 
     def embed(self, model: Transformer, tokens: Array, lengths: Array, mask: Array) -> Embedded:
         """BOS, the words, EOS, padding; hidden words are all the same token."""
@@ -271,69 +286,148 @@ class InsideOutside(Construction):
         found = super().read(model, tokens, lengths, mask)
         spans = jnp.moveaxis(found["span_products"], 2, 0)
         products = dict(enumerate(spans, start=2)) | {1: found["tag_products"]}
-        return found | self.marginals(products)
-
-    def marginals(self, products: Mapping[int, Array]) -> dict[str, Array]:
-        """alpha beta of spans over Z, which is their sum over pre-terminals at any word.
-
-        All 0 where Z is not positive, which a reduction can bring about.
-        """
-        z = products[1].sum(-1)
-        z = jnp.where((z < 0).any(1, keepdims=True), 0, z)  # signs that differ are rounding
-        time = z.shape[1]
-        start, end = jnp.arange(time)[:, None], jnp.arange(time)
-        by_words = [products[n] for n in range(2, self.max_length + 1)]
-        longer = jnp.stack(by_words, 2)[:, :, : max(time - 1, 1)]
-        # [batch, i, words - 2, A] to [batch, i, j, A], j = i + words - 1
-        words = jnp.clip(end - start - 1, 0, longer.shape[2] - 1)
-        spans = jnp.take_along_axis(longer, words[None, :, :, None], 2)
-        there = (end > start) & (end - start <= longer.shape[2])
-        spans = jnp.where(there[..., None], spans, 0)
-        over = jnp.where(z > 0, z, jnp.inf)
-        return {
-            "span_marginals": spans / over[:, :, None, None],
-            "tag_marginals": products[1] / over[..., None],
-        }
+        return found | marginals(products, lengths, self.max_length)
 
     def word_posterior(
-        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None
+        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
     ) -> Float[Array, "batch time word"]:
         """P(word at t | all other visible words), from one pass of a model of this class.
+
+        NaN where no word at t makes a sentence of the grammar, 0 past the end of a sentence.
 
         Args:
             model: compiled, or trained.
             tokens: `[batch, time]` integers, without BOS and EOS, padded with anything.
             lengths: `[batch]`, 1 to `max_length`.
             mask: `[batch, time]`, True where a word is hidden; None: nowhere.
+            strict: refuse sentences of which nothing is defined, and those whose probabilities the
+                compiled model's type does not hold; otherwise, and under `jit`, they are NaN.
 
         Raises:
-            ValueError: a shape, a dtype, a length or a word that does not fit.
+            ValueError: a shape, a dtype, a length or a word that does not fit; a sentence that has
+                no parse, even if one of its words were another, or is out of range (`strict`).
         """
-        return predict(self, model, *self._given(tokens, lengths, mask))
+        given = self._given(tokens, lengths, mask)
+        found = predict(self, model, *given)
+        if not _is_parser(model):
+            return found
+        kept = {"prediction": defined(found, given[1])}
+        return self._settled(kept, given, _dtype(model), strict)["prediction"]
 
     def span_marginals(
-        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None
+        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
     ) -> Float[Array, "batch first last nonterminal"]:
         """P(words first..last are one constituent | visible words), of the compiled model.
 
-        Arguments and errors as for `word_posterior`; 0 for spans of one word.
+        Arguments and errors as for `word_posterior`, but that a sentence without a parse has none
+        (an error, or NaN). 0 for spans of one word.
         """
-        return _read(self, model, *self._given(tokens, lengths, mask))["span_marginals"]
+        return self._marginals(model, "span_marginals", tokens, lengths, mask, strict)
 
     def tag_marginals(
-        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None
+        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
     ) -> Float[Array, "batch time preterminal"]:
         """P(pre-terminal of word t | visible words), of the compiled model; as `span_marginals`."""
-        return _read(self, model, *self._given(tokens, lengths, mask))["tag_marginals"]
+        return self._marginals(model, "tag_marginals", tokens, lengths, mask, strict)
 
-    def evaluate(self, tokens: Any, lengths: Any, mask: Any = None) -> dict[str, Array]:
+    def _marginals(
+        self, model: Transformer, name: str, tokens: Any, lengths: Any, mask: Any, strict: bool
+    ) -> Array:
+        given = self._given(tokens, lengths, mask)
+        found = {name: _read(self, model, *given)[name]}
+        return self._settled(found, given, _dtype(model), strict)[name]
+
+    def evaluate(
+        self, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
+    ) -> dict[str, Array]:
         """The named values by the program's second back end, without dense matrices.
 
         The same as `read` and `apply` of the compiled model up to rounding, for grammars whose
-        matrices would not fit. Arguments and errors as for `word_posterior`.
+        matrices would not fit. Arguments and errors as for `word_posterior`; of a sentence without
+        a parse, marginals are NaN.
         """
-        tokens, lengths, mask = self._given(tokens, lengths, mask)
-        return _evaluate(self, tokens, lengths, mask)
+        check_size(self.max_length)
+        given = self._given(tokens, lengths, mask)
+        form = None if self.reduction is None else jnp.asarray(self.reduction.products, float)
+        arrays = (*self.passed, self.leaves, self.grammar.emission)
+        weights = *(jnp.asarray(a, float) for a in arrays), form
+        run = partial(run_program, self.max_length)
+        if not len(given[0]):
+            shapes = jax.eval_shape(run, *weights, *(_one_row(a) for a in given))
+            return {n: jnp.zeros((0, *a.shape[1:]), a.dtype) for n, a in shapes.items()}
+        found = run(*weights, *given)
+        return self._settled(found, given, found["prediction"].dtype, strict)
+
+    def _settled(
+        self, found: dict[str, Array], given: tuple[Array, ...], dtype: Any, strict: bool
+    ) -> dict[str, Array]:
+        """Values with NaN for what the type does not hold; an error instead, where concrete.
+
+        Raises:
+            ValueError: nothing is defined for a sentence, or a type does not hold it (`strict`).
+        """
+        if not len(given[0]):
+            return found
+        known = self.exactness(*given, dtype)
+        kept = dict(found)
+        for names, held in (
+            (("prediction",), known.posterior),
+            (("span_marginals", "tag_marginals"), known.marginals),
+        ):
+            for name in names:
+                if name in kept:
+                    rows = held.reshape(-1, *(1,) * (kept[name].ndim - 1))
+                    kept[name] = jnp.where(rows, kept[name], jnp.nan)
+        concrete = not any(isinstance(a, Tracer) for a in (*kept.values(), *given))
+        if strict and concrete:
+            self._refuse(kept, given, known, dtype)
+        return kept
+
+    def _refuse(
+        self, kept: dict[str, Array], given: tuple[Array, ...], known: Exactness, dtype: Any
+    ) -> None:
+        """Raise the error of `_settled` for the first sentence that has one."""
+        held = np.ones(len(given[0]), bool)
+        held &= np.asarray(known.posterior) | ("prediction" not in kept)
+        held &= np.asarray(known.marginals) | ({*kept} <= {"prediction"})
+        if not held.all():
+            row = int(held.argmin())
+            info = np.finfo(dtype)
+            one = tuple(a[row : row + 1] for a in given)
+            log_z = float(chart.log_z(self.grammar, *one)[0])
+            number = np.asarray(self.numbers(*one))[0, 1:-1]
+            factors = self.factors[number[: int(one[1][0])]]
+            raise ValueError(
+                f"{chart.name_sentence(self.grammar, row, *given)} has log Z {log_z:.6g}, in units "
+                f"of the construction {log_z + np.log(factors).sum():.6g}: {np.dtype(dtype).name} "
+                f"({float(info.tiny):.2g} to {float(info.max):.2g}) does not hold its "
+                "probabilities; take another scale, or float64"
+            )
+        there = np.arange(given[0].shape[1]) < np.asarray(given[1])[:, None]
+        name = min(kept.keys() & {"prediction", "tag_marginals", "span_marginals"})
+        lost = np.isnan(np.asarray(kept[name]))
+        lost = lost.reshape(*there.shape, -1).any(-1)
+        nothing = ~(there & ~lost).any(1) if name == "prediction" else lost.any(1)
+        what = "even if one of its words were another" if name == "prediction" else ""
+        if self.reduction is not None:
+            what = "under the reduction (its Z is not positive)"
+        chart.refuse_unparsed(self.grammar, nothing, *given, what)
+
+    def exactness(self, tokens: Array, lengths: Array, mask: Array, dtype: Any) -> Exactness:
+        """Of which sentences a floating point type holds what the construction computes."""
+        dtype, emission = np.dtype(dtype), self.grammar.emission
+        longest = min(self.max_length, tokens.shape[1])
+        if not isinstance(lengths, Tracer):
+            longest = int(np.asarray(lengths).max())
+        if self.reduction is None and surely_held(
+            *self.passed, self.leaves, emission, longest, dtype
+        ):
+            return Exactness(*jnp.ones((2, len(tokens)), bool))
+        numbers = self.numbers(tokens, lengths, mask)[:, 1:-1]
+        root, rules, leaves, words = (
+            jnp.asarray(a, dtype) for a in (*self.passed, self.leaves, emission)
+        )
+        return exactness(root, rules, leaves[numbers], words, lengths)
 
     def low_rank(self, tokens: Any, lengths: Any, rank: int) -> InsideOutside:
         """This construction with `rank` heads a direction for the nonterminals of a layer.
@@ -350,11 +444,13 @@ class InsideOutside(Construction):
         """
         exact = replace(self, reduction=None)
         tokens, lengths, _ = (np.asarray(a) for a in exact._given(tokens, lengths, None))
-        return replace(self, reduction=low_rank(exact.evaluate, tokens, lengths, rank))
+        run = partial(exact.evaluate, strict=False)
+        return replace(self, reduction=low_rank(run, tokens, lengths, rank))
 
     def _given(self, tokens: Any, lengths: Any, mask: Any) -> tuple[Array, Array, Array]:
         """Checked where they are concrete, as arrays."""
-        mask = np.zeros(np.shape(tokens), bool) if mask is None else mask
+        tokens, lengths = as_array("tokens", tokens), as_array("lengths", lengths)
+        mask = np.zeros(np.shape(tokens), bool) if mask is None else as_array("mask", mask)
         if not any(isinstance(a, Tracer) for a in (tokens, lengths, mask)):
             self.check(tokens, lengths, mask)
         return jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask)
@@ -443,23 +539,15 @@ def _read(c: InsideOutside, model: Transformer, *inputs: Array) -> dict[str, Arr
     return c.read(model, *inputs)
 
 
-@partial(jax.jit, static_argnums=0)
-def _evaluate(c: InsideOutside, tokens: Array, lengths: Array, mask: Array) -> dict[str, Array]:
-    numbers, at = c.numbers(tokens, lengths, mask), c.layout
-    groups = jnp.maximum(numbers - len(c.grammar.vocabulary), 0)
-    word = {at.starts[1].name: jnp.asarray(c.leaves)[numbers]}
-    found = evaluate(c.program, word, groups)
-    own = {n: found[slot.name][:, 1:-1] for n, slot in at.products.items()}
-    around = found[at.outside_starts[1].name][:, 1:-1]
+def _is_parser(model: Transformer) -> bool:
+    """Whether a model is a compiled one, or has its shape: it ends in shares of products."""
+    tokens = model.config.tokens
+    return tokens is not None and tokens.probabilities == "shares"
 
-    def spans(slots: Mapping[int, Slot]) -> Array:
-        return jnp.stack([found[slots[n].name][:, 1:-1] for n in range(2, c.max_length + 1)], 2)
 
-    return {
-        "inside": spans(at.starts),
-        "outside": spans(at.outside_starts),
-        "leaves": found[at.starts[1].name][:, 1:-1],
-        "around": around,
-        **c.marginals(own),
-        "prediction": shares(jnp.einsum("btx,xw->btw", around, jnp.asarray(c.grammar.emission))),
-    }
+def _dtype(model: Transformer) -> Any:
+    return model.arrays()["tokens"]["embedding"].dtype
+
+
+def _one_row(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
