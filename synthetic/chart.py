@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from synthetic.charts import decode, tables
@@ -60,9 +59,9 @@ class InsideOutside(NamedTuple):
 
 def inside_outside(
     g: Grammar | Weights,
-    tokens: ArrayLike,
-    lengths: ArrayLike,
-    mask: ArrayLike | None = None,
+    tokens: Any,
+    lengths: Any,
+    mask: Any = None,
     *,
     strict: bool = True,
 ) -> InsideOutside:
@@ -96,9 +95,9 @@ def inside_outside(
 def refuse_unparsed(
     g: Grammar | Weights,
     bad: np.ndarray,
-    tokens: ArrayLike,
-    lengths: ArrayLike,
-    mask: ArrayLike | None,
+    tokens: Any,
+    lengths: Any,
+    mask: Any,
     what: str = "",
 ) -> None:
     """Raise ValueError that names the first of the sentences marked in `bad`, if there is one."""
@@ -110,9 +109,7 @@ def refuse_unparsed(
         )
 
 
-def name_sentence(
-    g: Grammar | Weights, row: int, tokens: ArrayLike, lengths: ArrayLike, mask: ArrayLike | None
-) -> str:
+def name_sentence(g: Grammar | Weights, row: int, tokens: Any, lengths: Any, mask: Any) -> str:
     """Such as `sentence 3 ('a' 'dog' _)`: number in the batch, words, and _ for hidden ones."""
     words = np.asarray(tokens)[row, : np.asarray(lengths)[row]].tolist()
     hidden = np.zeros(len(words)) if mask is None else np.asarray(mask)[row]
@@ -126,15 +123,13 @@ def name_sentence(
 
 
 def log_z(
-    g: Grammar | Weights, tokens: ArrayLike, lengths: ArrayLike, mask: ArrayLike | None = None
+    g: Grammar | Weights, tokens: Any, lengths: Any, mask: Any = None
 ) -> Float[Array, " batch"]:
     """log Z alone: about a third of the work of `inside_outside`, same arguments."""
     return _log_z(*_checked(g, tokens, lengths, mask))
 
 
-def expected_counts(
-    g: Grammar | Weights, tokens: ArrayLike, lengths: ArrayLike, mask: ArrayLike | None = None
-) -> Weights:
+def expected_counts(g: Grammar | Weights, tokens: Any, lengths: Any, mask: Any = None) -> Weights:
     """Expected number of uses of every weight, given the visible words, over the whole batch.
 
     Those of one sentence (its rule marginals) are those of a batch of one. Sentences of
@@ -144,7 +139,7 @@ def expected_counts(
 
 
 def em_step(
-    g: Grammar | Weights, tokens: ArrayLike, lengths: ArrayLike, mask: ArrayLike | None = None
+    g: Grammar | Weights, tokens: Any, lengths: Any, mask: Any = None
 ) -> tuple[Weights, Float[Array, ""]]:
     """One step of re-estimation: the new weights, and the log-likelihood of the old ones."""
     weights, *data = _checked(g, tokens, lengths, mask)
@@ -154,9 +149,9 @@ def em_step(
 
 def em(
     g: Grammar | Weights,
-    tokens: ArrayLike,
-    lengths: ArrayLike,
-    mask: ArrayLike | None = None,
+    tokens: Any,
+    lengths: Any,
+    mask: Any = None,
     steps: int = 10,
 ) -> reestimate.Fit:
     """`steps` of re-estimation: weights, and the log-likelihood before and after every step."""
@@ -166,7 +161,7 @@ def em(
 
 
 def entropy(
-    g: Grammar | Weights, tokens: ArrayLike, lengths: ArrayLike, mask: ArrayLike | None = None
+    g: Grammar | Weights, tokens: Any, lengths: Any, mask: Any = None
 ) -> Float[Array, " batch"]:
     """Nats of uncertainty about the tree and the hidden words, given the visible words.
 
@@ -181,16 +176,14 @@ def entropy(
     return found
 
 
-def viterbi(
-    g: Grammar | Weights, tokens: ArrayLike, lengths: ArrayLike, mask: ArrayLike | None = None
-) -> decode.Viterbi:
+def viterbi(g: Grammar | Weights, tokens: Any, lengths: Any, mask: Any = None) -> decode.Viterbi:
     """The most probable tree of each sentence (and hidden words), as pointers."""
     return decode.viterbi(*_checked(g, tokens, lengths, mask))
 
 
 def labelled_recall(
     result: InsideOutside,
-    lengths: ArrayLike,
+    lengths: Any,
     *,
     exclude: Sequence[int] = (),
     threshold: float = 0.0,
@@ -277,7 +270,7 @@ def _by_last_word(spans: Array) -> Array:
 
 
 def _checked(
-    g: Grammar | Weights, tokens: ArrayLike, lengths: ArrayLike, mask: ArrayLike | None
+    g: Grammar | Weights, tokens: Any, lengths: Any, mask: Any
 ) -> tuple[Weights, Array, Array, Array]:
     """The arguments as arrays.
 
@@ -308,7 +301,7 @@ def _checked(
     return weights, tokens, lengths, jnp.asarray(mask, bool)
 
 
-def _array(name: str, given: ArrayLike, axes: int) -> Any:
+def _array(name: str, given: Any, axes: int) -> Any:
     """As an array, of integers unless it is the mask; ValueError where it is none."""
     if not isinstance(given, Array | np.ndarray):
         try:
@@ -322,6 +315,6 @@ def _array(name: str, given: ArrayLike, axes: int) -> Any:
     return given
 
 
-def _beyond(tokens: ArrayLike, lengths: ArrayLike) -> np.ndarray:
+def _beyond(tokens: Any, lengths: Any) -> np.ndarray:
     """Whether a place is behind the end of its sentence, `[batch, time]`."""
     return np.arange(np.shape(tokens)[1]) >= np.asarray(lengths)[:, None]

@@ -73,6 +73,11 @@ class Grammar:
     def __post_init__(self) -> None:
         for name in ("nonterminals", "preterminals", "vocabulary"):
             names = tuple(getattr(self, name))
+            if name == "nonterminals" and not names:
+                raise GrammarError(
+                    "nonterminals is (), must be at least one: without a rule of two symbols every "
+                    "sentence is a single word, and there is nothing to parse"
+                )
             if not names or len({*names}) < len(names):
                 raise GrammarError(f"{name} is {names!r}, must be different names, at least one")
             object.__setattr__(self, name, names)

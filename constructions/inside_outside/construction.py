@@ -22,7 +22,6 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from constructions.claims import Claim, NearMiss, predict
-from constructions.compiler import compile_program
 from constructions.counts import counts
 from constructions.family import Construction, Counterpart, Embedded, Place
 from constructions.inside_outside.algorithm import inside_outside
@@ -34,12 +33,13 @@ from constructions.inside_outside.evaluation import (
     token_numbers,
     word_posterior,
 )
-from constructions.inside_outside.exactness import Exactness, exactness
 from constructions.inside_outside.language_model import language_model
 from constructions.inside_outside.low_rank import LowRank, low_rank
+from constructions.inside_outside.near_misses import near_misses
+from constructions.inside_outside.refusal import settled
 from constructions.inside_outside.tableau import Layout, layout, tableau
-from constructions.inside_outside.units import check_size, surely_held, typical_scale
-from constructions.program import Head, HeadFamily, Program
+from constructions.inside_outside.units import check_size, typical_scale
+from constructions.program import Program
 from constructions.slots import Slot
 from constructions.transformer import Transformer, randomise
 from synthetic import chart
@@ -74,7 +74,7 @@ class InsideOutside(Construction):
     """
 
     grammar: Any
-    max_length: int = 12
+    max_length: Any = 12
     scale: float | None = None
     masking: float = 0.15
     layers: int = 3
@@ -289,7 +289,13 @@ class InsideOutside(Construction):
         return found | marginals(products, lengths, self.max_length)
 
     def word_posterior(
-        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
+        self,
+        model: Transformer,
+        tokens: Any,
+        lengths: Any,
+        mask: Any = None,
+        *,
+        strict: bool = True,
     ) -> Float[Array, "batch time word"]:
         """P(word at t | all other visible words), from one pass of a model of this class.
 
@@ -312,10 +318,16 @@ class InsideOutside(Construction):
         if not _is_parser(model):
             return found
         kept = {"prediction": defined(found, given[1])}
-        return self._settled(kept, given, _dtype(model), strict)["prediction"]
+        return settled(self, kept, given, _dtype(model), strict)["prediction"]
 
     def span_marginals(
-        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
+        self,
+        model: Transformer,
+        tokens: Any,
+        lengths: Any,
+        mask: Any = None,
+        *,
+        strict: bool = True,
     ) -> Float[Array, "batch first last nonterminal"]:
         """P(words first..last are one constituent | visible words), of the compiled model.
 
@@ -325,7 +337,13 @@ class InsideOutside(Construction):
         return self._marginals(model, "span_marginals", tokens, lengths, mask, strict)
 
     def tag_marginals(
-        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
+        self,
+        model: Transformer,
+        tokens: Any,
+        lengths: Any,
+        mask: Any = None,
+        *,
+        strict: bool = True,
     ) -> Float[Array, "batch time preterminal"]:
         """P(pre-terminal of word t | visible words), of the compiled model; as `span_marginals`."""
         return self._marginals(model, "tag_marginals", tokens, lengths, mask, strict)
@@ -335,7 +353,7 @@ class InsideOutside(Construction):
     ) -> Array:
         given = self._given(tokens, lengths, mask)
         found = {name: _read(self, model, *given)[name]}
-        return self._settled(found, given, _dtype(model), strict)[name]
+        return settled(self, found, given, _dtype(model), strict)[name]
 
     def evaluate(
         self, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
@@ -356,78 +374,7 @@ class InsideOutside(Construction):
             shapes = jax.eval_shape(run, *weights, *(_one_row(a) for a in given))
             return {n: jnp.zeros((0, *a.shape[1:]), a.dtype) for n, a in shapes.items()}
         found = run(*weights, *given)
-        return self._settled(found, given, found["prediction"].dtype, strict)
-
-    def _settled(
-        self, found: dict[str, Array], given: tuple[Array, ...], dtype: Any, strict: bool
-    ) -> dict[str, Array]:
-        """Values with NaN for what the type does not hold; an error instead, where concrete.
-
-        Raises:
-            ValueError: nothing is defined for a sentence, or a type does not hold it (`strict`).
-        """
-        if not len(given[0]):
-            return found
-        known = self.exactness(*given, dtype)
-        kept = dict(found)
-        for names, held in (
-            (("prediction",), known.posterior),
-            (("span_marginals", "tag_marginals"), known.marginals),
-        ):
-            for name in names:
-                if name in kept:
-                    rows = held.reshape(-1, *(1,) * (kept[name].ndim - 1))
-                    kept[name] = jnp.where(rows, kept[name], jnp.nan)
-        concrete = not any(isinstance(a, Tracer) for a in (*kept.values(), *given))
-        if strict and concrete:
-            self._refuse(kept, given, known, dtype)
-        return kept
-
-    def _refuse(
-        self, kept: dict[str, Array], given: tuple[Array, ...], known: Exactness, dtype: Any
-    ) -> None:
-        """Raise the error of `_settled` for the first sentence that has one."""
-        held = np.ones(len(given[0]), bool)
-        held &= np.asarray(known.posterior) | ("prediction" not in kept)
-        held &= np.asarray(known.marginals) | ({*kept} <= {"prediction"})
-        if not held.all():
-            row = int(held.argmin())
-            info = np.finfo(dtype)
-            one = tuple(a[row : row + 1] for a in given)
-            log_z = float(chart.log_z(self.grammar, *one)[0])
-            number = np.asarray(self.numbers(*one))[0, 1:-1]
-            factors = self.factors[number[: int(one[1][0])]]
-            raise ValueError(
-                f"{chart.name_sentence(self.grammar, row, *given)} has log Z {log_z:.6g}, in units "
-                f"of the construction {log_z + np.log(factors).sum():.6g}: {np.dtype(dtype).name} "
-                f"({float(info.tiny):.2g} to {float(info.max):.2g}) does not hold its "
-                "probabilities; take another scale, or float64"
-            )
-        there = np.arange(given[0].shape[1]) < np.asarray(given[1])[:, None]
-        name = min(kept.keys() & {"prediction", "tag_marginals", "span_marginals"})
-        lost = np.isnan(np.asarray(kept[name]))
-        lost = lost.reshape(*there.shape, -1).any(-1)
-        nothing = ~(there & ~lost).any(1) if name == "prediction" else lost.any(1)
-        what = "even if one of its words were another" if name == "prediction" else ""
-        if self.reduction is not None:
-            what = "under the reduction (its Z is not positive)"
-        chart.refuse_unparsed(self.grammar, nothing, *given, what)
-
-    def exactness(self, tokens: Array, lengths: Array, mask: Array, dtype: Any) -> Exactness:
-        """Of which sentences a floating point type holds what the construction computes."""
-        dtype, emission = np.dtype(dtype), self.grammar.emission
-        longest = min(self.max_length, tokens.shape[1])
-        if not isinstance(lengths, Tracer):
-            longest = int(np.asarray(lengths).max())
-        if self.reduction is None and surely_held(
-            *self.passed, self.leaves, emission, longest, dtype
-        ):
-            return Exactness(*jnp.ones((2, len(tokens)), bool))
-        numbers = self.numbers(tokens, lengths, mask)[:, 1:-1]
-        root, rules, leaves, words = (
-            jnp.asarray(a, dtype) for a in (*self.passed, self.leaves, emission)
-        )
-        return exactness(root, rules, leaves[numbers], words, lengths)
+        return settled(self, found, given, found["prediction"].dtype, strict)
 
     def low_rank(self, tokens: Any, lengths: Any, rank: int) -> InsideOutside:
         """This construction with `rank` heads a direction for the nonterminals of a layer.
@@ -491,33 +438,7 @@ class InsideOutside(Construction):
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Parses by a grammar that is off, or with half of the outside pass."""
-        g = self.grammar
-
-        def of(program: Program) -> NearMiss:
-            return NearMiss(compile_program(program), self)
-
-        def with_grammar(**changes: Any) -> NearMiss:
-            parts = {"root": g.root, "rules": g.rules, "emission": g.emission} | changes
-            names = (g.nonterminals, g.preterminals, g.vocabulary)
-            other = replace(self, grammar=Grammar(*names, **parts))
-            return of(other.program)
-
-        alike = (g.rules > 0) / np.maximum((g.rules > 0).sum((1, 2), keepdims=True), 1)
-        words = 0.7 * g.emission + 0.3 * g.emission.sum(1, keepdims=True) / g.emission.shape[1]
-        before = [*self.layout.before.values()]
-
-        def left(part: Head | HeadFamily) -> Head | HeadFamily:
-            if isinstance(part, Head):
-                return part
-            kept = [t for t in part.terms if t[0] not in before and t[1] not in before]
-            return replace(part, terms=kept)
-
-        layers = [replace(la, heads=[left(h) for h in la.heads]) for la in self.program.layers]
-        return {
-            "every rule alike": with_grammar(rules=alike),
-            "uniform words": with_grammar(emission=words),
-            "left children only": of(replace(self.program, layers=layers)),
-        }
+        return near_misses(self)
 
     @property
     def examples(self) -> int:

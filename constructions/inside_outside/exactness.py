@@ -103,7 +103,7 @@ def _sentence(
     beta = jnp.zeros((time + 2, *leaf.shape), dtype).at[1].set(leaf)
     m = jnp.arange(1, time + 1)
 
-    def shift(table: Array, by: Array) -> Array:
+    def shift(table: Array, by: Array | int) -> Array:
         """The values `by` tokens later, 0 where there is none."""
         wide = jnp.pad(table, ((0, 0), (0, 0), (time, time), (0, 0)))
         return lax.dynamic_slice_in_dim(wide, time + by, time, 2)
