@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+#: The most bytes that the tables of a batch may take.
+MOST_BYTES = 64 * 2**30
+
+
 class InsideOutside(NamedTuple):
     """What a grammar says of a batch of sentences; zeros beyond the end of each.
 
@@ -287,6 +291,13 @@ def _checked(
         raise ValueError(f"mask has shape {mask.shape}, must be {(batch, time)} like tokens")
     if mask.size and mask.dtype != bool:
         raise ValueError(f"mask has dtype {mask.dtype}, must be bool")
+    # tables by first and by last word, of spans of all widths, and what comes out
+    size = 8 * weights.rules.dtype.itemsize * batch * time**2 * len(weights.root)
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"tokens has shape {(batch, time)}: a chart of so many takes {size / 2**30:.3g} GiB, "
+            f"must take at most {MOST_BYTES / 2**30:.3g} GiB"
+        )
     if not isinstance(lengths, Tracer):
         for length in np.asarray(lengths):
             if not 1 <= length <= time:

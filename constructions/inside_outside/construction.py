@@ -23,30 +23,34 @@ from jaxtyping import Array, ArrayLike, Float
 
 from constructions.claims import Claim, NearMiss, predict
 from constructions.counts import counts
-from constructions.family import Construction, Counterpart, Embedded, Place
+from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
 from constructions.inside_outside.algorithm import inside_outside
-from constructions.inside_outside.claims import CLAIMS, divergence
+from constructions.inside_outside.claims import CLAIMS
 from constructions.inside_outside.evaluation import (
     defined,
     marginals,
-    run_program,
     token_numbers,
+    values,
     word_posterior,
 )
-from constructions.inside_outside.language_model import language_model
+from constructions.inside_outside.language_model import counterpart
 from constructions.inside_outside.low_rank import LowRank, low_rank
 from constructions.inside_outside.near_misses import near_misses
-from constructions.inside_outside.refusal import settled
+from constructions.inside_outside.refusal import (
+    dtype_of,
+    is_parser,
+    known,
+    refuse_lost,
+    settled,
+)
 from constructions.inside_outside.tableau import Layout, layout, tableau
-from constructions.inside_outside.units import check_size, typical_scale
+from constructions.inside_outside.units import check_memory, check_size, typical_scale
 from constructions.program import Program
 from constructions.slots import Slot
-from constructions.transformer import Transformer, randomise
-from synthetic import chart
+from constructions.transformer import Transformer
 from synthetic.grammar import Grammar
 from synthetic.grammars import named
 from synthetic.masked_language import MaskedLanguageTask, as_array, check_sentences
-from synthetic.train import Recipe
 
 #: Sentences that run in one go.
 AT_ONCE = 512
@@ -153,6 +157,11 @@ class InsideOutside(Construction):
         form = None if self.reduction is None else self.reduction.products
         emission = self.grammar.emission
         return tableau(root, rules, self.leaves, emission, self.max_length, form)
+
+    def compile(self, dtype: Any = None) -> Compiled:
+        """As `Construction.compile`; ValueError where the matrices would not fit into memory."""
+        check_memory(self.rank, len(self.grammar.preterminals), self.max_length, self.layout)
+        return super().compile(dtype)
 
     @property
     def passed(self) -> tuple[np.ndarray, np.ndarray]:
@@ -315,10 +324,10 @@ class InsideOutside(Construction):
         """
         given = self._given(tokens, lengths, mask)
         found = predict(self, model, *given)
-        if not _is_parser(model):
+        if not is_parser(model):
             return found
         kept = {"prediction": defined(found, given[1])}
-        return settled(self, kept, given, _dtype(model), strict)["prediction"]
+        return settled(self, kept, given, dtype_of(model), strict)["prediction"]
 
     def span_marginals(
         self,
@@ -353,7 +362,7 @@ class InsideOutside(Construction):
     ) -> Array:
         given = self._given(tokens, lengths, mask)
         found = {name: _read(self, model, *given)[name]}
-        return settled(self, found, given, _dtype(model), strict)[name]
+        return settled(self, found, given, dtype_of(model), strict)[name]
 
     def evaluate(
         self, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
@@ -366,14 +375,7 @@ class InsideOutside(Construction):
         """
         check_size(self.max_length)
         given = self._given(tokens, lengths, mask)
-        form = None if self.reduction is None else jnp.asarray(self.reduction.products, float)
-        arrays = (*self.passed, self.leaves, self.grammar.emission)
-        weights = *(jnp.asarray(a, float) for a in arrays), form
-        run = partial(run_program, self.max_length)
-        if not len(given[0]):
-            shapes = jax.eval_shape(run, *weights, *(_one_row(a) for a in given))
-            return {n: jnp.zeros((0, *a.shape[1:]), a.dtype) for n, a in shapes.items()}
-        found = run(*weights, *given)
+        found = values(self, given)
         return settled(self, found, given, found["prediction"].dtype, strict)
 
     def low_rank(self, tokens: Any, lengths: Any, rank: int) -> InsideOutside:
@@ -387,12 +389,17 @@ class InsideOutside(Construction):
             rank: 1 to the number of nonterminals.
 
         Raises:
-            ValueError: a sentence does not fit, or none has a parse; `rank` is out of range.
+            ValueError: a sentence does not fit, is out of the range of the type, or none has a
+                parse; `rank` is out of range.
         """
         exact = replace(self, reduction=None)
-        tokens, lengths, _ = (np.asarray(a) for a in exact._given(tokens, lengths, None))
+        given = exact._given(tokens, lengths, None)
+        if len(given[0]):
+            dtype = jnp.result_type(float)
+            refuse_lost(exact, np.asarray(known(exact, given, dtype).marginals), given, dtype)
         run = partial(exact.evaluate, strict=False)
-        return replace(self, reduction=low_rank(run, tokens, lengths, rank))
+        words, sizes = (np.asarray(a) for a in given[:2])
+        return replace(self, reduction=low_rank(run, words, sizes, rank))
 
     def _given(self, tokens: Any, lengths: Any, mask: Any) -> tuple[Array, Array, Array]:
         """Checked where they are concrete, as arrays."""
@@ -408,33 +415,7 @@ class InsideOutside(Construction):
         Nothing of the algorithm is in it: softmax heads that see the whole sentence, MLPs, norms,
         learned embeddings and positions.
         """
-        words = len(self.grammar.vocabulary)
-        base = language_model(
-            words, self.max_length, self.layers, self.heads, self.width, self.activation
-        )
-        batch = self.task.sample(jax.random.key(2**20), 512)
-        exact = chart.inside_outside(self.grammar, *batch.inputs).word_posterior
-        recipe = Recipe(
-            steps=12000,
-            batch=64,
-            optimizer="adamw",
-            learning_rate=4e-3,
-            schedule="cosine",
-            warmup=200,
-            clip=1.0,
-            weight_decay=0.01,
-        )
-
-        def measure(model: Transformer) -> dict[str, Array]:
-            found = self.apply(model, *batch.inputs)
-            return {"divergence": divergence(exact, found, batch.inputs[2])}
-
-        # many hidden words teach more than few, and the optimum is the same
-        task = replace(self.task, highest=max(0.5, self.masking))
-        quick = replace(recipe, steps=500)
-        return Counterpart(
-            lambda key: randomise(base, key, 0.05), task, recipe, None, measure, quick
-        )
+        return counterpart(self)
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Parses by a grammar that is off, or with half of the outside pass."""
@@ -458,17 +439,3 @@ class InsideOutside(Construction):
 @partial(jax.jit, static_argnums=0)
 def _read(c: InsideOutside, model: Transformer, *inputs: Array) -> dict[str, Array]:
     return c.read(model, *inputs)
-
-
-def _is_parser(model: Transformer) -> bool:
-    """Whether a model is a compiled one, or has its shape: it ends in shares of products."""
-    tokens = model.config.tokens
-    return tokens is not None and tokens.probabilities == "shares"
-
-
-def _dtype(model: Transformer) -> Any:
-    return model.arrays()["tokens"]["embedding"].dtype
-
-
-def _one_row(array: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from constructions.evaluator import evaluate
 from constructions.inside_outside.tableau import layout, tableau
 from constructions.slots import Slot
 from constructions.transformer import shares
+
+if TYPE_CHECKING:
+    from constructions.inside_outside.construction import InsideOutside
 
 
 def token_numbers(
@@ -120,3 +123,15 @@ def run_program(
         **marginals(own, lengths, longest),
         "prediction": word_posterior(around, emission, lengths),
     }
+
+
+def values(c: InsideOutside, given: tuple[Array, ...]) -> dict[str, Array]:
+    """`run_program` of a construction, for any number of sentences, none included."""
+    form = None if c.reduction is None else jnp.asarray(c.reduction.products, float)
+    arrays = (*c.passed, c.leaves, c.grammar.emission)
+    run = partial(run_program, c.max_length, *(jnp.asarray(a, float) for a in arrays), form)
+    if len(given[0]):
+        return run(*given)
+    one = (jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for a in given)
+    shapes = jax.eval_shape(run, *one)
+    return {name: jnp.zeros((0, *a.shape[1:]), a.dtype) for name, a in shapes.items()}

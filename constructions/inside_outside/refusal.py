@@ -16,12 +16,24 @@ from jax.core import Tracer
 
 from constructions.inside_outside.exactness import Exactness, exactness
 from constructions.inside_outside.units import surely_held
+from constructions.transformer import Transformer
 from synthetic import chart
 
 if TYPE_CHECKING:
     from constructions.inside_outside.construction import InsideOutside
 
 POSTERIOR, MARGINALS = ("prediction",), ("span_marginals", "tag_marginals")
+
+
+def is_parser(model: Transformer) -> bool:
+    """Whether a model is a compiled one, or has its shape: it ends in shares of products."""
+    tokens = model.config.tokens
+    return tokens is not None and tokens.probabilities == "shares"
+
+
+def dtype_of(model: Transformer) -> Any:
+    """In which a model with an embedding computes."""
+    return model.arrays()["tokens"]["embedding"].dtype
 
 
 def settled(
@@ -82,17 +94,7 @@ def _refuse(
     for names, rows in ((POSTERIOR, held.posterior), (MARGINALS, held.marginals)):
         if kept.keys() & {*names}:
             fine &= np.asarray(rows)
-    if not fine.all():
-        row, info = int(fine.argmin()), np.finfo(dtype)
-        one = tuple(a[row : row + 1] for a in given)
-        log_z = float(chart.log_z(c.grammar, *one)[0])
-        own = np.asarray(c.numbers(*one))[0, 1 : 1 + int(one[1][0])]
-        raise ValueError(
-            f"{chart.name_sentence(c.grammar, row, *given)} has log Z {log_z:.6g}, in units of the "
-            f"construction {log_z + np.log(c.factors[own]).sum():.6g}: {np.dtype(dtype).name} "
-            f"({float(info.tiny):.2g} to {float(info.max):.2g}) does not hold its probabilities; "
-            "take another scale, or float64"
-        )
+    refuse_lost(c, fine, given, dtype)
     there = np.arange(given[0].shape[1]) < np.asarray(given[1])[:, None]
     name = min(kept.keys() & {*POSTERIOR, *MARGINALS})  # the posterior, where there is one
     lost = np.isnan(np.asarray(kept[name])).reshape(*there.shape, -1).any(-1)
@@ -103,3 +105,19 @@ def _refuse(
     if c.reduction is not None:
         what = "under the reduction (its Z is not positive)"
     chart.refuse_unparsed(c.grammar, nothing, *given, what)
+
+
+def refuse_lost(c: InsideOutside, held: np.ndarray, given: tuple[Array, ...], dtype: Any) -> None:
+    """Raise ValueError that names the first sentence that a type does not hold."""
+    if held.all():
+        return
+    row, info = int(held.argmin()), np.finfo(dtype)
+    one = tuple(a[row : row + 1] for a in given)
+    log_z = float(chart.log_z(c.grammar, *one)[0])
+    own = np.asarray(c.numbers(*one))[0, 1 : 1 + int(one[1][0])]
+    raise ValueError(
+        f"{chart.name_sentence(c.grammar, row, *given)} has log Z {log_z:.6g}, in units of the "
+        f"construction {log_z + np.log(c.factors[own]).sum():.6g}: {np.dtype(dtype).name} "
+        f"({float(info.tiny):.2g} to {float(info.max):.2g}) does not hold its probabilities; "
+        "take another scale, or float64"
+    )

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float
 
+from constructions.inside_outside.tableau import Layout
 from synthetic.grammar import Grammar
 
 #: Powers of e between what is sure to be held and the ends of the range of a type.
@@ -20,6 +21,8 @@ MARGIN = 20.0
 
 #: The most terms that a program may have: compiling its layers takes minutes there.
 MOST_TERMS = 50_000
+#: The most bytes that the matrices of a compiled model may take.
+MOST_BYTES = 16 * 2**30
 
 
 def check_size(longest: int) -> None:
@@ -30,6 +33,28 @@ def check_size(longest: int) -> None:
         raise ValueError(
             f"max_length is {longest}: the program has about {terms} terms, 3 max_length^2, must "
             f"have at most {MOST_TERMS} (max_length {most})"
+        )
+
+
+def check_memory(symbols: int, preterminals: int, longest: int, at: Layout) -> None:
+    """ValueError where the matrices of the compiled model would not fit.
+
+    Args:
+        symbols: numbers that a span passes on.
+        preterminals, longest: of the program.
+        at: its slots.
+    """
+    heads = 0  # rows of the queries of all heads, and their keys, values and outputs
+    for n in range(2, longest + 1):
+        heads += 2 * symbols * (2 * (preterminals + symbols * max(n - 2, 0)) + 2)
+    for n in range(1, longest + 1):
+        own = preterminals if n == 1 else 2 * symbols
+        heads += own * (2 * (1 + 2 * preterminals + 2 * symbols * (longest - n)) + 2)
+    size = 4 * heads * at.slots.width
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"max_length is {longest}: the compiled model takes {size / 2**30:.3g} GiB, must take "
+            f"at most {MOST_BYTES / 2**30:.3g} GiB; evaluate() runs the program without them"
         )
 
 
