@@ -99,8 +99,9 @@ def inside_outside(rules: RuleList, words: Words, *, strict: bool = True) -> Mar
             said = " ".join(repr(rules.vocabulary[word]) for word in words[:12])
             more = " .." if n > 12 else ""
             raise ValueError(f"the sentence ({said}{more}) has no parse: nothing follows from it")
-        nothing = np.full(alpha.shape, np.nan)
-        return Marginals(-np.inf, nothing[..., :inner], nothing[0, :, inner:])
+        spans, tags = np.zeros((n, n, inner)), np.full((n, symbols - inner), np.nan)
+        spans[np.triu_indices(n, 1)] = np.nan
+        return Marginals(-np.inf, spans, tags)
     alpha[0, -1] = rules.root / z
     for i, j in _spans(n)[::-1]:
         passed = alpha[i, j, rules.parent] * rules.probability
