@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from numbers import Real
 from typing import Any
 
 import jax
@@ -52,6 +51,7 @@ from synthetic.grammar import Grammar
 from synthetic.grammars import named
 from synthetic.masked_language import MaskedLanguageTask, as_array, check_sentences
 
+NUMBER = int | float | np.integer | np.floating
 #: Sentences that run in one go.
 AT_ONCE = 512
 #: The most that `max_length` may be: charts of the counterpart's task take its square.
@@ -97,7 +97,7 @@ class InsideOutside(Construction):
             raise ValueError(f"grammar is {grammar!r}, must be a Grammar, its JSON form or a name")
         object.__setattr__(self, "grammar", grammar)
         longest = self.max_length
-        if isinstance(longest, bool) or not isinstance(longest, Real) or longest % 1 != 0:
+        if isinstance(longest, bool) or not isinstance(longest, NUMBER) or longest % 1 != 0:
             raise ValueError(f"max_length is {longest!r}, must be a whole number")
         if not 2 <= longest <= MOST_WORDS:
             raise ValueError(
@@ -105,7 +105,7 @@ class InsideOutside(Construction):
             )
         object.__setattr__(self, "max_length", int(longest))
         if self.scale is not None and not (
-            isinstance(self.scale, Real) and np.isfinite(self.scale) and self.scale > 0
+            isinstance(self.scale, NUMBER) and np.isfinite(self.scale) and self.scale > 0
         ):
             raise ValueError(f"scale is {self.scale!r}, must be finite and above 0")
         if self.activation not in ("gelu", "relu"):
