@@ -97,14 +97,14 @@ def _refuse(
     refuse_lost(c, fine, given, dtype)
     there = np.arange(given[0].shape[1]) < np.asarray(given[1])[:, None]
     name = min(kept.keys() & {*POSTERIOR, *MARGINALS})  # the posterior, where there is one
-    lost = np.isnan(np.asarray(kept[name])).reshape(*there.shape, -1).any(-1)
+    lost: np.ndarray = np.isnan(np.asarray(kept[name])).reshape((*there.shape, -1)).any(-1)
     if name in POSTERIOR:
         nothing, what = ~(there & ~lost).any(1), "even if one of its words were another"
     else:
         nothing, what = lost.any(1), ""
     if c.reduction is not None:
         what = "under the reduction (its Z is not positive)"
-    chart.refuse_unparsed(c.grammar, nothing, *given, what)
+    chart.refuse_unparsed(c.grammar, nothing, given[0], given[1], given[2], what)
 
 
 def refuse_lost(c: InsideOutside, held: np.ndarray, given: tuple[Array, ...], dtype: Any) -> None:
