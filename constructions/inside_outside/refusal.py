@@ -104,7 +104,7 @@ def _refuse(
         nothing, what = lost.any(1), ""
     if c.reduction is not None:
         what = "under the reduction (its Z is not positive)"
-    chart.refuse_unparsed(c.grammar, nothing, given[0], given[1], given[2], what)
+    chart.refuse_unparsed(c.grammar, np.asarray(nothing), given[0], given[1], given[2], what)
 
 
 def refuse_lost(c: InsideOutside, held: np.ndarray, given: tuple[Array, ...], dtype: Any) -> None:
