@@ -97,7 +97,8 @@ def _refuse(
     refuse_lost(c, fine, given, dtype)
     there = np.arange(given[0].shape[1]) < np.asarray(given[1])[:, None]
     name = min(kept.keys() & {*POSTERIOR, *MARGINALS})  # the posterior, where there is one
-    lost: np.ndarray = np.isnan(np.asarray(kept[name])).reshape((*there.shape, -1)).any(-1)
+    lost = np.isnan(np.asarray(kept[name])).reshape((*there.shape, -1))
+    lost = np.asarray(lost.any(-1))
     if name in POSTERIOR:
         nothing, what = ~(there & ~lost).any(1), "even if one of its words were another"
     else:
