@@ -79,7 +79,12 @@ class Develop:
     def chart(self, induced: Induced) -> dict[str, Any]:
         rules = induced.rule_list
         encoded = [rules.encode(tags) for tags in self.tags]
-        return self.marginals(rules, lambda n: sparse.inside_outside(rules, encoded[n])[1:])
+
+        def found(n: int) -> list[np.ndarray]:
+            own = sparse.inside_outside(rules, encoded[n], strict=False)
+            return [np.nan_to_num(a) for a in own[1:]]
+
+        return self.marginals(rules, found)
 
     def oracle(self, induced: Induced) -> dict[str, Any]:
         """The gold trees by the symbols of the grammar: what it cannot name is no bracket."""
@@ -114,9 +119,9 @@ class Develop:
         spans, tags = [], []
         for start in range(0, len(tokens), BATCH):
             rows = np.arange(start, start + BATCH) % len(tokens)
-            found = c.evaluate(tokens[rows], lengths[rows])
-            spans += list(np.asarray(found["span_marginals"]))
-            tags += list(np.asarray(found["tag_marginals"]))
+            found = c.evaluate(tokens[rows], lengths[rows], strict=False)
+            spans += list(np.nan_to_num(found["span_marginals"]))
+            tags += list(np.nan_to_num(found["tag_marginals"]))
         scores = self.marginals(c.grammar, lambda n: cut(spans[n], tags[n], lengths[n]))
         lost = [n for n in range(len(tokens)) if not tags[n][0].sum() > 0]
         with jax.enable_x64(True):

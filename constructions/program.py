@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jax import Array
 
 from constructions.matrices import Matrix
 from constructions.slots import Affine, Slot, Slots, concatenate, constant
@@ -185,7 +186,7 @@ class HeadFamily:
         queries, keys, window, name: as in `Head`.
     """
 
-    terms: Sequence[tuple[Slot, Slot, np.ndarray]]
+    terms: Sequence[tuple[Slot, Slot, np.ndarray | Array]]
     write: Slot
     queries: str | Sequence[str] | None = None
     keys: str | Sequence[str] | None = None
@@ -351,8 +352,8 @@ class Program:
     loops: int = 1
     token_groups: tuple[str, ...] = ("token",)
     name: str = field(default="program", compare=False)
-    embedding: Mapping[Slot, np.ndarray] = field(default_factory=dict, compare=False)
-    readout: Mapping[Slot, np.ndarray] = field(default_factory=dict, compare=False)
+    embedding: Mapping[Slot, np.ndarray | Array] = field(default_factory=dict, compare=False)
+    readout: Mapping[Slot, np.ndarray | Array] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -362,7 +363,7 @@ class Program:
         if self.loops < 1:
             raise ValueError(f"loops is {self.loops}, must be at least 1")
         for name in ("embedding", "readout"):
-            table: Mapping[Slot, np.ndarray] = getattr(self, name)
+            table: Mapping[Slot, np.ndarray | Array] = getattr(self, name)
             if len({len(m) for m in table.values()}) > 1:
                 raise ValueError(f"matrices of the {name} have different numbers of rows")
             for slot, m in table.items():

@@ -177,11 +177,16 @@ def _answered(
         base.lengths,
         np.where(within, source.mask, base.mask),
     )
-    charts = [chart.inside_outside(construction.grammar, *text) for text in (base, source, chimera)]
+    charts = [
+        chart.inside_outside(construction.grammar, *text, strict=False)
+        for text in (base, source, chimera)
+    ]
     log_z = [np.asarray(c.log_z, float) for c in charts]
     row = np.arange(len(first))
+    # a chimera may have no parse, so no span either
     marginals = [
-        np.asarray(c.span_marginals.sum(-1), float)[row, first, last].clip(0, 1) for c in charts
+        np.nan_to_num(c.span_marginals.sum(-1))[row, first, last].astype(float).clip(0, 1)
+        for c in charts
     ]
     # Trees with the span weigh in the exchange what they weigh in the chimera, the others what
     # they do in the base; the factors are the construction's, a word's, and differ within the span.
@@ -201,8 +206,8 @@ def _answered(
         last,
         crossing,
         base.mask & _there(base) & ~within,
-        np.asarray(charts[0].word_posterior),
-        np.asarray(charts[2].word_posterior),
+        np.nan_to_num(charts[0].word_posterior),
+        np.nan_to_num(charts[2].word_posterior),
         np.stack([*marginals, exchanged], 1),
     )
 

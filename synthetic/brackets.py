@@ -240,9 +240,11 @@ def parse(
         # The last batch is filled up with its first sentence, so that all have one shape.
         rows = np.arange(start, start + batch)
         rows = np.where(rows < len(sentences), rows, start)
-        found = chart.inside_outside(weights, jnp.asarray(tokens[rows]), jnp.asarray(lengths[rows]))
+        given = jnp.asarray(tokens[rows]), jnp.asarray(lengths[rows])
+        found = chart.inside_outside(weights, *given, strict=False)
         part = sentences[start : start + batch]
         log_z, spans, tags, _ = (np.asarray(x)[: len(part)] for x in found)
+        spans, tags = np.nan_to_num(spans), np.nan_to_num(tags)  # NaN where there is no parse
         trees += decode(grammar, spans, tags, part)
         unparsed += [start + n for n in np.flatnonzero(~np.isfinite(log_z)).tolist()]
     return Parsed(trees, unparsed)
@@ -256,7 +258,8 @@ def _parse_by_rules(
 ) -> Parsed:
     trees, unparsed = [], []
     for n, (numbers, sentence) in enumerate(zip(words, sentences, strict=True)):
-        log_z, spans, tags = sparse.inside_outside(rules, numbers)
+        log_z, spans, tags = sparse.inside_outside(rules, numbers, strict=False)
+        spans, tags = np.nan_to_num(spans), np.nan_to_num(tags)
         trees += decode(rules, spans[None], tags[None], [sentence])
         unparsed += [] if np.isfinite(log_z) else [n]
     return Parsed(trees, unparsed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any, ClassVar
 
 import jax
@@ -47,6 +48,8 @@ class MaskedLanguageTask:
     outcome: ClassVar[Outcome] = "probabilities"
 
     def __post_init__(self) -> None:
+        if isinstance(self.max_length, bool) or not isinstance(self.max_length, Integral):
+            raise ValueError(f"max_length is {self.max_length!r}, must be a whole number")
         if self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}, must be at least 1")
         if not 0 < self.rate <= 1:
@@ -117,7 +120,10 @@ def check_sentences(words: int, longest: int, tokens: Any, lengths: Any, mask: A
         lengths: `[batch]` integers.
         mask: `[batch, time]` bool.
     """
-    tokens, lengths, mask = (np.asarray(a) for a in (tokens, lengths, mask))
+    tokens, lengths, mask = (
+        np.asarray(as_array(name, a))
+        for name, a in (("tokens", tokens), ("lengths", lengths), ("mask", mask))
+    )
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
             f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, must be [batch, time] "
@@ -144,3 +150,13 @@ def check_sentences(words: int, longest: int, tokens: Any, lengths: Any, mask: A
     used = tokens[there & ~mask]
     if used.size and (used.min() < 0 or used.max() >= words):
         raise ValueError(f"tokens are {used.min()} to {used.max()}, must be 0 to {words - 1}")
+
+
+def as_array(name: str, given: Any) -> Any:
+    """An array as it is, and lists as one; ValueError where their rows have different lengths."""
+    if isinstance(given, jax.Array | np.ndarray):
+        return given
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise ValueError(f"{name} has rows of different lengths, must be an array") from None

@@ -20,7 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import ceil, sqrt
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,11 @@ from nltk.tree import Tree
 
 from synthetic.bits import random_bits
 from synthetic.grammar import Grammar
+
+#: The most that `sample` takes on: rounds of rejection, symbols written, and memory.
+MOST_ROUNDS = 20_000
+MOST_WORK = 1e11
+MOST_BYTES = 16 * 2**30
 
 
 class Sentences(NamedTuple):
@@ -106,24 +112,47 @@ class Sampler:
         )
 
 
-def sample(source: Grammar | Sampler, key: Array, batch: int, max_length: int) -> Sentences:
+def sample(source: Grammar | Sampler, key: Array, batch: Any, max_length: Any) -> Sentences:
     """`batch` independent sentences of at most `max_length` words; may be called inside `jit`.
 
     With a `Sampler` the tables may be an argument of the caller's `jit`.
 
     Raises:
-        ValueError: `batch` or `max_length` is below 1, no sentence is that short, or as
-            `Sampler.of`.
+        ValueError: `batch` or `max_length` is no whole number of at least 1, too large for memory
+            or time, no sentence is that short, or so few that the batch takes too many draws; or
+            as `Sampler.of`.
     """
+    for name, value in (("batch", batch), ("max_length", max_length)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name} is {value!r}, must be a whole number")
     if batch < 1 or max_length < 1:
         raise ValueError(f"batch is {batch} and max_length {max_length}, must be at least 1")
+    grammar = source.grammar if isinstance(source, Sampler) else source
+    # `length_probabilities` takes this many products, and `_sample` at least so many numbers
+    work = max_length**2 * len(grammar.symbols) ** 2
+    size = 4 * 6 * batch * max_length
+    if work > MOST_WORK or size > MOST_BYTES:
+        raise ValueError(
+            f"batch is {batch} and max_length {max_length}: drawing takes {size / 2**30:.3g} GiB "
+            f"and {work:.2g} products for the lengths alone, must take at most "
+            f"{MOST_BYTES / 2**30:.3g} GiB and {MOST_WORK:.2g}"
+        )
     sampler = source if isinstance(source, Sampler) else Sampler.of(source)
     share = _share(sampler.grammar, max_length)
     if not share > 0:
         raise ValueError(f"max_length is {max_length}, but no sentence of the grammar is so short")
     # Rows of one round: enough for the batch but once in some 30000 times, or else within memory.
-    rows = ceil((batch + 4 * sqrt(batch * (1 - share)) * (share < 1)) / share)
-    return _sample(sampler, key, batch, max_length, min(rows, 4 * batch + 4096))
+    wanted = (batch + 4 * sqrt(batch * max(1 - share, 0))) / share  # above 1 by rounding is 1
+    rows = ceil(min(wanted, 4 * batch + 4096))
+    draws, size = max(batch / share, rows), 4 * 6 * rows * max_length
+    if draws / rows > MOST_ROUNDS or draws * max_length**2 > MOST_WORK or size > MOST_BYTES:
+        raise ValueError(
+            f"max_length is {max_length}, but a share of {share:.3g} of the grammar's sentences is "
+            f"so short: a batch of {batch} takes about {draws:.2g} draws of {size / 2**30:.2g} GiB "
+            f"at a time, must take at most {MOST_ROUNDS * rows:.2g}, {MOST_WORK:.2g} symbols and "
+            f"{MOST_BYTES / 2**30:.3g} GiB; take a larger max_length or a smaller batch"
+        )
+    return _sample(sampler, key, int(batch), int(max_length), rows)
 
 
 @lru_cache(maxsize=256)

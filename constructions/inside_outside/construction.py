@@ -21,27 +21,42 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from constructions.claims import Claim, NearMiss, predict
-from constructions.compiler import compile_program
 from constructions.counts import counts
-from constructions.evaluator import evaluate
-from constructions.family import Construction, Counterpart, Embedded, Place
+from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
 from constructions.inputs import FLAGS, INTEGERS, Input
 from constructions.inside_outside.algorithm import inside_outside
-from constructions.inside_outside.claims import CLAIMS, divergence
-from constructions.inside_outside.language_model import language_model
+from constructions.inside_outside.claims import CLAIMS
+from constructions.inside_outside.evaluation import (
+    defined,
+    marginals,
+    token_numbers,
+    values,
+    word_posterior,
+)
+from constructions.inside_outside.language_model import counterpart
 from constructions.inside_outside.low_rank import LowRank, low_rank
+from constructions.inside_outside.near_misses import near_misses
+from constructions.inside_outside.refusal import (
+    dtype_of,
+    is_parser,
+    known,
+    refuse_lost,
+    settled,
+)
 from constructions.inside_outside.tableau import Layout, layout, tableau
-from constructions.program import Head, HeadFamily, Program
+from constructions.inside_outside.units import check_memory, check_size, typical_scale
+from constructions.program import Program
 from constructions.slots import Slot
-from constructions.transformer import Transformer, randomise, shares
-from synthetic import chart
+from constructions.transformer import Transformer
 from synthetic.grammar import Grammar
 from synthetic.grammars import named
-from synthetic.masked_language import MaskedLanguageTask, check_sentences
-from synthetic.train import Recipe
+from synthetic.masked_language import MaskedLanguageTask, as_array, check_sentences
 
+NUMBER = int | float | np.integer | np.floating
 #: Sentences that run in one go.
 AT_ONCE = 512
+#: The most that `max_length` may be: charts of the counterpart's task take its square.
+MOST_WORDS = 1000
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,9 @@ class InsideOutside(Construction):
         grammar: a `Grammar`, its JSON form, or the name of one in `synthetic.grammars`. It need
             not be proper: a grammar restricted to some of its symbols also compiles.
         max_length: words of the longest sentence, at least 2.
-        scale: factor on what a word's token holds, which cancels in every probability and keeps
-            float32 from underflow; None takes one that about undoes what a rule costs.
+        scale: factor on what a word's token holds, which cancels in every probability; None takes
+            one at which sentences of the grammar have a Z of about 1
+            (`constructions.inside_outside.units`). What float32 still does not hold is refused.
         masking: of the task: the probability that a word is hidden.
         layers, heads, width, activation: of the counterpart; "relu" has units that
             `probes.selectivity` can look at.
@@ -63,7 +79,7 @@ class InsideOutside(Construction):
     """
 
     grammar: Any
-    max_length: int = 12
+    max_length: Any = 12
     scale: float | None = None
     masking: float = 0.15
     layers: int = 3
@@ -81,12 +97,17 @@ class InsideOutside(Construction):
         if not isinstance(grammar, Grammar):
             raise ValueError(f"grammar is {grammar!r}, must be a Grammar, its JSON form or a name")
         object.__setattr__(self, "grammar", grammar)
-        if isinstance(self.max_length, bool) or self.max_length != int(self.max_length):
-            raise ValueError(f"max_length is {self.max_length!r}, must be a whole number")
-        if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}, must be at least 2")
-        object.__setattr__(self, "max_length", int(self.max_length))
-        if self.scale is not None and not (np.isfinite(self.scale) and self.scale > 0):
+        longest = self.max_length
+        if isinstance(longest, bool) or not isinstance(longest, NUMBER) or longest % 1 != 0:
+            raise ValueError(f"max_length is {longest!r}, must be a whole number")
+        if not 2 <= longest <= MOST_WORDS:
+            raise ValueError(
+                f"max_length is {longest}, must be at least 2 and at most {MOST_WORDS}"
+            )
+        object.__setattr__(self, "max_length", int(longest))
+        if self.scale is not None and not (
+            isinstance(self.scale, NUMBER) and np.isfinite(self.scale) and self.scale > 0
+        ):
             raise ValueError(f"scale is {self.scale!r}, must be finite and above 0")
         if self.activation not in ("gelu", "relu"):
             raise ValueError(f"activation is {self.activation!r}, must be 'gelu' or 'relu'")
@@ -114,9 +135,7 @@ class InsideOutside(Construction):
         g = self.grammar
         scale = self.scale
         if scale is None:
-            p = g.rules.reshape(len(g.rules), -1)
-            p = p / np.maximum(p.sum(1, keepdims=True), 1e-300)
-            scale = np.exp(-np.mean(np.sum(p * np.log(np.where(p > 0, p, 1)), 1)))
+            scale = typical_scale(g, self.max_length)
         best = g.emission.max(0)
         return np.append(scale / np.where(best > 0, best, 1), 1.0)
 
@@ -129,11 +148,21 @@ class InsideOutside(Construction):
 
     @cached_property
     def program(self) -> Program:
-        """2 max_length layers of linear heads, each at one relative offset."""
+        """2 max_length layers of linear heads, each at one relative offset.
+
+        Raises:
+            ValueError: `max_length` is too large for a program of max_length^2 terms.
+        """
+        check_size(self.max_length)
         root, rules = self.passed
         form = None if self.reduction is None else self.reduction.products
         emission = self.grammar.emission
         return tableau(root, rules, self.leaves, emission, self.max_length, form)
+
+    def compile(self, dtype: Any = None) -> Compiled:
+        """As `Construction.compile`; ValueError where the matrices would not fit into memory."""
+        check_memory(self.rank, len(self.grammar.preterminals), self.max_length, self.layout)
+        return super().compile(dtype)
 
     @property
     def passed(self) -> tuple[np.ndarray, np.ndarray]:
@@ -199,8 +228,9 @@ class InsideOutside(Construction):
             span_products, tag_products: beta times alpha, by label.
             span_marginals, tag_marginals, prediction: as `synthetic.chart` has them; the
                 prediction is its word posterior. With a reduction marginals may be negative, and
-                are all 0 where Z is not positive; the prediction takes what is negative as 0.
+                are NaN where Z is not positive; the prediction takes what is negative as 0.
         """
+        check_size(self.max_length)
         g, reduction = self.grammar, self.reduction
         tokens, lengths, mask = jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask)
         root, rules, leaves = (jnp.asarray(a, float) for a in (*self.passed, self.leaves))
@@ -220,19 +250,13 @@ class InsideOutside(Construction):
             "around": alpha[1],
             "span_products": jnp.stack([products[n] for n in longer], 2),
             "tag_products": products[1],
-            **self.marginals(products),
-            "prediction": shares(jnp.einsum("btx,xw->btw", alpha[1], jnp.asarray(g.emission))),
+            **marginals(products, lengths, self.max_length),
+            "prediction": word_posterior(alpha[1], jnp.asarray(g.emission, float), lengths),
         }
 
     def numbers(self, tokens: Array, lengths: Array, mask: Array) -> Array:
         """Token numbers with BOS, EOS and PAD, `[batch, time + 2]`."""
-        words = len(self.grammar.vocabulary)
-        visible = jnp.where(mask, words, tokens)
-        position, end = jnp.arange(tokens.shape[1] + 2), lengths[:, None] + 1
-        inner = jnp.pad(visible, ((0, 0), (1, 1)))
-        word = (position >= 1) & (position < end)
-        special = words + jnp.where(position == 0, 1, jnp.where(position == end, 2, 3))
-        return jnp.where(word, inner, special)
+        return token_numbers(len(self.grammar.vocabulary), tokens, lengths, mask)
 
     def embed(self, model: Transformer, tokens: Array, lengths: Array, mask: Array) -> Embedded:
         """BOS, the words, EOS, padding; hidden words are all the same token."""
@@ -284,69 +308,88 @@ class InsideOutside(Construction):
         found = super().read(model, tokens, lengths, mask)
         spans = jnp.moveaxis(found["span_products"], 2, 0)
         products = dict(enumerate(spans, start=2)) | {1: found["tag_products"]}
-        return found | self.marginals(products)
-
-    def marginals(self, products: Mapping[int, Array]) -> dict[str, Array]:
-        """alpha beta of spans over Z, which is their sum over pre-terminals at any word.
-
-        All 0 where Z is not positive, which a reduction can bring about.
-        """
-        z = products[1].sum(-1)
-        z = jnp.where((z < 0).any(1, keepdims=True), 0, z)  # signs that differ are rounding
-        time = z.shape[1]
-        start, end = jnp.arange(time)[:, None], jnp.arange(time)
-        by_words = [products[n] for n in range(2, self.max_length + 1)]
-        longer = jnp.stack(by_words, 2)[:, :, : max(time - 1, 1)]
-        # [batch, i, words - 2, A] to [batch, i, j, A], j = i + words - 1
-        words = jnp.clip(end - start - 1, 0, longer.shape[2] - 1)
-        spans = jnp.take_along_axis(longer, words[None, :, :, None], 2)
-        there = (end > start) & (end - start <= longer.shape[2])
-        spans = jnp.where(there[..., None], spans, 0)
-        over = jnp.where(z > 0, z, jnp.inf)
-        return {
-            "span_marginals": spans / over[:, :, None, None],
-            "tag_marginals": products[1] / over[..., None],
-        }
+        return found | marginals(products, lengths, self.max_length)
 
     def word_posterior(
-        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None
+        self,
+        model: Transformer,
+        tokens: Any,
+        lengths: Any,
+        mask: Any = None,
+        *,
+        strict: bool = True,
     ) -> Float[Array, "batch time word"]:
         """P(word at t | all other visible words), from one pass of a model of this class.
+
+        NaN where no word at t makes a sentence of the grammar, 0 past the end of a sentence.
 
         Args:
             model: compiled, or trained.
             tokens: `[batch, time]` integers, without BOS and EOS, padded with anything.
             lengths: `[batch]`, 1 to `max_length`.
             mask: `[batch, time]`, True where a word is hidden; None: nowhere.
+            strict: refuse sentences of which nothing is defined, and those whose probabilities the
+                compiled model's type does not hold; otherwise, and under `jit`, they are NaN.
 
         Raises:
-            ValueError: a shape, a dtype, a length or a word that does not fit.
+            ValueError: a shape, a dtype, a length or a word that does not fit; a sentence that has
+                no parse, even if one of its words were another, or is out of range (`strict`).
         """
-        return predict(self, model, *self._given(tokens, lengths, mask))
+        given = self._given(tokens, lengths, mask)
+        found = predict(self, model, *given)
+        if not is_parser(model):
+            return found
+        kept = {"prediction": defined(found, given[1])}
+        return settled(self, kept, given, dtype_of(model), strict)["prediction"]
 
     def span_marginals(
-        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None
+        self,
+        model: Transformer,
+        tokens: Any,
+        lengths: Any,
+        mask: Any = None,
+        *,
+        strict: bool = True,
     ) -> Float[Array, "batch first last nonterminal"]:
         """P(words first..last are one constituent | visible words), of the compiled model.
 
-        Arguments and errors as for `word_posterior`; 0 for spans of one word.
+        Arguments and errors as for `word_posterior`, but that a sentence without a parse has none
+        (an error, or NaN). 0 for spans of one word.
         """
-        return _read(self, model, *self._given(tokens, lengths, mask))["span_marginals"]
+        return self._marginals(model, "span_marginals", tokens, lengths, mask, strict)
 
     def tag_marginals(
-        self, model: Transformer, tokens: Any, lengths: Any, mask: Any = None
+        self,
+        model: Transformer,
+        tokens: Any,
+        lengths: Any,
+        mask: Any = None,
+        *,
+        strict: bool = True,
     ) -> Float[Array, "batch time preterminal"]:
         """P(pre-terminal of word t | visible words), of the compiled model; as `span_marginals`."""
-        return _read(self, model, *self._given(tokens, lengths, mask))["tag_marginals"]
+        return self._marginals(model, "tag_marginals", tokens, lengths, mask, strict)
 
-    def evaluate(self, tokens: Any, lengths: Any, mask: Any = None) -> dict[str, Array]:
+    def _marginals(
+        self, model: Transformer, name: str, tokens: Any, lengths: Any, mask: Any, strict: bool
+    ) -> Array:
+        given = self._given(tokens, lengths, mask)
+        found = {name: _read(self, model, *given)[name]}
+        return settled(self, found, given, dtype_of(model), strict)[name]
+
+    def evaluate(
+        self, tokens: Any, lengths: Any, mask: Any = None, *, strict: bool = True
+    ) -> dict[str, Array]:
         """The named values by the program's second back end, without dense matrices.
 
         The same as `read` and `apply` of the compiled model up to rounding, for grammars whose
-        matrices would not fit. Arguments and errors as for `word_posterior`.
+        matrices would not fit. Arguments and errors as for `word_posterior`; of a sentence without
+        a parse, marginals are NaN.
         """
-        tokens, lengths, mask = self._given(tokens, lengths, mask)
-        return _evaluate(self, tokens, lengths, mask)
+        check_size(self.max_length)
+        given = self._given(tokens, lengths, mask)
+        found = values(self, given)
+        return settled(self, found, given, found["prediction"].dtype, strict)
 
     def low_rank(self, tokens: Any, lengths: Any, rank: int) -> InsideOutside:
         """This construction with `rank` heads a direction for the nonterminals of a layer.
@@ -359,15 +402,22 @@ class InsideOutside(Construction):
             rank: 1 to the number of nonterminals.
 
         Raises:
-            ValueError: a sentence does not fit, or none has a parse; `rank` is out of range.
+            ValueError: a sentence does not fit, is out of the range of the type, or none has a
+                parse; `rank` is out of range.
         """
         exact = replace(self, reduction=None)
-        tokens, lengths, _ = (np.asarray(a) for a in exact._given(tokens, lengths, None))
-        return replace(self, reduction=low_rank(exact.evaluate, tokens, lengths, rank))
+        given = exact._given(tokens, lengths, None)
+        if len(given[0]):
+            dtype = jnp.result_type(float)
+            refuse_lost(exact, np.asarray(known(exact, given, dtype).marginals), given, dtype)
+        run = partial(exact.evaluate, strict=False)
+        words, sizes = (np.asarray(a) for a in given[:2])
+        return replace(self, reduction=low_rank(run, words, sizes, rank))
 
     def _given(self, tokens: Any, lengths: Any, mask: Any) -> tuple[Array, Array, Array]:
         """Checked where they are concrete, as arrays."""
-        mask = np.zeros(np.shape(tokens), bool) if mask is None else mask
+        tokens, lengths = as_array("tokens", tokens), as_array("lengths", lengths)
+        mask = np.zeros(np.shape(tokens), bool) if mask is None else as_array("mask", mask)
         if not any(isinstance(a, Tracer) for a in (tokens, lengths, mask)):
             self.check(tokens, lengths, mask)
         return jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask)
@@ -378,63 +428,11 @@ class InsideOutside(Construction):
         Nothing of the algorithm is in it: softmax heads that see the whole sentence, MLPs, norms,
         learned embeddings and positions.
         """
-        words = len(self.grammar.vocabulary)
-        base = language_model(
-            words, self.max_length, self.layers, self.heads, self.width, self.activation
-        )
-        batch = self.task.sample(jax.random.key(2**20), 512)
-        exact = chart.inside_outside(self.grammar, *batch.inputs).word_posterior
-        recipe = Recipe(
-            steps=12000,
-            batch=64,
-            optimizer="adamw",
-            learning_rate=4e-3,
-            schedule="cosine",
-            warmup=200,
-            clip=1.0,
-            weight_decay=0.01,
-        )
-
-        def measure(model: Transformer) -> dict[str, Array]:
-            found = self.apply(model, *batch.inputs)
-            return {"divergence": divergence(exact, found, batch.inputs[2])}
-
-        # many hidden words teach more than few, and the optimum is the same
-        task = replace(self.task, highest=max(0.5, self.masking))
-        quick = replace(recipe, steps=500)
-        return Counterpart(
-            lambda key: randomise(base, key, 0.05), task, recipe, None, measure, quick
-        )
+        return counterpart(self)
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Parses by a grammar that is off, or with half of the outside pass."""
-        g = self.grammar
-
-        def of(program: Program) -> NearMiss:
-            return NearMiss(compile_program(program), self)
-
-        def with_grammar(**changes: Any) -> NearMiss:
-            parts = {"root": g.root, "rules": g.rules, "emission": g.emission} | changes
-            names = (g.nonterminals, g.preterminals, g.vocabulary)
-            other = replace(self, grammar=Grammar(*names, **parts))
-            return of(other.program)
-
-        alike = (g.rules > 0) / np.maximum((g.rules > 0).sum((1, 2), keepdims=True), 1)
-        words = 0.7 * g.emission + 0.3 * g.emission.sum(1, keepdims=True) / g.emission.shape[1]
-        before = [*self.layout.before.values()]
-
-        def left(part: Head | HeadFamily) -> Head | HeadFamily:
-            if isinstance(part, Head):
-                return part
-            kept = [t for t in part.terms if t[0] not in before and t[1] not in before]
-            return replace(part, terms=kept)
-
-        layers = [replace(la, heads=[left(h) for h in la.heads]) for la in self.program.layers]
-        return {
-            "every rule alike": with_grammar(rules=alike),
-            "uniform words": with_grammar(emission=words),
-            "left children only": of(replace(self.program, layers=layers)),
-        }
+        return near_misses(self)
 
     @property
     def examples(self) -> int:
@@ -454,25 +452,3 @@ class InsideOutside(Construction):
 @partial(jax.jit, static_argnums=0)
 def _read(c: InsideOutside, model: Transformer, *inputs: Array) -> dict[str, Array]:
     return c.read(model, *inputs)
-
-
-@partial(jax.jit, static_argnums=0)
-def _evaluate(c: InsideOutside, tokens: Array, lengths: Array, mask: Array) -> dict[str, Array]:
-    numbers, at = c.numbers(tokens, lengths, mask), c.layout
-    groups = jnp.maximum(numbers - len(c.grammar.vocabulary), 0)
-    word = {at.starts[1].name: jnp.asarray(c.leaves)[numbers]}
-    found = evaluate(c.program, word, groups)
-    own = {n: found[slot.name][:, 1:-1] for n, slot in at.products.items()}
-    around = found[at.outside_starts[1].name][:, 1:-1]
-
-    def spans(slots: Mapping[int, Slot]) -> Array:
-        return jnp.stack([found[slots[n].name][:, 1:-1] for n in range(2, c.max_length + 1)], 2)
-
-    return {
-        "inside": spans(at.starts),
-        "outside": spans(at.outside_starts),
-        "leaves": found[at.starts[1].name][:, 1:-1],
-        "around": around,
-        **c.marginals(own),
-        "prediction": shares(jnp.einsum("btx,xw->btw", around, jnp.asarray(c.grammar.emission))),
-    }

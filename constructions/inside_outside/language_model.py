@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import jax
+from jax import Array
+
 from constructions.blank import blank
 from constructions.config import (
     Config,
@@ -12,8 +18,15 @@ from constructions.config import (
     SegmentConfig,
     TokensConfig,
 )
+from constructions.family import Counterpart
+from constructions.inside_outside.claims import divergence
 from constructions.inside_outside.tableau import GROUPS
-from constructions.transformer import Transformer
+from constructions.transformer import Transformer, randomise
+from synthetic import chart
+from synthetic.train import Recipe
+
+if TYPE_CHECKING:
+    from constructions.inside_outside.construction import InsideOutside
 
 
 def language_model(
@@ -59,3 +72,30 @@ def language_model(
         precision="default",
     )
     return blank(config, keys=[group for group in GROUPS if group != "pad"])
+
+
+def counterpart(c: InsideOutside) -> Counterpart:
+    """The language model of a construction's sizes, its task, recipe and metric."""
+    words = len(c.grammar.vocabulary)
+    base = language_model(words, c.max_length, c.layers, c.heads, c.width, c.activation)
+    batch = c.task.sample(jax.random.key(2**20), 512)
+    exact = chart.inside_outside(c.grammar, *batch.inputs).word_posterior
+    recipe = Recipe(
+        steps=12000,
+        batch=64,
+        optimizer="adamw",
+        learning_rate=4e-3,
+        schedule="cosine",
+        warmup=200,
+        clip=1.0,
+        weight_decay=0.01,
+    )
+
+    def measure(model: Transformer) -> dict[str, Array]:
+        found = c.apply(model, *batch.inputs)
+        return {"divergence": divergence(exact, found, batch.inputs[2])}
+
+    # many hidden words teach more than few, and the optimum is the same
+    task = replace(c.task, highest=max(0.5, c.masking))
+    quick = replace(recipe, steps=500)
+    return Counterpart(lambda key: randomise(base, key, 0.05), task, recipe, None, measure, quick)

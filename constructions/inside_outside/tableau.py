@@ -20,10 +20,12 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from jax import Array
 
 from constructions.program import SELF, Head, HeadFamily, Layer, Program, Window
 from constructions.slots import Slot, Slots, constant
 
+Weight = np.ndarray | Array
 GROUPS = ("word", "bos", "eos", "pad")
 WORDS: dict[str, Any] = {"queries": "word", "keys": "word"}
 
@@ -87,12 +89,12 @@ def layout(nonterminals: int, preterminals: int, length: int, labels: int | None
 
 
 def tableau(
-    root: np.ndarray,
-    rules: np.ndarray,
-    leaves: np.ndarray,
-    emission: np.ndarray,
+    root: Weight,
+    rules: Weight,
+    leaves: Weight,
+    emission: Weight,
     length: int,
-    products: np.ndarray | None = None,
+    products: Weight | None = None,
 ) -> Program:
     """The program for sentences of up to `length` words.
 
@@ -118,7 +120,7 @@ def tableau(
     turned = {id(m): m.transpose(0, 2, 1) for table in tables for m in table.values()}
 
     def both_ends(
-        terms: list[tuple[Slot, Slot, np.ndarray]], start: Slot, end: Slot, offset: int, name: str
+        terms: list[tuple[Slot, Slot, Weight]], start: Slot, end: Slot, offset: int, name: str
     ) -> list[HeadFamily]:
         """At the start of the span, looking at its end; and at the end, looking at its start."""
         heads = [HeadFamily(terms, start, window=(offset, offset), name=name, **WORDS)]

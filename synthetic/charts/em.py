@@ -70,7 +70,10 @@ def em(weights: Weights, tokens: Array, lengths: Array, mask: Array, steps: int)
 
 
 def entropy(weights: Weights, tokens: Array, lengths: Array, mask: Array) -> Array:
-    """log Z - sum of expected counts * log weights: nats left in tree and hidden words."""
+    """log Z - sum of expected counts * log weights: nats left in tree and hidden words.
+
+    NaN where there is no parse.
+    """
 
     def one(tokens: Array, length: Array, mask: Array) -> Array:
         counts, value = expected_counts(weights, tokens[None], length[None], mask[None])
@@ -79,4 +82,5 @@ def entropy(weights: Weights, tokens: Array, lengths: Array, mask: Array) -> Arr
         )
         return value - sum(terms)
 
-    return jax.vmap(one)(tokens, lengths, mask)
+    some = log_z(weights, tokens, lengths, mask) > -jnp.inf
+    return jnp.where(some, jax.vmap(one)(tokens, lengths, mask), jnp.nan)

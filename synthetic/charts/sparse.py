@@ -69,7 +69,7 @@ class RuleList(NamedTuple):
 
 
 class Marginals(NamedTuple):
-    """Of one sentence; log_z is -inf and the others are 0 if it has no parse.
+    """Of one sentence; log_z is -inf and the others are NaN (0/0) if it has no parse.
 
     Attributes:
         log_z: log of the probability of the words.
@@ -82,14 +82,25 @@ class Marginals(NamedTuple):
     tags: np.ndarray
 
 
-def inside_outside(rules: RuleList, words: Words) -> Marginals:
-    """Marginals of one sentence, exactly."""
+def inside_outside(rules: RuleList, words: Words, *, strict: bool = True) -> Marginals:
+    """Marginals of one sentence, exactly.
+
+    Raises:
+        ValueError: the sentence has no parse, and `strict`.
+    """
     n, inner, symbols = len(words), len(rules.nonterminals), len(rules.root)
     beta, scale = _inside(rules, words)
     alpha = np.zeros_like(beta)
     z = float(rules.root @ beta[0, -1])
-    if z > 0:
-        alpha[0, -1] = rules.root / z
+    if not z > 0:
+        if strict:
+            said = " ".join(repr(rules.vocabulary[word]) for word in words[:12])
+            more = " .." if n > 12 else ""
+            raise ValueError(f"the sentence ({said}{more}) has no parse: nothing follows from it")
+        spans, tags = np.zeros((n, n, inner)), np.full((n, symbols - inner), np.nan)
+        spans[np.triu_indices(n, 1)] = np.nan
+        return Marginals(-np.inf, spans, tags)
+    alpha[0, -1] = rules.root / z
     for i, j in _spans(n)[::-1]:
         passed = alpha[i, j, rules.parent] * rules.probability
         used = np.flatnonzero(passed)
@@ -101,7 +112,7 @@ def inside_outside(rules: RuleList, words: Words) -> Marginals:
         alpha[i, i:j] += _by_column(passed * beta[i + 1 : j + 1, j][:, right], left, symbols)
         alpha[i + 1 : j + 1, j] += _by_column(passed * beta[i, i:j][:, left], right, symbols)
     both = alpha * beta
-    log_z = float(np.log(z) + scale[0, -1]) if z > 0 else -np.inf
+    log_z = float(np.log(z) + scale[0, -1])
     return Marginals(log_z, both[..., :inner], np.einsum("iix->ix", both)[:, inner:])
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import jax
@@ -11,6 +12,8 @@ import pytest
 
 from constructions.counts import counts
 from constructions.inside_outside import InsideOutside
+from constructions.inside_outside.low_rank import LowRank
+from constructions.inside_outside.refusal import known
 from synthetic import chart
 from synthetic.grammar import Grammar
 
@@ -156,10 +159,12 @@ def test_scale_keeps_float32_from_underflow():
     g = random_grammar(1, nonterminals=4, preterminals=4, words=9)
     tokens = np.random.default_rng(0).integers(9, size=(4, 7))
     given = tokens, np.full(4, 7), np.zeros((4, 7), bool)
-    plain, scaled = (InsideOutside(g, 7, scale=s).evaluate(*given) for s in (1e-6, None))
+    plain, scaled = (InsideOutside(g, 7, scale=s) for s in (1e-6, None))
     exact = chart.inside_outside(g, *(jnp.asarray(a) for a in given)).word_posterior
-    np.testing.assert_allclose(scaled["prediction"], exact, atol=1e-5)
-    assert not np.asarray(plain["prediction"]).any()
+    np.testing.assert_allclose(scaled.evaluate(*given)["prediction"], exact, atol=1e-5)
+    with pytest.raises(ValueError, match="sentence 0 .*log Z -.*float32 .* does not hold"):
+        plain.evaluate(*given)
+    assert np.isnan(plain.evaluate(*given, strict=False)["prediction"]).all()
 
 
 @pytest.mark.parametrize("n, p, length", [(3, 4, 6), (4, 5, 9), (1, 2, 2)])
@@ -205,8 +210,116 @@ def test_sentences_of_probability_zero(x64):
     c = InsideOutside(replace(g, root=root / root.sum()), max_length=4)
     model = c.compile().model
     given = np.array([[1, 0, 0, 0]]), np.array([1])
-    assert not np.asarray(c.word_posterior(model, *given)).any()
-    assert not np.asarray(c.tag_marginals(model, *given)).any()
+    for ask in (c.word_posterior, c.span_marginals, c.tag_marginals):
+        if ask != c.span_marginals:
+            with pytest.raises(ValueError, match=r"sentence 0 \('w1'\) has no parse"):
+                ask(model, *given)
+    assert np.isnan(jax.jit(c.word_posterior)(model, *given)[0, 0]).all()
+    tags = c.tag_marginals(model, *given, strict=False)
+    assert np.isnan(tags[0, 0]).all() and not np.asarray(tags[0, 1:]).any()
+
+
+# Its one sentence is "a dog ran".
+ONE = "S -> NP V [1]\nNP -> D N [1]\nD -> 'a' [1]\nN -> 'dog' [1]\nV -> 'ran' [1]"
+
+
+def test_posterior_where_the_sentence_itself_has_no_parse(x64):
+    """P(word | the others) by enumeration of the language, for every sentence of three words."""
+    g = Grammar.from_text(ONE)
+    right = g.encode([["a", "dog", "ran"]])[0][0]
+    tokens, lengths = np.array([*product(range(3), repeat=3)]), np.full(27, 3)
+    want = np.full((27, 3, 3), np.nan)
+    for row, t in product(range(27), range(3)):
+        if (np.delete(tokens[row], t) == np.delete(right, t)).all():
+            want[row, t] = np.eye(3)[right[t]]
+    c = InsideOutside(g, max_length=3)
+    model = c.compile().model
+    whole = replace(c, reduction=LowRank(np.eye(2), np.eye(2)))
+    for found in (
+        chart.inside_outside(g, tokens, lengths, strict=False).word_posterior,
+        c.evaluate(tokens, lengths, strict=False)["prediction"],
+        c.word_posterior(model, tokens, lengths, strict=False),
+        jax.jit(c.word_posterior)(model, tokens, lengths),
+        whole.evaluate(tokens, lengths, strict=False)["prediction"],
+    ):
+        np.testing.assert_array_equal(found, want)
+    # one word off is an answer, three are an error that names the sentence
+    mended = g.encode([["a", "dog", "dog"]])
+    last = [0, 0, 0]
+    last[g.vocabulary.index("ran")] = 1
+    for given in (mended, [a.tolist() for a in mended]):
+        assert chart.inside_outside(g, *given).word_posterior[0, 2].tolist() == last
+        assert c.evaluate(*given)["prediction"][0, 2].tolist() == last
+        assert c.word_posterior(model, *given)[0, 2].tolist() == last
+        assert np.isneginf(chart.log_z(g, *given)).all()
+    with pytest.raises(ValueError, match=r"sentence 0 \('a' 'dog' 'dog'\) has no parse"):
+        c.tag_marginals(model, *mended)
+    lost = g.encode([["a", "dog", "ran"], ["ran", "ran", "a"]])
+    for ask in (
+        partial(chart.inside_outside, g),
+        partial(c.word_posterior, model),
+        c.evaluate,
+        whole.evaluate,
+    ):
+        with pytest.raises(ValueError, match=r"sentence 1 \('ran' 'ran' 'a'\) has no parse"):
+            ask(*lost)
+
+
+def test_float32_is_right_or_refused_by_name():
+    """Probabilities down to 1e-9 against the chart in float64; what is lost has a name."""
+    right = refused = 0
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        parts = 10 ** (-9 * rng.random((3, 6, 6)) ** 0.5)
+        parts *= rng.random(parts.shape) < 0.4
+        root, rules, emission = parts[0, 0] + 1e-9, parts[:2, :5, :5] + 0, parts[2, 2:5, :6] + 0
+        rules[:, 0, 2] += 1e-9
+        emission[:, 0] += 1e-9
+        g = replace(
+            random_grammar(0, words=6),
+            root=root[:5] / root[:5].sum(),
+            rules=rules / rules.sum((1, 2), keepdims=True),
+            emission=emission / emission.sum(1, keepdims=True),
+        )
+        tokens, lengths = rng.integers(6, size=(6, 6)), rng.integers(4, 7, 6)
+        c = InsideOutside(g, max_length=6, scale=None if seed % 2 else 1e-4)
+        with jax.enable_x64(True):
+            exact = jax.device_get(chart.inside_outside(g, tokens, lengths, strict=False))
+        found = jax.device_get(c.evaluate(tokens, lengths, strict=False))
+        for row in range(6):
+            want, got = exact.word_posterior[row], found["prediction"][row]
+            if np.isnan(got).all() and not np.isnan(want).all():
+                refused += 1
+                with pytest.raises(ValueError, match="sentence 0 .* log Z .* float32"):
+                    c.evaluate(*(np.tile(a[row], (6,) + (1,) * a[row].ndim)
+                                 for a in (tokens, lengths)))  # fmt: skip
+                continue
+            right += 1
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-14)
+            for name, of in (
+                ("span_marginals", exact.span_marginals),
+                ("tag_marginals", exact.tag_marginals),
+            ):
+                if not np.isnan(found[name][row]).all() and np.isfinite(exact.log_z[row]):
+                    np.testing.assert_allclose(found[name][row], of[row], rtol=1e-4, atol=1e-14)
+    assert right > 10 and refused > 2
+
+
+def test_default_scale_suits_a_grammar_with_one_rare_choice():
+    """900 equal pairs in one rule of a sentence, not in every word: Z is about 1 in its units."""
+    pairs = " | ".join(f"T{i} T{j} [{1 / 900!r}]" for i, j in product(range(30), repeat=2))
+    tags = "\n".join(f"T{i} -> 't{i}' [1]" for i in range(30))
+    g = Grammar.from_text(f"S -> A S [.97] | A X [.03]\nA -> 'a' [1]\nX -> {pairs}\n{tags}")
+    tokens, lengths = g.encode([["a"] * 28 + ["t3", "t7"]])
+    c = InsideOutside(g, max_length=30)
+    given = tuple(map(jnp.asarray, (tokens, lengths, tokens < 0)))
+    z = 28 * np.log(0.97) + np.log(0.03 / 900 / 0.97)
+    assert abs(z + np.log(c.factors[tokens[0]]).sum()) < 40
+    assert known(c, given, np.float32) == (True, True)
+    bad = replace(c, scale=1e-3)
+    assert known(bad, given, np.float32) == (False, False)
+    bad = replace(c, scale=1e3)
+    assert known(bad, given, np.float32) == (False, False)
 
 
 def test_empty_batch(small, x64):
@@ -214,6 +327,9 @@ def test_empty_batch(small, x64):
     given = np.zeros((0, 4), int), np.zeros(0, int)
     assert c.word_posterior(model, *given).shape == (0, 4, 4)
     assert c.span_marginals(model, *given).shape == (0, 4, 4, 2)
+    found, some = c.evaluate(*given), c.evaluate(np.zeros((1, 4), int), np.array([4]))
+    assert {n: a.shape[1:] for n, a in found.items()} == {n: a.shape[1:] for n, a in some.items()}
+    assert all(len(a) == 0 for a in found.values())
 
 
 @pytest.mark.parametrize(
@@ -228,6 +344,8 @@ def test_empty_batch(small, x64):
         ([0, 1], [2], None, "tokens has shape"),
         ([[0, 1]], [[2]], None, "lengths has shape"),
         ([[0, 1]], [2], [[0, 1]], "mask has shape .* must be .* bool"),
+        ([["a", "b"]], [2], None, "tokens has shape .* must be .* integers"),
+        (np.array([[0, 1]], object), [2], None, "tokens has shape .* dtype object, must be .*"),
     ],
 )
 def test_bad_sentences(small, tokens, lengths, mask, message, x64):
@@ -242,6 +360,8 @@ def test_bad_sentences(small, tokens, lengths, mask, message, x64):
     "settings, message",
     [
         ({"max_length": 1}, "max_length is 1, must be at least 2"),
+        ({"max_length": "7"}, "max_length is '7', must be a whole number"),
+        ({"max_length": 10**5}, "max_length is 100000, must be .* at most 1000"),
         ({"grammar": 3}, "grammar is 3, must be a Grammar"),
         ({"grammar": "latin"}, "latin"),
         ({"scale": 0.0}, "scale is 0.0, must be finite and above 0"),

@@ -248,9 +248,20 @@ def test_probability_zero():
     w = weights(15, dtype=np.float32)
     w = w._replace(emission=w.emission.at[:, 2].set(0.0), root=w.root.at[3:].set(0.0))
     tokens, lengths = np.array([[0, 1, 2], [0, 1, 3], [1, 0, 0]]), np.array([3, 3, 1])
-    found = chart.inside_outside(w, tokens, lengths)
+    found = chart.inside_outside(w, tokens, lengths, strict=False)
     assert found.log_z[0] == found.log_z[2] == -np.inf
-    assert not any(np.asarray(a)[[0, 2]].any() for a in found[1:])
+    with pytest.raises(ValueError, match=r"sentence 2 \(word 1\) has no parse"):
+        chart.inside_outside(w, tokens, lengths)
+    for row, n in ((0, 3), (2, 1)):  # nothing is said of what cannot be, and 0 behind the end
+        assert np.isnan(found.tag_marginals[row, :n]).all()
+        assert np.isnan(found.span_marginals[row][np.triu_indices(n, 1)]).all()
+        assert np.isnan(found.word_posterior[row, :2]).sum() == (8 if n == 3 else 4)
+        assert not any(np.asarray(a)[row, n:].any() for a in found[1:])
+    # the third word is as any other there
+    same = chart.inside_outside(w, np.array([[0, 1, 0]]), np.array([3]))
+    np.testing.assert_array_equal(found.word_posterior[0, 2], same.word_posterior[0, 2])
+    with pytest.raises(ValueError, match=r"sentence 0 \(word 0 word 1 word 2\) has no parse"):
+        chart.entropy(w, tokens[:1], lengths[:1])
     same = tokens[[1, 1, 1]], lengths[[1, 1, 1]]
     alone = chart.inside_outside(w, *same)
     for ours, theirs in zip(found, alone, strict=True):
@@ -302,6 +313,9 @@ def test_empty_batch_and_jit():
     [
         ({"tokens": np.zeros(3, int)}, "tokens has shape"),
         ({"tokens": np.zeros((1, 3))}, "tokens has dtype"),
+        ({"tokens": np.array([["a", "b", "c"]])}, "tokens has dtype <U1, must be integers"),
+        ({"tokens": np.array([[0, 1, 2]], object)}, "tokens has dtype object"),
+        ({"tokens": [[0, 1], [2]]}, "tokens has rows of different lengths"),
         ({"tokens": np.array([[0, 4, 0]])}, "tokens has 4, must be in 0..3"),
         ({"tokens": np.array([[0, -1, 0]])}, "tokens has -1"),
         ({"lengths": np.array([3, 3])}, "lengths has shape"),

@@ -176,6 +176,17 @@ def test_errors():
     assert sample(long, key, 2, 3).lengths.tolist() == [3, 3]
     with pytest.raises(ValueError, match="batch is 0 and max_length 3, must be at least 1"):
         sample(long, key, 0, 3)
+    rare = Grammar.from_text("S -> A S [0.999999999] | 'a' [0.000000001]\nA -> 'a' [1]")
+    for given, message in (
+        ((rare, 64, 3), "max_length is 3, but a share of 3e-09 .* takes about 2.1e.10 draws"),
+        ((long, 10**9, 3), "drawing takes 67.1 GiB"),
+        ((long, 2, 10**6), "max_length 1000000: drawing takes .* products for the lengths"),
+        ((long, 2, 10**9), "max_length 1000000000: drawing takes"),
+        ((long, 2, "3"), "max_length is '3', must be a whole number"),
+        ((long, 2.0, 3), "batch is 2.0, must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(given[0], key, *given[1:])
     half = Grammar(long.nonterminals, long.preterminals, long.vocabulary, long.root,
                    long.rules / 2, long.emission)  # fmt: skip
     with pytest.raises(ValueError, match="sum to 0.5, must sum to 1"):
