@@ -4,16 +4,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from constructions.mesa_mixer import cholesky, chunked, conjugate_gradients, recursive
 from constructions.mesa_mixer.arguments import at_least, checked
-from constructions.mesa_mixer.implicit import Method, read_out
+from constructions.mesa_mixer.implicit import Method, solved
+from constructions.mesa_mixer.orthogonal import by_rotations
 from constructions.mesa_mixer.problem import Settings
 from constructions.mesa_mixer.products import join, split
 
 AXES = ("batch", "time", "head")
+LARGE = 2.0**20  # numbers up to here, of few millions of tokens, overflow in no sum
+# the largest condition number at which sums and solves in this dtype keep their promise
+WELL_CONDITIONED = {"float32": 2.0**9, "float64": 2.0**20}
 METHODS = {
     "chunked": Method(chunked.prepare, chunked.solve, forgets=False),
     "scan": Method(recursive.prepare, recursive.solve, forgets=False),
@@ -118,17 +122,59 @@ def _mesa(
     input_gate: Array | None,
     forget_gate: Array | None,
 ) -> Array:
-    output = read_out(
-        METHODS[method],
-        settings,
+    given = (
         split(query, chunk),
         split(key, chunk),
         split(value, chunk),
-        ridge[:, None],
+        ridge,
         None if input_gate is None else split(input_gate, chunk),
         None if forget_gate is None else split(forget_gate, chunk, fill=1.0),
     )
+    wild = out_of_range(*given)
+    q, k, v, r, beta, gamma = tamed(wild, *given)
+    output, condition = solved(METHODS[method], settings, q, k, v, r[:, None], beta, gamma)
+    if settings.refinements:
+        doubtful = wild | ~(condition <= WELL_CONDITIONED[key.dtype.name])[..., None]
+        output = jnp.where(doubtful, by_rotations(doubtful, *given), output)
+    else:
+        output = jnp.where(wild, jnp.nan, output)
     return join(jnp.asarray(output), query.shape[1])
+
+
+def out_of_range(
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    input_gate: Array | None,
+    forget_gate: Array | None,
+) -> Array:
+    """Times whose sums of products may overflow, or are NaN, `[chunk, batch, head, time, 1]`."""
+
+    def beyond(x: Array) -> Array:
+        return ~(jnp.abs(x) <= LARGE).all(-1, keepdims=True)
+
+    pair = beyond(key) | beyond(value)
+    for gate in (input_gate, forget_gate):
+        pair = pair if gate is None else pair | beyond(gate[..., None])
+    pair |= ~((ridge >= LARGE**-3) & (ridge <= LARGE**3)).all(-1)[:, None, None]
+    # what has once entered the sums stays there
+    before = lax.cummax(pair.any(3, keepdims=True).astype(int), axis=0)
+    before = jnp.concatenate([jnp.zeros_like(before[:1]), before[:-1]])
+    pair = (lax.cummax(pair.astype(int), axis=3) | before) > 0
+    return lax.stop_gradient(pair | beyond(query))
+
+
+def tamed(wild: Array, *given: Array | None) -> list[Array | None]:
+    """The same with no token of those times: the other times are as they were."""
+    query, key, value, ridge, input_gate, forget_gate = given
+    query, key, value = (jnp.where(wild, 0, x) for x in (query, key, value))
+    ridge = jnp.where((ridge >= LARGE**-3) & (ridge <= LARGE**3), ridge, 1)
+    if input_gate is not None:
+        input_gate = jnp.where(wild[..., 0], 0, input_gate)
+    if forget_gate is not None:
+        forget_gate = jnp.where(wild[..., 0], 1, forget_gate)
+    return [query, key, value, ridge, input_gate, forget_gate]
 
 
 def mesa_attention(
