@@ -45,6 +45,8 @@ CODE, BASE = 40, 1e4
 GAP = 45.0
 #: Bound on the stream of deep linear attention, that of von Oswald et al. 2023.
 CLIP = 4.0
+#: Largest state: what is made of two of them, and sums of that, is still a number in float32.
+LARGEST = 1e15
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ class NextState(Construction):
             ValueError: a shape that does not fit, values that are complex or not finite, or a model
                 of another width.
         """
-        states = jnp.asarray(states)
         self.check(states)
+        if not isinstance(states, jax.Array):
+            whole = np.asarray(states).dtype.kind in "biu"
+            # JAX's own integers may have 32 bits only
+            states = np.asarray(states, np.float64) if whole else np.asarray(states)
+        states = jnp.asarray(states)
         width = self.program.slots.width
         if model.config.width != width:
             raise ValueError(
@@ -101,17 +107,32 @@ class NextState(Construction):
         """Shapes, real numbers, and finite values where they are concrete."""
         if len(inputs) != 1:
             raise ValueError(f"expected states, got {len(inputs)} arrays")
-        shape = jnp.shape(inputs[0])
+        try:
+            shape = np.shape(inputs[0])
+        except ValueError:
+            raise ValueError("states has rows of several lengths, must be one array") from None
         fits = len(shape) == 3 and shape[0] > 0 and shape[2] == self.dim
         if not fits or not 1 <= shape[1] <= self.length:
             raise ValueError(
                 f"states has shape {shape}, must be [batch, time, {self.dim}], batch at least 1, "
                 f"with time from 1 to {self.length}, the construction's length"
             )
-        if jnp.iscomplexobj(inputs[0]):
-            raise ValueError(f"states has dtype {inputs[0].dtype}, must be real")
-        if not isinstance(inputs[0], Tracer) and not np.isfinite(np.asarray(inputs[0])).all():
+        if isinstance(inputs[0], Tracer):
+            if jnp.iscomplexobj(inputs[0]):
+                raise ValueError(f"states has dtype {inputs[0].dtype}, must be real")
+            return
+        given = np.asarray(inputs[0])
+        if given.dtype.kind == "c":
+            raise ValueError(f"states has dtype {jnp.result_type(given)}, must be real")
+        if given.dtype.kind not in "biuf" and not jnp.issubdtype(given.dtype, jnp.floating):
+            raise ValueError(f"states has dtype {given.dtype}, must be real")
+        if not np.isfinite(given.astype(np.float64)).all():
             raise ValueError("states holds NaN or infinite values, must be finite")
+        if np.abs(given.astype(np.float64)).max() > LARGEST:
+            raise ValueError(
+                f"states has {np.abs(given.astype(np.float64)).max():.3g}, every entry must be "
+                f"from -{LARGEST:.0e} to {LARGEST:.0e}"
+            )
 
     def context_size(self, *inputs: Any) -> int:
         """All states but the last."""

@@ -52,6 +52,14 @@ def mesa(
     here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit,
     in reverse mode and once, and as cheap as the layer; nothing of size time x dim^2 is stored.
 
+    Precision, of every method unless `refinements` is 0: in float32 the output of a sequence is
+    within 1e-4 of its largest entry, its gradients within 1e-3, up to condition numbers of
+    H_t + ridge of 1e11, and beyond wherever the keys themselves are well-conditioned, however small
+    the ridge is; in float64 within 1e-9. Times whose condition number may exceed 512 (float32)
+    or 2^20 (float64) are computed by rotations of the data in float64 (see `orthogonal`), token by
+    token: slower, as "scan" is. A key or value that is not finite makes outputs NaN from its time
+    on, none before.
+
     The default method is the chunked one without, conjugate gradients with a forget gate:
 
     - "chunked": exact, all times at once by products of matrices, then refined. No forget gate.
@@ -70,13 +78,12 @@ def mesa(
         method: one of the above, or "auto".
         chunk: tokens in a chunk; by default 32, or 64 where dim is more than 32.
         refinements: steps x <- x + (H + ridge)^-1 (q - (H + ridge) x) of "chunked" and "scan". The
-            first takes off what float32 loses in the inverse, the next bring little. With one or
-            more the three exact methods, "cholesky" too, look at their residuals, and conjugate
-            gradients solve again what rounding has spoilt (see `safeguard`); with none they do not.
-        steps: the most steps of conjugate gradients, as method and as safeguard; 4 dim + 20 by
-            default, for in floating point ill-conditioned systems take more than dim.
-        tolerance: residual at which they end, in both, relative to the right side; the dtype's
-            epsilon by default.
+            first takes off what float32 loses in the inverse, the next bring little. With none,
+            no method looks at condition numbers.
+        steps: the most steps of conjugate gradients; 4 dim + 20 by default, for in floating point
+            ill-conditioned systems take more than dim.
+        tolerance: residual at which they end, relative to the right side; the dtype's epsilon by
+            default.
 
     Returns:
         `[batch, time, head, value_dim]`, in the dtype that query, key and value promote to;

@@ -330,7 +330,7 @@ def ill_conditioned(gates):
     return {name: jnp.asarray(x, jnp.float32) for name, x in arguments.items()}
 
 
-@pytest.fixture(scope="module", params=["", "input", "both"])
+@pytest.fixture(scope="module", params=["input", "both"])
 def exact(request):
     """Ill-conditioned arguments and what is right, without rounding."""
     arguments = ill_conditioned(request.param)
