@@ -141,6 +141,8 @@ def _mesa(
     q, k, v, r, beta, gamma = tamed(wild, *given)
     output, condition = solved(METHODS[method], settings, q, k, v, r[:, None], beta, gamma)
     if settings.refinements:
+        if method == "scan":  # its errors stay in the state
+            condition = _largest_so_far(lax.stop_gradient(condition))
         doubtful = wild | ~(condition <= WELL_CONDITIONED[key.dtype.name])[..., None]
         output = jnp.where(doubtful, by_rotations(doubtful, *given), output)
     else:
@@ -166,10 +168,16 @@ def out_of_range(
         pair = pair if gate is None else pair | beyond(gate[..., None])
     pair |= ~((ridge >= LARGE**-3) & (ridge <= LARGE**3)).all(-1)[:, None, None]
     # what has once entered the sums stays there
-    before = lax.cummax(pair.any(3, keepdims=True).astype(int), axis=0)
-    before = jnp.concatenate([jnp.zeros_like(before[:1]), before[:-1]])
-    pair = (lax.cummax(pair.astype(int), axis=3) | before) > 0
-    return lax.stop_gradient(pair | beyond(query))
+    so_far = _largest_so_far(pair[..., 0].astype(int))[..., None] > 0
+    return lax.stop_gradient(so_far | beyond(query))
+
+
+def _largest_so_far(x: Array) -> Array:
+    """The largest entry at any time up to each, `[chunk, batch, head, time]`."""
+    within = lax.cummax(x, axis=3)
+    chunks = lax.cummax(within[..., -1:], axis=0)
+    before = jnp.concatenate([within[:1, ..., :1], chunks[:-1]])
+    return jnp.maximum(within, before)
 
 
 def tamed(wild: Array, *given: Array | None) -> list[Array | None]:

@@ -77,8 +77,9 @@ def advance(
     dim, columns = rows.shape[0], rows.shape[-1]
     new = jnp.concatenate([key, value], -1)[None]
     if input_gate is not None:
-        # the root of 0 has no derivative: 1e-40 is none of any gate's digits
-        new = new * jnp.sqrt(input_gate + 1e-40)[..., None]
+        # The root of 0 has no derivative. One of 1e-18 has one with the digits that count, and
+        # such a pair is below any ridge of a condition number that float64 can tell from infinity.
+        new = new * jnp.sqrt(input_gate + 1e-18)[..., None]
     if forget_gate is not None:
         again = jnp.sqrt(1 - forget_gate + 1e-20)[..., None] * start(ridge, 1, columns)
         rows = rows * jnp.sqrt(forget_gate + 1e-40)[..., None]
