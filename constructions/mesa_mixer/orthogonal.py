@@ -81,7 +81,9 @@ def advance(
         # such a pair is below any ridge of a condition number that float64 can tell from infinity.
         new = new * jnp.sqrt(input_gate + 1e-18)[..., None]
     if forget_gate is not None:
-        again = jnp.sqrt(1 - forget_gate + 1e-20)[..., None] * start(ridge, 1, columns)
+        # behind a barrier, or XLA adds 1 and 1e-18 first
+        left = lax.optimization_barrier(1 - forget_gate) + 1e-18
+        again = jnp.sqrt(left)[..., None] * start(ridge, 1, columns)
         rows = rows * jnp.sqrt(forget_gate + 1e-40)[..., None]
         new = jnp.concatenate([new, again], 0)
 
