@@ -53,11 +53,12 @@ def mesa(
     in reverse mode and once, and as cheap as the layer; nothing of size time x dim^2 is stored.
 
     Precision, of every method unless `refinements` is 0: in float32 the output of a sequence is
-    within 1e-4 of its largest entry, its gradients within 1e-3 (those of forget gates of exactly 1 are worse), up to condition numbers of
-    H_t + ridge of 1e11, and beyond wherever the keys themselves are well-conditioned, however small
-    the ridge is; in float64 within 1e-9. Times whose condition number may exceed 512 (float32)
-    or 2^20 (float64) are computed by rotations of the data in float64 (see `orthogonal`), token by
-    token: slower, as "scan" is. A key or value that is not finite makes outputs NaN from its time
+    within 1e-4 of its largest entry, its gradients within 1e-3 (those of forget gates of exactly 1
+    are worse), up to condition numbers of H_t + ridge of 1e11, and beyond wherever the keys
+    themselves are well-conditioned, however small the ridge is; in float64 within 1e-9. Times whose
+    condition number may exceed 512 (float32) or 2^20 (float64) are computed by rotations of the
+    data in float64 (see `orthogonal`), token by token: slower, as "scan" is. A key or value that is
+    not finite makes outputs NaN from its time
     on, none before.
 
     The default method is the chunked one without, conjugate gradients with a forget gate:
