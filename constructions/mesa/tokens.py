@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from constructions.claims import NearMiss
@@ -44,6 +45,8 @@ CODE, BASE = 40, 1e4
 GAP = 45.0
 #: Bound on the stream of deep linear attention, that of von Oswald et al. 2023.
 CLIP = 4.0
+#: Largest state: what is made of two of them, and sums of that, is still a number in float32.
+LARGEST = 1e15
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ class NextState(Construction):
             raise ValueError(
                 f"states has shape {shape}, must be [batch, time, {self.dim}] with time from 1 to "
                 f"{self.length}, the construction's length"
+            )
+        if isinstance(inputs[0], Tracer):
+            return
+        largest = float(np.max(np.abs(np.asarray(inputs[0], np.float64)), initial=0.0))
+        if largest > LARGEST:
+            raise ValueError(
+                f"states has {largest:.3g}, every entry must be from -{LARGEST:.0e} to "
+                f"{LARGEST:.0e}"
             )
 
     def context_size(self, *inputs: Any) -> int:

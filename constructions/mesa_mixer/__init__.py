@@ -7,7 +7,7 @@ chunked                exact, by products of matrices
 recursive              exact, token by token
 conjugate_gradients    for any gates
 cholesky               the reference
-safeguard              what rounding has spoilt, by conjugate gradients
+orthogonal             ill-conditioned times, and decoding: rotations of the data in float64
 problem                the linear systems of all times
 products               causal sums, chunk by chunk
 triangular             inverse Cholesky factors of many small matrices

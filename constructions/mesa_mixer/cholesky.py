@@ -8,7 +8,6 @@ from jax import Array, lax
 
 from constructions.mesa_mixer.problem import Problem, Settings, diagonal, weighted
 from constructions.mesa_mixer.products import Tokens, dot
-from constructions.mesa_mixer.safeguard import Marks, unsolved
 from constructions.mesa_mixer.triangular import inverse_cholesky
 
 
@@ -16,9 +15,7 @@ def prepare(problem: Problem) -> None:
     """Nothing: the factors of all times would be the largest array of all."""
 
 
-def solve(
-    problem: Problem, prepared: None, right: Tokens, settings: Settings
-) -> tuple[Tokens, Marks | None]:
+def solve(problem: Problem, prepared: None, right: Tokens, settings: Settings) -> Tokens:
     """x_t = L_t^-T L_t^-1 b_t with L_t L_t^T = H_t + ridge."""
     ridge = problem.ridge
     lead = problem.key.shape[:3]
@@ -37,5 +34,4 @@ def solve(
 
     weight = weighted(problem.key, problem.input_gate)
     xs = (problem.key, weight, problem.gram, within, since_start, right)
-    x = lax.scan(chunk, None, xs)[1]
-    return x, unsolved(problem, x, right) if settings.refinements else None
+    return lax.scan(chunk, None, xs)[1]

@@ -20,9 +20,7 @@ def prepare(problem: Problem) -> Tokens:
     return kept * before + dot(problem.decay.within, squares) + problem.ridge
 
 
-def solve(
-    problem: Problem, diagonal: Tokens, right: Tokens, settings: Settings
-) -> tuple[Tokens, None]:
+def solve(problem: Problem, diagonal: Tokens, right: Tokens, settings: Settings) -> Tokens:
     """x with |b - (H + ridge) x| <= tolerance |b|, or after `settings.steps` steps.
 
     A time that is done stands still while others go on: its residual is rounding error, and steps
@@ -58,4 +56,4 @@ def solve(
 
     scaled = right / diagonal
     start = (jnp.zeros((), int), jnp.zeros_like(right), right, scaled, inner(right, scaled))
-    return lax.while_loop(unfinished, step, start)[1], None
+    return lax.while_loop(unfinished, step, start)[1]

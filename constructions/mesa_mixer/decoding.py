@@ -1,5 +1,6 @@
 """The mesa layer one token at a time: what a decoder keeps, at constant cost a token."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,21 +10,23 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
 from constructions.mesa_mixer.arguments import at_least, checked, floating, ridge_of
-from constructions.mesa_mixer.recursive import absorb, apply, outer, refactor, solve_once
+from constructions.mesa_mixer.orthogonal import advance, in_double, start
 
 
 class MesaState(NamedTuple):
-    """All that the tokens so far leave behind.
+    """All that the tokens so far leave behind, to the digits of float64 in pairs of arrays.
 
     Attributes:
-        gram: H = sum zeta beta k k^T.
-        moment: sum zeta beta k v^T.
-        root: U with U U^T = (H + ridge)^-1.
+        root: R, upper triangular, with R^T R = H + ridge and H = sum zeta beta k k^T.
+        moment: Z with R^T Z = sum zeta beta k v^T (see `orthogonal`).
+        root_rest: what rounding has left of R in float32; in float64 the same, as its pair.
+        moment_rest: the same of Z.
     """
 
-    gram: Float[Array, "batch head dim dim"]
-    moment: Float[Array, "batch head dim value"]
     root: Float[Array, "batch head dim dim"]
+    moment: Float[Array, "batch head dim value"]
+    root_rest: Float[Array, "batch head dim dim"]
+    moment_rest: Float[Array, "batch head dim value"]
 
 
 def mesa_start(
@@ -46,9 +49,7 @@ def mesa_start(
     heads = ridge.shape[0]
     ridge = ridge_of(ridge, heads, dim)
     ridge = ridge.astype(jnp.promote_types(dtype or ridge.dtype, jnp.float32))
-    zero = jnp.zeros((batch, heads, dim, dim), ridge.dtype)
-    moment = jnp.zeros((batch, heads, dim, value_dim), ridge.dtype)
-    return MesaState(zero, moment, zero + outer(1 / jnp.sqrt(ridge), jnp.ones(dim)) * jnp.eye(dim))
+    return in_double(partial(_start, batch, value_dim))(ridge)
 
 
 def mesa_step(
@@ -60,17 +61,11 @@ def mesa_step(
     *,
     input_gate: ArrayLike | None = None,
     forget_gate: ArrayLike | None = None,
-    refinements: int = 1,
 ) -> tuple[MesaState, Array]:
-    """Take in the pair (k, v), answer the query: `mesa` at its newest time, less its safeguard.
+    """Take in the pair (k, v), answer the query: `mesa` at its newest time, as exact.
 
-    Where keys repeat or differ much in size, so that the condition number of H + ridge is beyond
-    1 / epsilon, digits are lost that `mesa` solves for again: in float32 the output keeps five of
-    them at a condition of 1e8, one or two at 1e10, none at 1e12.
-
-    Without a forget gate the work is dim^2, by an update of the root that is exact (see
-    `recursive`); with one, dim^3, by a new Cholesky factor. Steps of both kinds may follow each
-    other.
+    It computes in float64, whatever the tokens' dtype, by rotations (see `orthogonal`): dim^2 work
+    without a forget gate, dim^3 with one. Steps of both kinds may follow each other.
 
     Args:
         state: from `mesa_start` or the step before.
@@ -80,7 +75,6 @@ def mesa_step(
         regularization: as in `mesa_start`, and the same at every step.
         input_gate: `[batch, head]`, at least 0; ones if not given.
         forget_gate: `[batch, head]`, in (0, 1]; ones if not given.
-        refinements: as in `mesa`.
 
     Returns:
         The new state and the output, `[batch, head, value_dim]`, in the dtype that query, key and
@@ -97,12 +91,12 @@ def mesa_step(
     fits = (*key.shape, value.shape[-1])
     if state.moment.shape != fits:
         raise ValueError(f"state is of shape {state.moment.shape}, these tokens are of {fits}")
-    at_least("refinements", refinements, 0)
-    state, output = _step(state, query, key, value, ridge, beta, gamma, refinements)
+    state, output = _step(state, query, key, value, ridge, beta, gamma)
     return state, output.astype(dtype)
 
 
-@jax.jit(static_argnames="refinements")
+@jax.jit
+@in_double
 def _step(
     state: MesaState,
     query: Array,
@@ -111,14 +105,22 @@ def _step(
     ridge: Array,
     beta: Array | None,
     gamma: Array | None,
-    refinements: int,
 ) -> tuple[MesaState, Array]:
-    gram, moment, root = state
-    if gamma is not None:
-        gram, moment = (gamma[..., None, None] * x for x in (gram, moment))
-    weight = key if beta is None else beta[..., None] * key
-    gram = gram + outer(weight, key)
-    moment = moment + outer(weight, value)
-    root = absorb(root, key, beta) if gamma is None else refactor(gram, ridge)
-    solution = solve_once(gram, root, ridge, query, refinements)
-    return MesaState(gram, moment, root), apply(moment.mT, solution)
+    rows = jnp.concatenate(
+        [state.root + state.root_rest, state.moment + state.moment_rest], axis=-1
+    )
+    rows, output = advance(jnp.moveaxis(rows, 2, 0), query, key, value, ridge, beta, gamma)
+    return _packed(rows), output
+
+
+def _start(batch: int, value_dim: int, ridge: Array) -> MesaState:
+    return _packed(start(ridge, batch, ridge.shape[-1] + value_dim))
+
+
+def _packed(rows: Array) -> MesaState:
+    """Rows [R | Z] as float32 and what it leaves."""
+    rows = jnp.moveaxis(rows, 0, 2)
+    dim = rows.shape[2]
+    rounded = rows.astype(jnp.float32).astype(rows.dtype)
+    rest = rows - rounded
+    return MesaState(rounded[..., :dim], rounded[..., dim:], rest[..., :dim], rest[..., dim:])

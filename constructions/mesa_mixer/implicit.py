@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from constructions.mesa_mixer.problem import Problem, Settings, problem_of, weighted
+from constructions.mesa_mixer.problem import Problem, Settings, condition, problem_of, weighted
 from constructions.mesa_mixer.products import (
     Scalars,
     States,
@@ -43,28 +43,22 @@ from constructions.mesa_mixer.products import (
     dot,
     states,
 )
-from constructions.mesa_mixer.safeguard import Marks, repaired
 
 
 class Method(NamedTuple):
     """A way to solve the systems, and whether it allows forget gates.
 
     `prepare(problem)` is what both solves share; `solve(problem, prepared, right, settings)` gives
-    the solutions, and marks those that rounding has spoilt (or None).
+    the solutions.
     """
 
     prepare: Callable[[Problem], Any]
-    solve: Callable[[Problem, Any, Tokens, Settings], tuple[Tokens, Marks | None]]
+    solve: Callable[[Problem, Any, Tokens, Settings], Tokens]
     forgets: bool
-
-    def solved(self, problem: Problem, prepared: Any, right: Tokens, settings: Settings) -> Tokens:
-        """Solutions, those with a mark solved again."""
-        x, failed = self.solve(problem, prepared, right, settings)
-        return x if failed is None else repaired(problem, x, failed, right, settings)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def read_out(
+def solved(
     method: Method,
     settings: Settings,
     query: Tokens,
@@ -73,8 +67,8 @@ def read_out(
     ridge: Float[Array, "head 1 dim"],
     input_gate: Scalars | None,
     forget_gate: Scalars | None,
-) -> Tokens:
-    """o_t = G_t (H_t + ridge)^-1 q_t in chunks."""
+) -> tuple[Tokens, Scalars]:
+    """o_t = G_t (H_t + ridge)^-1 q_t in chunks, and bounds of the condition numbers."""
     return _forward(method, settings, query, key, value, ridge, input_gate, forget_gate)[0]
 
 
@@ -87,28 +81,29 @@ def _forward(
     ridge: Array,
     input_gate: Scalars | None,
     forget_gate: Scalars | None,
-) -> tuple[Tokens, tuple[Problem, Any, Tokens, States, Tokens]]:
+) -> tuple[tuple[Tokens, Scalars], tuple[Problem, Any, Tokens, States, Tokens]]:
     chunks, *_, chunk, _ = key.shape
     decay = decay_of(forget_gate, chunks, chunk, key.dtype)
     problem = problem_of(key, ridge, input_gate, forget_gate, decay)
     prepared = method.prepare(problem)
-    solution = method.solved(problem, prepared, query, settings)
+    solution = _finite(method.solve(problem, prepared, query, settings), settings)
     values = weighted(value, input_gate)
     moment = states(key, values, decay)
     output = causal(solution, key, values, moment, decay)
-    return output, (problem, prepared, value, moment, solution)
+    return (output, condition(problem)), (problem, prepared, value, moment, solution)
 
 
 def _backward(
     method: Method,
     settings: Settings,
     saved: tuple[Problem, Any, Tokens, States, Tokens],
-    error: Tokens,
+    errors: tuple[Tokens, Scalars],
 ) -> tuple[Array | None, ...]:
+    error, _ = errors
     problem, prepared, value, moment, solution = saved
     key, beta, decay = problem.key, problem.input_gate, problem.decay
     right = causal(error, weighted(value, beta), key, moment.mT, decay)
-    adjoint = method.solved(problem, prepared, right, settings)
+    adjoint = _finite(method.solve(problem, prepared, right, settings), settings)
     d_ridge = -(solution * adjoint).sum((0, 1, 3))[:, None]
 
     pair = jnp.concatenate([value, -key], -1)
@@ -125,6 +120,14 @@ def _backward(
         before = jnp.concatenate([moment, -problem.gram], -1)
         d_gamma = _of_forget_gate(problem, pair, cotangent, solution, before, after)
     return adjoint, d_key, d_value, d_ridge, d_beta, d_gamma
+
+
+def _finite(x: Tokens, settings: Settings) -> Tokens:
+    """Solutions without those that overflowed, where `mesa` takes these times from elsewhere.
+
+    Their cotangents are 0 there, and a product with 0 has to be 0.
+    """
+    return jnp.where(jnp.isfinite(x), x, 0) if settings.refinements else x
 
 
 def _of_forget_gate(
@@ -154,4 +157,4 @@ def _of_forget_gate(
     return passed / gate
 
 
-read_out.defvjp(_forward, _backward)
+solved.defvjp(_forward, _backward)

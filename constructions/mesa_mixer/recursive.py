@@ -8,8 +8,7 @@ without forgetting changes it by (Potter's form of the Sherman-Morrison update)
 since (I - c a a^T)^2 = I - beta a a^T / alpha for c = beta / (alpha + sqrt(alpha)). The inverse
 that it stands for cannot become indefinite, as the inverse itself does in float32 after many
 updates.
-With a forget gate, and a ridge that stays, the inverse has no such update, and U = L^-T is taken
-from the Cholesky factor of H + ridge.
+With a forget gate, and a ridge that stays, the inverse has no such update.
 """
 
 import jax
@@ -19,8 +18,6 @@ from jaxtyping import Float
 
 from constructions.mesa_mixer.problem import Problem, Settings, diagonal
 from constructions.mesa_mixer.products import Tokens
-from constructions.mesa_mixer.safeguard import Marks, unsolved
-from constructions.mesa_mixer.triangular import inverse_cholesky
 
 Vector = Float[Array, "*heads dim"]
 Matrix = Float[Array, "*heads dim dim"]
@@ -46,11 +43,6 @@ def absorb(root: Matrix, key: Vector, input_gate: Scalar | None) -> Matrix:
     return root - share[..., None, None] * outer(apply(root, seen), seen)
 
 
-def refactor(gram: Matrix, ridge: Float[Array, "head dim"]) -> Matrix:
-    """U = L^-T for L L^T = H + ridge."""
-    return inverse_cholesky(gram + diagonal(ridge[:, None]), ridge).mT
-
-
 def solve_once(
     gram: Matrix, root: Matrix, ridge: Float[Array, "head dim"], right: Vector, refinements: int
 ) -> Vector:
@@ -72,9 +64,7 @@ def _over_time(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def solve(
-    problem: Problem, prepared: None, right: Tokens, settings: Settings
-) -> tuple[Tokens, Marks | None]:
+def solve(problem: Problem, prepared: None, right: Tokens, settings: Settings) -> Tokens:
     """x_t with the updated root, without forget gates."""
     ridge = problem.ridge[:, 0]
     shape = (*problem.key.shape[1:3], *diagonal(problem.ridge).shape[-2:])
@@ -92,5 +82,4 @@ def solve(
     )
     xs = jax.tree.map(_over_time, (problem.key, problem.input_gate, right))
     x = lax.scan(step, start, xs)[1]
-    x = jnp.moveaxis(x.reshape(right.shape[0], right.shape[3], *x.shape[1:]), 1, 3)
-    return x, unsolved(problem, x, right) if settings.refinements else None
+    return jnp.moveaxis(x.reshape(right.shape[0], right.shape[3], *x.shape[1:]), 1, 3)

@@ -120,6 +120,13 @@ def test_back_ends_and_certificate(tokens, make):
             np.testing.assert_allclose(other["prediction"][:, read], expected, atol=1e-12)
 
 
+def test_certificate_at_a_tiny_regularization():
+    certificate = verify(MesaRidge(4, 16, tokens="constructed", regularization=1e-9), batch=64)
+    assert certificate.passed
+    assert max(error.max_rel_error for error in certificate.errors) < 1e-6
+    assert max(error.tolerance for error in certificate.errors) <= 1e-2
+
+
 @pytest.mark.parametrize("make", [MesaRidge, MesaPolynomial])
 def test_later_states_change_nothing_and_rotations_carry_over(x64, make):
     c = make(3, 9)
@@ -238,6 +245,9 @@ def test_bad_settings_are_named(make, message):
         (np.zeros((2, 3, 3), complex), "states has dtype complex128, must be real"),
         (np.zeros((2, 0, 3)), "with time from 1 to 9"),
         (np.zeros((2, 10, 3)), "with time from 1 to 9, the construction's length"),
+        (np.full((2, 3, 3), 10**30, object), "states has dtype object, must be real"),
+        (np.full((2, 3, 3), 2**62), r"states has 4.61e\+18, every entry must be from"),
+        (np.full((2, 3, 3), -np.inf), "states holds NaN or infinite values"),
         (np.full((2, 3, 3), np.nan), "states holds NaN or infinite values"),
     ],
 )

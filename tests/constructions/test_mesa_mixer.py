@@ -1,6 +1,7 @@
 """The mesa layer against direct solves, its methods against each other, gradients, decoding."""
 
 import inspect
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,11 @@ import pytest
 
 from constructions.mesa_mixer import (
     METHODS,
-    cholesky,
     mesa,
     mesa_attention,
     mesa_start,
     mesa_step,
 )
-from constructions.mesa_mixer.implicit import Method
 from constructions.mesa_mixer.triangular import inverse_cholesky
 
 GATED = [name for name, method in METHODS.items() if method.forgets]
@@ -281,16 +280,158 @@ def test_degenerate_keys_stay_finite(method, gates, dtype, kind):
     assert relative(output, direct(**plain)) < 0.05  # without safeguards hundreds, or NaN
 
 
-@pytest.mark.parametrize("gates", ["", "input", "forget", "both"])
-def test_what_is_spoilt_is_solved_again_with_the_same_gates(x64, monkeypatch, gates):
-    def spoilt(problem, prepared, right, settings):
-        x, _ = cholesky.solve(problem, prepared, right, settings)
-        failed = jnp.zeros((*x.shape[:-1], 1), bool).at[..., ::2, :].set(True)
-        return jnp.where(failed, jnp.nan, x), failed
+def in_fractions(query, key, value, ridge, beta=None, gamma=None):
+    """One sequence `[time, dim]` without any rounding, but for the last."""
+    q, k, v = (
+        [[Fraction(float(number)) for number in row] for row in x] for x in (query, key, value)
+    )
+    dim, found, weights = len(k[0]), [], []
+    for t, asked in enumerate(q):
+        kept = Fraction(1 if gamma is None else float(gamma[t]))
+        weights = [kept * w for w in weights] + [Fraction(1 if beta is None else float(beta[t]))]
+        rows = []
+        for i in range(dim):
+            terms = [w * pair[i] for w, pair in zip(weights, k, strict=False)]
+            row = [sum(a * k[s][j] for s, a in enumerate(terms)) for j in range(dim)]
+            row[i] += Fraction(float(np.broadcast_to(ridge, dim)[i]))
+            rows.append(
+                row + [sum(a * v[s][j] for s, a in enumerate(terms)) for j in range(len(v[0]))]
+            )
+        for i in range(dim):  # positive definite: no pivoting
+            rows[i] = [x / rows[i][i] for x in rows[i]]
+            for j in range(dim):
+                if j != i:
+                    rows[j] = [x - rows[j][i] * y for x, y in zip(rows[j], rows[i], strict=True)]
+        weight = [row[dim:] for row in rows]
+        found.append(
+            [
+                float(sum(a * w[j] for a, w in zip(asked, weight, strict=True)))
+                for j in range(len(v[0]))
+            ]
+        )
+    return np.array(found)
 
-    monkeypatch.setitem(METHODS, "spoilt", Method(cholesky.prepare, spoilt, forgets=True))
-    arguments = draw(11, gates=gates)
-    assert relative(mesa(**arguments, method="spoilt", chunk=4), direct(**arguments)) < 1e-11
+
+def ill_conditioned(gates):
+    """Sequences of 9 tokens in 4 dimensions, heads of several ridges: scaled keys, and repeated."""
+    rng = np.random.default_rng(3)
+    query, key, value = rng.normal(size=(3, 5, 9, 4, 4))
+    key = key * np.array([1e-3, 1, 1e3, 1, 1])[:, None, None, None]
+    key[3] = key[3, :1]
+    key[4] = key[4, np.arange(9) % 2]
+    ridge = np.array([[1.0] * 4, [1e-4] * 4, [1e-6] * 4, [1e-8, 1e-2, 1e-8, 1e-5]])
+    arguments = {"query": query, "key": key, "value": value, "regularization": ridge}
+    if gates in ("input", "both"):
+        arguments["input_gate"] = rng.uniform(0.1, 2, (5, 9, 4))
+        arguments["input_gate"][:, 2] = 0
+    if gates == "both":
+        arguments["forget_gate"] = rng.uniform(0.1, 1, (5, 9, 4))
+        arguments["forget_gate"][:, 4:6] = [[1], [1e-9]]
+    return {name: jnp.asarray(x, jnp.float32) for name, x in arguments.items()}
+
+
+@pytest.fixture(scope="module", params=["input", "both"])
+def exact(request):
+    """Ill-conditioned arguments and what is right, without rounding."""
+    arguments = ill_conditioned(request.param)
+    given = {name: np.asarray(x) for name, x in arguments.items()}
+    gates = [given.get(name) for name in NAMES[4:]]
+    right = np.zeros(given["value"].shape)
+    for b, h in np.ndindex(5, 4):
+        tokens = (given[name][b, :, h] for name in NAMES[:3])
+        one = (None if g is None else g[b, :, h] for g in gates)
+        right[b, :, h] = in_fractions(*tokens, given["regularization"][h], *one)
+    return request.param, arguments, right
+
+
+def largest_error(output, right):
+    """Over all sequences, relative to the largest output of each."""
+    error = np.abs(np.asarray(output, np.float64) - right).max((1, 3))
+    return float((error / np.abs(right).max((1, 3))).max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_keeps_four_digits_at_any_condition(exact, method):
+    gates, arguments, right = exact
+    if gates == "both" and not METHODS[method].forgets:
+        pytest.skip("no forget gate")
+    assert largest_error(mesa(**arguments, method=method, chunk=4), right) < 1e-4
+
+
+def test_weights_and_steps_keep_their_digits(exact):
+    _, arguments, right = exact
+    tokens = dict(arguments)
+    ridge, value = tokens.pop("regularization"), tokens.pop("value")
+    weights = mesa_attention(**tokens, regularization=ridge)
+    found = np.einsum("bhts,bshv->bthv", np.asarray(weights, np.float64), value)
+    assert largest_error(found, right) < 1e-4
+
+    def step(state, now):
+        return mesa_step(state, regularization=ridge, **now)
+
+    by_time = {name: jnp.moveaxis(x, 1, 0) for name, x in (tokens | {"value": value}).items()}
+    found = jax.jit(lambda x: jax.lax.scan(step, mesa_start(5, 4, 4, ridge), x)[1])(by_time)
+    assert largest_error(np.moveaxis(np.asarray(found), 0, 1), right) < 1e-4
+
+
+def test_gradients_keep_their_digits(exact):
+    """Against float64, which has them up to conditions of 1e10: not the largest keys here."""
+    gates, arguments, _ = exact
+    kept = {
+        n: x if n == "regularization" else x[np.array([0, 1, 3, 4])] for n, x in arguments.items()
+    }
+    loss, values = loss_of(mesa, kept, chunk=4)
+    found = jax.grad(loss)(values)
+    weight = np.asarray(jax.random.normal(jax.random.key(7), kept["value"].shape))
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in values]
+
+        def other(values):
+            return (differentiable(**dict(zip(kept, values, strict=True))) * weight).sum()
+
+        right = jax.grad(other)(wide)
+    for name, one, expected in zip(kept, found, right, strict=True):
+        assert np.isfinite(one).all(), name
+        one, expected = (np.asarray(x, np.float64) for x in (one, expected))
+        if name == "forget_gate":
+            continue  # known to be short: an open gate among ill-conditioned keys has two digits
+        if name == "regularization":
+            assert relative(one[:2], expected[:2]) < 1e-3
+            continue
+        axes = tuple(range(1, one.ndim)) if one.ndim == 3 else (1, 3)
+        scale = np.abs(expected).max(axes if one.ndim == 4 else 1)
+        error = np.abs(one - expected).max(axes if one.ndim == 4 else 1)
+        assert (error / scale).max() < 1e-3, name
+
+
+def test_one_pair_in_float32():
+    k, q = jnp.array([3.0, 1, 2]), jnp.array([1.0, -2, 4])
+    for ridge in (1e-4, 1e-6, 1e-8):
+        found = mesa(*(x[None, None, None] for x in (q, k, jnp.ones(1))), jnp.full(1, ridge))
+        assert float(found[0, 0, 0, 0]) == pytest.approx(9 / (14 + ridge), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_not_finite_changes_nothing_before(name):
+    arguments = {n: x.astype(jnp.float32) for n, x in draw(5, gates="").items()}
+    before = mesa(**arguments)
+    for wrong in (jnp.nan, jnp.inf):
+        broken = arguments | {name: arguments[name].at[:, 7].set(wrong)}
+        after = mesa(**broken)
+        np.testing.assert_array_equal(before[:, :7], after[:, :7])
+        assert not np.isfinite(after[:, 7]).any()
+
+
+def test_large_and_small_keys_do_not_overflow():
+    arguments = {n: x.astype(jnp.float32) for n, x in draw(6, gates="", diagonal=False).items()}
+    key, ridge = arguments["key"], arguments["regularization"]
+    expected = mesa(**arguments | {"regularization": 1e-4 * ridge})
+    for size in (1e15, 1e18):
+        scaled = {"key": key * size, "query": arguments["query"] * size}
+        found = mesa(**arguments | scaled | {"regularization": ridge * jnp.float32(1e-4)})
+        limit = mesa(**arguments | {"regularization": 1e-30 * ridge})
+        np.testing.assert_allclose(found, limit, rtol=1e-4, atol=1e-5)
+    assert np.isfinite(expected).all()
 
 
 @pytest.mark.parametrize("gates", ["", "both"])
@@ -346,7 +487,7 @@ def test_half_precision_is_computed_in_float32():
     start = mesa_start(2, 5, 4, ridge, jnp.bfloat16)
     now, exact = ({name: x[:, 0] for name, x in a.items() if name in full} for a in (half, full))
     state, output = mesa_step(start, regularization=ridge, **now)
-    assert state.gram.dtype == state.moment.dtype == state.root.dtype == jnp.float32
+    assert state.moment.dtype == state.root.dtype == state.root_rest.dtype == jnp.float32
     assert output.dtype == jnp.bfloat16
     expected = mesa_step(start, regularization=ridge, **exact)[1]
     np.testing.assert_array_equal(output, expected.astype(jnp.bfloat16))
