@@ -86,6 +86,8 @@ def transformer(config, arrays, stream, groups):
                 stored = arrays["segments"][s]["layers"][p]
                 weights = _pick(stored, 0 if segment.tied else repeat)
                 stream, found = _layer(layer, weights, stream, groups, config.token_groups)
+                if config.clip is not None:
+                    stream = np.clip(stream, -config.clip, config.clip)
                 sites.append(found)
     before = stream
     if config.final_norm is not None:

@@ -27,8 +27,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 from hypothesis.internal.conjecture import engine
 
-ROUND = 250
-engine.MAX_SHRINKING_SECONDS = 60  # five minutes by default, which one processor does not have
+ROUND = 100
+engine.MAX_SHRINKING_SECONDS = 30  # five minutes by default, which one processor does not have
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
 COUNTS: Counter[str] = Counter()
 SECONDS: Counter[str] = Counter()
@@ -84,6 +84,7 @@ def fuzz(*, quick: int, share: float, **drawn: Any) -> Callable:
 def _rounds(name: str, wanted: int, prop: Callable, drawn: Any) -> None:
     """Rounds of new examples; fails at the end with all that was found."""
     found: dict[str, str] = {}
+    print(f"\n{name}: {wanted} examples, seed {seed()}", flush=True)
     for number in range(-(-wanted // ROUND)):
         own = settings(
             max_examples=min(ROUND, wanted - number * ROUND),

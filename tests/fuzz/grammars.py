@@ -142,25 +142,19 @@ def cases(draw: Any, tiny: bool = True) -> Case:
 def _used(given: dict[str, dict[tuple[Any, ...], float]]) -> dict[str, dict[tuple, float]]:
     """Rules whose symbols derive words and are reached from S."""
     able: set[str] = set()
+
+    def derives(right: tuple[Any, ...]) -> bool:
+        return all(not isinstance(x, str) or x in able for x in right)
+
     for _ in given:
-        able |= {a for a, own in given.items()
-                 if any(all(not isinstance(x, str) or x in able for x in r) for r in own)}  # fmt: skip
+        able |= {a for a, own in given.items() if any(map(derives, own))}
     kept = {
-        a: {r: p for r, p in own.items() if all(not isinstance(x, str) or x in able for x in r)}
-        for a, own in given.items()
-        if a in able
+        a: {r: p for r, p in own.items() if derives(r)} for a, own in given.items() if a in able
     }
-    reached: list[str] = ["S"] if "S" in kept else []
-    for a in reached:
-        reached += [x for r in kept[a] for x in r if isinstance(x, str) and x not in reached]
-        reached = list(dict.fromkeys(reached))
-    order = [*reached]
-    while True:
-        more = [x for a in order for r in kept[a] for x in r if isinstance(x, str)]
-        new = list(dict.fromkeys([*order, *more]))
-        if new == order:
-            return {a: kept[a] for a in order}
-        order = new
+    reached = {"S"} & able
+    for _ in given:
+        reached |= {x for a in reached for r in kept[a] for x in r if isinstance(x, str)}
+    return {a: own for a, own in kept.items() if a in reached}
 
 
 def marginals(found: list[Derivation]) -> dict[tuple[int, int, str], float]:

@@ -54,7 +54,9 @@ def _evaluate(jaxpr: Jaxpr, consts: Any, arguments: Any) -> list[np.ndarray]:
 def _called(name: str) -> Callable:
     def call(*inputs: Any, **params: Any) -> list[np.ndarray]:
         inner = params[name]
-        return evaluate(inner, *inputs) if hasattr(inner, "consts") else _evaluate(inner, [], inputs)
+        return (
+            evaluate(inner, *inputs) if hasattr(inner, "consts") else _evaluate(inner, [], inputs)
+        )
 
     return call
 
@@ -113,13 +115,15 @@ def _broadcast(a: Any, *_: Any, shape: Any, broadcast_dimensions: Any, **params:
     return np.broadcast_to(a.reshape(full), shape)
 
 
-def _pad(a: Any, fill: Any, padding_config: Any) -> np.ndarray | None:
-    shape = [low + high + n + max(n - 1, 0) * inside
-             for n, (low, high, inside) in zip(a.shape, padding_config, strict=True)]  # fmt: skip
-    assert all(low >= 0 and high >= 0 for low, high, _ in padding_config)
+def _pad(a: Any, fill: Any, padding_config: Any) -> np.ndarray:
+    shape, places = [], []
+    for n, (low, high, inside) in zip(a.shape, padding_config, strict=True):
+        assert low >= 0 and high >= 0
+        size = n + max(n - 1, 0) * inside
+        shape.append(low + size + high)
+        places.append(slice(low, low + size, inside + 1))
     out = np.full(shape, fill, a.dtype)
-    out[tuple(slice(low, low + max(n + (n - 1) * inside, 0), inside + 1)
-              for n, (low, _, inside) in zip(a.shape, padding_config, strict=True))] = a  # fmt: skip
+    out[tuple(places)] = a
     return out
 
 

@@ -310,7 +310,9 @@ def cases(draw: Any) -> Case:
     program = Program(slots, layers, loops, groups)
     batch, tokens = 2, draw(st.integers(1, 5))
     shared = draw(st.booleans())
-    kinds = draw(st.lists(st.integers(0, len(groups) - 1), min_size=2 * tokens, max_size=2 * tokens))
+    kinds = draw(
+        st.lists(st.integers(0, len(groups) - 1), min_size=2 * tokens, max_size=2 * tokens)
+    )
     kind = np.array(kinds).reshape(2, tokens)
     kind = np.broadcast_to(kind[0], kind.shape) if shared else kind
     rng, values = np.random.default_rng(draw(seeds)), {}

@@ -36,7 +36,7 @@ def grammar(case: Case) -> Grammar:
 
 
 def padded(g: Grammar) -> Weights:
-    """The weights with symbols that nothing reaches, so that all grammars share what is compiled."""
+    """The weights with symbols that nothing reaches: all grammars then share what is compiled."""
     n, p, v = len(g.nonterminals), len(g.preterminals), len(g.vocabulary)
     assume(n <= SIZES[0] and p <= SIZES[1])
     place = np.r_[:n, SIZES[0] : SIZES[0] + p]
@@ -125,10 +125,10 @@ def test_most_probable_trees(case: Case) -> None:
         best = jax.tree.map(np.asarray, chart.viterbi(weights, *given))
     n = len(g.nonterminals)
 
-    def own(symbols: np.ndarray) -> np.ndarray:
+    def moved(symbols: np.ndarray) -> np.ndarray:
         return np.where(symbols >= SIZES[0], symbols - SIZES[0] + n, symbols)
 
-    best = best._replace(top=own(best.top), left=own(best.left), right=own(best.right))
+    best = best._replace(top=moved(best.top), left=moved(best.left), right=moved(best.right))
     (tree,) = chart.viterbi_trees(g, best, given[1])
     derivations = case.derivations()
     if not derivations:
@@ -136,7 +136,9 @@ def test_most_probable_trees(case: Case) -> None:
         return
     assert tree is not None
     highest = log_of(max(d.probability for d in derivations))
-    assert log_of(probability(case, g.restore(tree))) == pytest.approx(highest, rel=1e-10, abs=1e-10)
+    assert log_of(probability(case, g.restore(tree))) == pytest.approx(
+        highest, rel=1e-10, abs=1e-10
+    )
     assert g.normalise(g.restore(tree)) == tree
 
 

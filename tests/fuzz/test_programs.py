@@ -17,7 +17,7 @@ from constructions.evaluator import evaluate
 from constructions.program import Program
 from constructions.slots import Slot
 
-LARGEST = 1e6  # beyond it rounding decides what comes out of a softmax
+LARGEST = 1e4  # beyond it rounding decides what comes out of a softmax or a solve
 
 
 def embedded(case: Case) -> np.ndarray:
@@ -74,9 +74,12 @@ def test_programs(case: Case, way: str) -> None:
         event("refused")
         return
     sizes: list[float] = []
-    with np.errstate(all="ignore"):
-        wanted = plain_numpy.interpret(program, case.values, case.groups, sizes)
-    assume(max(sizes) < LARGEST)  # no NaN either
+    try:
+        with np.errstate(all="ignore"):
+            wanted = plain_numpy.interpret(program, case.values, case.groups, sizes)
+    except np.linalg.LinAlgError:  # of a mesa head whose keys have grown without bound
+        wanted = {}
+    assume(wanted and max(sizes) < LARGEST)  # no NaN either
     stream = embedded(case)
     with jax.enable_x64(True):
         model = compile_program(program, "float64")
