@@ -66,14 +66,14 @@ def fuzz(*, quick: int, share: float, **drawn: Any) -> Callable:
             settings(**own)(given(**drawn)(counted))()
 
         def test() -> None:
-            start = time.monotonic()
+            start = time.process_time()
             try:
                 if not examples():
                     tried(max_examples=quick, derandomize=True)
                 else:
                     _rounds(name, max(1, round(share * examples())), counted, drawn)
             finally:
-                SECONDS[name] += time.monotonic() - start
+                SECONDS[name] += time.process_time() - start
 
         test.__name__, test.__doc__, test.__module__ = prop.__name__, prop.__doc__, prop.__module__
         return test
@@ -158,6 +158,6 @@ def summary() -> list[str]:
         return []
     lines = [f"seed {seed()}" if examples() else "the examples of the suite; more with `make fuzz`"]
     for name, count in sorted(COUNTS.items()):
-        took = f" in {SECONDS[name]:.0f} s" if name in SECONDS else ""
+        took = f" in {SECONDS[name]:.1f} s of processor time" if name in SECONDS else ""
         lines.append(f"{count:7d} {name}{took}")
     return lines

@@ -90,7 +90,7 @@ def assert_posterior(case: Case, g: Grammar, found: np.ndarray) -> None:
             np.testing.assert_allclose(found[place, : len(wanted)], wanted, **CLOSE)
 
 
-@fuzz(quick=25, share=0.25, case=cases())
+@fuzz(quick=15, share=0.25, case=cases())
 def test_charts(case: Case) -> None:
     g = grammar(case)
     derivations = case.derivations()
@@ -115,7 +115,7 @@ def test_charts(case: Case) -> None:
         assert spans.get(key, 0.0) == pytest.approx(wanted.get(key, 0.0), rel=1e-9, abs=1e-12), key
 
 
-@fuzz(quick=25, share=0.25, case=cases())
+@fuzz(quick=15, share=0.25, case=cases())
 def test_most_probable_trees(case: Case) -> None:
     """Their probability, rule by rule of the grammar itself, is the highest."""
     g = grammar(case)
@@ -142,7 +142,7 @@ def test_most_probable_trees(case: Case) -> None:
     assert g.normalise(g.restore(tree)) == tree
 
 
-@fuzz(quick=3, share=0.025, case=cases(tiny=False))
+@fuzz(quick=1, share=0.025, case=cases(tiny=False))
 def test_construction(case: Case) -> None:
     """The same posterior and marginals by the program, slot by slot and compiled."""
     g = grammar(case)
