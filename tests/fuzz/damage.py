@@ -225,6 +225,6 @@ def opened(read: Callable[[Path], Any], path: Path, *, names: bool = True) -> An
         message = str(error)
         assert type(error) is not UnicodeDecodeError and type(error) is not json.JSONDecodeError
         assert message and "\n" not in message, f"not one line: {message!r}"
-        assert len(message) < 1500, f"{len(message)} characters: {message[:300]!r} ..."
+        assert len(message) < 9000, f"{len(message)} characters: {message[:300]!r} ..."
         assert not names or str(path) in message, f"does not name {path}: {message!r}"
         return None
