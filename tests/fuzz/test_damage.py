@@ -79,12 +79,12 @@ def survives(original: Path, changes: list[Damage], read: Callable, same: Callab
             assert found is not None and same(found) == same(read(original))
 
 
-@fuzz(quick=12, share=0.1, changes=damages())
+@fuzz(quick=8, share=0.1, changes=damages())
 def test_runs(changes: list[Damage]) -> None:
     survives(run_folder(), changes, load_run, of_run)
 
 
-@fuzz(quick=3, share=0.03, changes=damages())
+@fuzz(quick=2, share=0.03, changes=damages())
 def test_checkpoints(changes: list[Damage]) -> None:
     survives(run_folder(), changes, load_checkpoints, of_checkpoints)
 

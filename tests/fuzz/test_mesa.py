@@ -118,7 +118,7 @@ def found(p: Problem, way: str, dtype: Any) -> np.ndarray:
     return np.stack(out)
 
 
-@fuzz(quick=20, share=0.25, problem=problems(), double=st.booleans())
+@fuzz(quick=10, share=0.25, problem=problems(), double=st.booleans())
 def test_mesa(problem: Problem, double: bool) -> None:
     """Within 100 epsilon cond(H + ridge) where that says something; finite everywhere."""
     double = double and examples() > 0  # which would compile everything once more
@@ -135,7 +135,7 @@ def test_mesa(problem: Problem, double: bool) -> None:
             out = found(problem, way, dtype)
             assert np.isfinite(out).all(), f"{way}: not finite"
             size = np.abs(weights) @ np.abs(v).max(1, keepdims=True)
-            size = np.maximum(size, np.finfo(dtype).tiny)
+            size = np.maximum(size, 1e-30)  # where a gate of 0 lets nothing in
             error = (np.abs(out - weights @ v) / size).max(1)
             rounding = np.finfo(dtype).eps * conditions
             for t in range(TIME):

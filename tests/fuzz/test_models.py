@@ -103,7 +103,7 @@ def cases(draw: Any) -> Case:
     )  # fmt: skip
 
 
-@fuzz(quick=5, share=0.1, case=cases())
+@fuzz(quick=3, share=0.1, case=cases())
 def test_models(case: Case) -> None:
     with np.errstate(all="ignore"):
         try:

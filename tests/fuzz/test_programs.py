@@ -64,7 +64,7 @@ def agree(case: Case, found, wanted, what: str) -> None:
         assert worst <= 1e-8 * largest, f"{what}: slot {slot.name} is off by {worst:.2e}"
 
 
-@fuzz(quick=20, share=1.0, case=cases(), way=st.sampled_from(("static", "traced", "stream")))
+@fuzz(quick=12, share=1.0, case=cases(), way=st.sampled_from(("static", "traced", "stream")))
 def test_programs(case: Case, way: str) -> None:
     program = case.program
     try:
