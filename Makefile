@@ -3,10 +3,12 @@
 #   make demo                     compare construction and trained counterpart, every family
 #   make test PYTHON=python3.12   lint, types, tests and notebooks, on the interpreter named
 #   make test-all                 the tests marked slow too
+#   make fuzz EXAMPLES=20000      that many random programs, a quarter of grammars, damaged files
+#                                 and others, in one process; SEED=7 repeats a run
 #   make setup EXTRAS=dev,notebooks,cuda12
 
 .DEFAULT_GOAL := demo
-.PHONY: setup demo test test-all lint notebooks bench clean
+.PHONY: setup demo test test-all fuzz lint notebooks bench clean
 .SUFFIXES:
 
 SHELL   = /bin/sh
@@ -14,6 +16,8 @@ PYTHON ?= python3
 EXTRAS ?= dev,notebooks
 WORKERS ?= 2
 PYTEST_ARGS ?=
+EXAMPLES ?= 20000
+SEED ?=
 
 BIN   = .venv/bin
 STAMP = .venv/installed
@@ -49,6 +53,9 @@ test: lint
 
 test-all: lint
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+fuzz: setup
+	@ORRERY_FUZZ=$(EXAMPLES) ORRERY_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/fuzz $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check --quiet .

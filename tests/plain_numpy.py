@@ -5,9 +5,12 @@
 that it shows what a program means, whatever the layout of the stream.
 """
 
+import itertools
 import math
 
 import numpy as np
+
+from constructions.program import HeadFamily
 
 ACTIVATIONS = {
     "identity": lambda u: u,
@@ -15,6 +18,8 @@ ACTIVATIONS = {
     "gelu": lambda u: 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))),
     "tanh": np.tanh,
     "square": lambda u: u * u,
+    "relu_derivative": lambda u: np.where(u > 0, 1.0, 0.0),
+    "gelu_derivative": lambda u: np.imag(ACTIVATIONS["gelu"](u + 1e-30j)) / 1e-30,
 }
 
 
@@ -81,6 +86,8 @@ def transformer(config, arrays, stream, groups):
                 stored = arrays["segments"][s]["layers"][p]
                 weights = _pick(stored, 0 if segment.tied else repeat)
                 stream, found = _layer(layer, weights, stream, groups, config.token_groups)
+                if config.clip is not None:
+                    stream = np.clip(stream, -config.clip, config.clip)
                 sites.append(found)
     before = stream
     if config.final_norm is not None:
@@ -174,11 +181,11 @@ def _layer(layer, weights, stream, groups, token_groups):
     return np.stack(result), found
 
 
-def interpret(program, values, groups):
+def interpret(program, values, groups, sizes=None):
     """Values of all slots, {name: [batch, token, size]}, after the last layer.
 
     `values` holds the slots of the embedding; other slots start at zero. `groups` is
-    `[batch, token]`.
+    `[batch, token]`. The largest number before and after every layer is added to the list `sizes`.
     """
     names = np.asarray(program.token_groups)[groups]
     batch, tokens = names.shape
@@ -193,7 +200,12 @@ def interpret(program, values, groups):
             out = out + np.asarray(m) @ state[slot][b, i]
         return out
 
+    def record():
+        if sizes is not None:
+            sizes.append(max(np.abs(v).max(initial=0) for v in state.values()))
+
     for _, layer in program.unrolled():
+        record()
         if layer.norm is not None:
             norm = layer.norm
             new = np.array(
@@ -218,6 +230,12 @@ def interpret(program, values, groups):
                     acts = head.queries is None or kinds[i] in head.queries
                     return acts and (near and seen or kinds[j] in head.sinks)
 
+                if isinstance(head, HeadFamily):
+                    for i, j in itertools.product(range(tokens), repeat=2):
+                        for left, right, tensor in head.terms if sees(i, j) else ():
+                            pair = np.outer(state[left][b, i], state[right][b, j])
+                            after[head.write][b, i] += (tensor * pair).sum((1, 2))
+                    continue
                 q, k, v, *factor = (
                     np.stack([evaluate(expr, state, b, i) for i in range(tokens)])
                     for expr in (head.query, head.key, head.value, *(head.factor or ()))
@@ -242,4 +260,5 @@ def interpret(program, values, groups):
                     for slot, m in layer.mlp.write.items():
                         after[slot][b, i] += np.asarray(m) @ u
             state = after
+    record()
     return {slot.name: value for slot, value in state.items()}
