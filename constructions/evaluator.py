@@ -234,7 +234,7 @@ class _Machine:
         queries, keys, single = self.pairs(family)
         if not (len(queries) and len(keys)):
             return
-        shared: dict[int, list[tuple[Slot, Slot, np.ndarray]]] = {}
+        shared: dict[int, list[tuple[Slot, Slot, np.ndarray | Array]]] = {}
         for term in family.terms:
             shared.setdefault(id(term[2]), []).append(term)
         if single:
