@@ -24,8 +24,17 @@ if TYPE_CHECKING:
     from constructions.claims import Evidence as Evidence
     from constructions.claims import Measurement as Measurement
     from constructions.claims import NearMiss as NearMiss
-    from constructions.compiler import compile_program as compile_program
-    from constructions.evaluator import evaluate as evaluate
+    from constructions.core.compile import compile_program as compile_program
+    from constructions.core.evaluate import evaluate as evaluate
+    from constructions.core.layer import mesa as mesa
+    from constructions.core.program import Head as Head
+    from constructions.core.program import Layer as Layer
+    from constructions.core.program import Mlp as Mlp
+    from constructions.core.program import Norm as Norm
+    from constructions.core.program import Program as Program
+    from constructions.core.slots import Slots as Slots
+    from constructions.core.softmax import soften as soften
+    from constructions.core.transformer import Transformer as Transformer
     from constructions.family import Certificate as Certificate
     from constructions.family import Construction as Construction
     from constructions.family import Counterpart as Counterpart
@@ -33,33 +42,23 @@ if TYPE_CHECKING:
     from constructions.family import Family as Family
     from constructions.family import Place as Place
     from constructions.family import verify as verify
-    from constructions.mixers import mesa as mesa
-    from constructions.program import Head as Head
-    from constructions.program import Layer as Layer
-    from constructions.program import Mlp as Mlp
-    from constructions.program import Norm as Norm
-    from constructions.program import Program as Program
     from constructions.runs import Run as Run
     from constructions.runs import fit_family as fit_family
     from constructions.runs import load_checkpoints as load_checkpoints
     from constructions.runs import load_run as load_run
-    from constructions.slots import Slots as Slots
-    from constructions.soften import soften as soften
     from constructions.softened import Softened as Softened
     from constructions.tint import TrainedAuxiliary as TrainedAuxiliary
     from constructions.tint import load_auxiliary as load_auxiliary
     from constructions.tint import save_auxiliary as save_auxiliary
-    from constructions.transformer import Transformer as Transformer
     from probes.comparison import compare as compare
     from probes.ledger import ledger as ledger
     from probes.report import write_report as write_report
     from probes.tools import TOOLS as TOOLS
-    from synthetic import chart as chart
-    from synthetic.grammar import Grammar as Grammar
-    from synthetic.recipe import Recipe as Recipe
-    from synthetic.task import Batch as Batch
-    from synthetic.task import Task as Task
-    from synthetic.train import fit as fit
+    from synthetic.fitting.recipe import Recipe as Recipe
+    from synthetic.fitting.train import fit as fit
+    from synthetic.grammar.grammar import Grammar as Grammar
+    from synthetic.tasks.task import Batch as Batch
+    from synthetic.tasks.task import Task as Task
 
 PACKAGES = ("constructions", "synthetic", "probes")
 
@@ -67,26 +66,26 @@ PACKAGES = ("constructions", "synthetic", "probes")
 HOMES = {
     "constructions": "CATALOGUE",
     "constructions.claims": "Claim Evidence Measurement NearMiss",
-    "constructions.compiler": "compile_program",
-    "constructions.evaluator": "evaluate",
+    "constructions.core.compile": "compile_program",
+    "constructions.core.evaluate": "evaluate",
     "constructions.family": "Certificate Construction Counterpart Embedded Family Place verify",
-    "constructions.mixers": "mesa",
-    "constructions.program": "Head Layer Mlp Norm Program",
+    "constructions.core.layer": "mesa",
+    "constructions.core.program": "Head Layer Mlp Norm Program",
     "constructions.runs": "Run fit_family load_checkpoints load_run",
-    "constructions.slots": "Slots",
-    "constructions.soften": "soften",
+    "constructions.core.slots": "Slots",
+    "constructions.core.softmax": "soften",
     "constructions.softened": "Softened",
     "constructions.tint": "TrainedAuxiliary load_auxiliary save_auxiliary",
-    "constructions.transformer": "Transformer",
+    "constructions.core.transformer": "Transformer",
     "probes.comparison": "compare",
     "probes.ledger": "ledger",
     "probes.report": "write_report",
     "probes.tools": "TOOLS",
     "synthetic": "chart",
-    "synthetic.grammar": "Grammar",
-    "synthetic.recipe": "Recipe",
-    "synthetic.task": "Batch Task",
-    "synthetic.train": "fit",
+    "synthetic.grammar.grammar": "Grammar",
+    "synthetic.fitting.recipe": "Recipe",
+    "synthetic.tasks.task": "Batch Task",
+    "synthetic.fitting.train": "fit",
 }
 _HOME = {name: module for module, names in HOMES.items() for name in names.split()}
 

@@ -29,10 +29,10 @@ import numpy as np
 from common import report
 from jax import lax
 
-from synthetic import chart
-from synthetic.grammar import Weights
-from synthetic.grammars import named
-from synthetic.sentences import sample
+from synthetic.grammar import chart
+from synthetic.grammar.examples import named
+from synthetic.grammar.grammar import Weights
+from synthetic.grammar.sentences import sample
 
 SETTINGS = ((10, 20, 200, 32, 10), (10, 20, 200, 32, 20), (30, 60, 1000, 32, 10))
 

@@ -1,7 +1,7 @@
 """What does a model of dynamics make of few-shot regression, and what do EOS and a prefix change?
 
 Transformers of softmax attention are trained to predict the next state of linear systems. Then
-they are frozen and given pairs (`synthetic.few_shot`): plain, with a tuned EOS, with a tuned
+they are frozen and given pairs (`synthetic.tasks.few_shot`): plain, with a tuned EOS, with a tuned
 prefix, with both. Losses by pair stand beside those of exact ridge regression on the very same
 tokens, of its expansion in closed form, and of least squares on the pairs alone. Sizes are those of
 a CPU; the exact rows are also given at the paper's (10 dimensions, 68 pairs). Start it with one
@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from common import report
 
-from constructions.blank import blank
-from constructions.config import Config, HeadsConfig, LayerConfig, SegmentConfig
-from constructions.mesa.few_shot import Prompt, Prompted, least_squares
+from constructions.core.compile import blank
+from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentConfig
+from constructions.core.program import CAUSAL
+from constructions.core.transformer import Transformer, randomise
+from constructions.mesa.measurements import Prompt, Prompted, least_squares
 from constructions.mesa.ridge import MesaRidge
 from constructions.mesa.tokens import NextState
-from constructions.program import CAUSAL
-from constructions.transformer import Transformer, randomise
-from synthetic.few_shot import FewShotRegression
-from synthetic.recipe import Recipe
-from synthetic.train import fit
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.train import fit
+from synthetic.tasks.few_shot import FewShotRegression
 
 SEEDS = (0, 1, 2)
 DIM, PAIRS, PREFIX = 4, 12, 6

@@ -19,7 +19,7 @@ from common import paired, ratio, report
 from jax import Array
 
 from constructions import CATALOGUE
-from synthetic.train import Recipe
+from synthetic.fitting.train import Recipe
 
 BATCH, DIM, CONTEXT, STEPS = 2048, 10, 10, 200
 

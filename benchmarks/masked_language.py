@@ -15,9 +15,9 @@ import numpy as np
 from common import report
 
 from constructions.inside_outside.construction import InsideOutside
-from synthetic import chart
-from synthetic.masked_language import MaskedLanguageTask
-from synthetic.train import fit
+from synthetic.fitting.train import fit
+from synthetic.grammar import chart
+from synthetic.tasks.masked_language import MaskedLanguageTask
 
 SEEDS = (0, 1, 2)
 STEPS = 12000

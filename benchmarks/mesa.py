@@ -26,8 +26,8 @@ import numpy as np
 from common import report
 from jax import Array, lax
 
-from constructions.mesa_mixer import mesa
-from constructions.mesa_mixer.products import causal, decay_of, join, split, states
+from constructions.mesa_layer import mesa
+from constructions.mesa_layer.problem import causal, decay_of, join, split, states
 
 BATCH, HEADS, DIM = 4, 4, 32
 METHODS = ("chunked", "scan", "conjugate-gradients", "cholesky")

@@ -21,12 +21,11 @@ import numpy as np
 from common import report
 from flax import nnx
 
-from constructions.mesa.language import causal_language_model, next_token
-from constructions.transformer import Transformer, randomise
-from synthetic.bigrams import BigramTask
-from synthetic.grammars import named
-from synthetic.text import Corpus, TextTask, cross_entropy, text_entropy
-from synthetic.train import Recipe, fit
+from constructions.core.transformer import Transformer, randomise
+from constructions.mesa.models import causal_language_model, next_token
+from synthetic.fitting.train import Recipe, fit
+from synthetic.grammar.examples import named
+from synthetic.tasks.text import BigramTask, Corpus, TextTask, cross_entropy, text_entropy
 
 ON_CPU = jax.default_backend() == "cpu"
 #: Other processes do not count where there is one core for this one.

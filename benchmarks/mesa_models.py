@@ -17,20 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from common import report
 
-from constructions.mesa.blocks import between, compressed, unexplained
+from constructions.core.transformer import Transformer, randomise
 from constructions.mesa.models import (
     CLIP,
+    between,
+    compressed,
     drawn_scalars,
     scalar_predictions,
     sequence_model,
+    unexplained,
 )
 from constructions.mesa.polynomial import MesaPolynomial
 from constructions.mesa.ridge import MesaRidge, preconditioned, ridge_predictions
 from constructions.mesa.tokens import NextState, shifted
-from constructions.transformer import Transformer, randomise
 from probes.positions import position_probes
-from synthetic.recipe import Recipe
-from synthetic.train import fit
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.train import fit
 
 DIM, LENGTH, RIDGE = 10, 50, 1e-3
 POSITIONS = (1, 10, 11, 15, 20, 30, 50)

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from common import paired, ratio, report
 
-from synthetic.grammar import Grammar
-from synthetic.grammars import named
-from synthetic.sentences import Sampler, sample
+from synthetic.grammar.examples import named
+from synthetic.grammar.grammar import Grammar
+from synthetic.grammar.sentences import Sampler, sample
 
 LONGEST, BATCH, PEER = 20, 65536, 2000
 

@@ -15,8 +15,8 @@ from flax import nnx
 from constructions.noisy_regression.fitting import fit as fit_layers
 from constructions.noisy_regression.fitting import held_out_loss
 from constructions.noisy_regression.recursion import context_gram, diag_states
-from synthetic.noisy import NoisyRegressionTask, draw_contexts
-from synthetic.train import fit
+from synthetic.fitting.train import fit
+from synthetic.tasks.noisy import NoisyRegressionTask, draw_contexts
 
 TASK = NoisyRegressionTask(noise_levels=(1.0, 3.0))
 #: Sizes of w_xx, w_xy, w_yx, w_yy: a step is about 1 / N, labels have a power of N (d + E sigma^2).

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from common import paired, ratio, report
 
-from constructions.counts import counts
+from constructions.core.inventory import counts
+from constructions.core.transformer import randomise
+from constructions.interchange.decoder import CHANGED, DecoderShape, Weights
 from constructions.tint import Tint, algorithm, decoder
-from constructions.tint.auxiliary import DecoderShape
 from constructions.tint.construction import simulate
-from constructions.tint.weights import CHANGED, Weights
-from constructions.transformer import randomise
 
 WORDS, HEADS, RATE, ROUNDS = 100, 4, 1e-3, 15
 

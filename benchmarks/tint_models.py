@@ -19,9 +19,10 @@ import jax
 import numpy as np
 from common import report
 
+from constructions.core.transformer import Transformer, randomise
+from constructions.interchange.decoder import from_arrays
 from constructions.tint import MODES, Tint, TrainedAuxiliary
-from constructions.tint.hardness import hardness
-from constructions.tint.labels import answers, fitted
+from constructions.tint.experiments import answers, fitted, hardness
 from constructions.tint.measurements import (
     ABLATION,
     Adaptation,
@@ -34,12 +35,9 @@ from constructions.tint.measurements import (
     mean,
     written,
 )
-from constructions.tint.weights import from_arrays
-from constructions.transformer import Transformer, randomise
-from synthetic.adaptation import AdaptationTask
-from synthetic.task import Batch
-from synthetic.text import Corpus
-from synthetic.word_labels import WordLabels
+from synthetic.tasks.adaptation import AdaptationTask, WordLabels
+from synthetic.tasks.task import Batch
+from synthetic.tasks.text import Corpus
 
 SEEDS, SEQUENCES = (0, 1, 2), 256
 SHARES, STEPS = (0.3, 0.5, 0.7, 0.9), (1, 2, 4)

@@ -3,7 +3,7 @@
     python benchmarks/treebank.py --treebank nltk_data/corpora/treebank/combined [--save]
 
 Grammars are read off files 1 to 149 and parse the sentences of files 150 to 169 that have up to
-25 words, from their gold tags. Conventions of the scores are those of `synthetic.brackets`:
+25 words, from their gold tags. Conventions of the scores are those of `synthetic.grammar.brackets`:
 brackets as evalb counts them, the root's too, corpus level; a sentence without a parse gets a
 flat tree, right branching where labels do not count. Only scores are printed and kept: the
 treebank has a licence of its own.
@@ -26,12 +26,11 @@ import numpy as np
 from common import report
 from nltk.tree import Tree
 
-from constructions.counts import counts
+from constructions.core.inventory import counts
 from constructions.inside_outside import InsideOutside
 from constructions.inside_outside.tableau import layout
-from synthetic import brackets, treebank
-from synthetic.charts import sparse
-from synthetic.treebank import Induced
+from synthetic.grammar import brackets, sparse, treebank
+from synthetic.grammar.treebank import Induced
 
 LONGEST, BATCH, TRAINED = 25, 67, 400
 KEPT = ((5, None), (10, None), (15, None), (20, None), (30, None), (20, 70))

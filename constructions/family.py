@@ -21,7 +21,11 @@ from jaxtyping import Array
 
 from constructions.certificate import Certificate, Error, check_settings, verify
 from constructions.claims import Claim, Measurement, NearMiss
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.program import Program
+from constructions.core.slots import Slot
+from constructions.core.softmax import with_null
+from constructions.core.transformer import Transformer, randomise
 from constructions.inputs import (
     Input,
     as_arrays,
@@ -30,12 +34,8 @@ from constructions.inputs import (
     converted,
     model_type,
 )
-from constructions.program import Program
-from constructions.slots import Slot
-from constructions.soften import with_null
-from constructions.transformer import Transformer, randomise
-from synthetic.task import Task, checked
-from synthetic.train import Fit, Recipe, fit
+from synthetic.fitting.train import Fit, Recipe, fit
+from synthetic.tasks.task import Task, checked
 
 __all__ = [
     "Certificate",
@@ -135,7 +135,7 @@ class Counterpart:
         metrics: model -> {name: scalar}, evaluated along the fit, pure.
         quick: settings for a demonstration.
         exact: model -> the population loss, less a constant, where a closed form is known: an
-            objective without noise for `synthetic.train.minimize`.
+            objective without noise for `synthetic.fitting.train.minimize`.
         random: key -> an untrained model, a control, where `init` is more than that (the
             construction itself, to be trained further).
     """
@@ -273,7 +273,7 @@ class Construction(ABC):
         """Inputs of the construction's task.
 
         Raises:
-            ValueError: the task gives something else than a `synthetic.task.Batch`.
+            ValueError: the task gives something else than a `synthetic.tasks.task.Batch`.
         """
         return checked(self.task, self.task.sample(key, batch)).inputs
 
@@ -330,12 +330,12 @@ class Construction(ABC):
         return lambda key: randomise(base, key, std)
 
     def fit(self, *, init_std: float | None = None, **options: Any) -> Fit:
-        """Fit the counterpart; `options` of `synthetic.train.fit` override its settings.
+        """Fit the counterpart; `options` of `synthetic.fitting.train.fit` override its settings.
 
         Args:
             init_std: standard deviation of the initial weights, above 0, in the place of the 0.02
                 of the default counterpart. Too small a one leaves a fit on a plateau.
-            options: of `synthetic.train.fit`.
+            options: of `synthetic.fitting.train.fit`.
 
         Raises:
             ValueError: init_std is out of range, or the family has initial weights of its own; an

@@ -3,7 +3,7 @@
 A family lists its inputs (`Construction.arguments`); `Construction.predict` takes lists, numbers
 and arrays of any library that numpy reads, checks them here and runs `apply`, which is pure.
 Values are looked at where they are concrete. Under `jit` only what is static can be refused; an
-index without a row then gives NaN, see `constructions.indices`.
+index without a row then gives NaN, see `constructions.core.indices`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array
 
-from constructions.evaluator import SlotBySlot
-from constructions.indices import check_indices
-from constructions.soften import NULL
-from constructions.transformer import Transformer
+from constructions.core.evaluate import SlotBySlot
+from constructions.core.indices import check_indices
+from constructions.core.softmax import NULL
+from constructions.core.transformer import Transformer
 
 NUMBERS, INTEGERS, FLAGS = "real numbers", "integers", "flags"
 

@@ -6,10 +6,13 @@
 
 which is all that is needed to rebuild the construction and the structure of the model; the file
 of weights is then checked against that structure, name by name.
+
+Families by name and their settings as plain data.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,16 +27,58 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from constructions import CATALOGUE
-from constructions.family import Construction, Counterpart
-from constructions.settings import construct_exactly, family_of, plain_settings
-from constructions.transformer import Transformer
-from synthetic import devices
-from synthetic.checkpoints import Checkpoints
+from constructions.core.transformer import Transformer
+from constructions.family import Construction, Counterpart, Family
 from synthetic.files import RunError
-from synthetic.recipe import Recipe
-from synthetic.runs import RunDirectory
-from synthetic.saved import check_arrays, check_numbers, load_state, named, unnamed
-from synthetic.step import seed_keys
+from synthetic.fitting import devices
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.run_directory import Checkpoints, RunDirectory
+from synthetic.fitting.step import seed_keys
+from synthetic.fitting.weights_file import check_arrays, check_numbers, load_state, named, unnamed
+
+
+def construct(name: str, settings: Mapping[str, Any] | None = None) -> Construction:
+    """The construction of a family: its example settings, with these in their place.
+
+    Raises:
+        ValueError: unknown family or setting, or a setting out of range.
+    """
+    return construct_exactly(name, {**family_of(name).example(), **(settings or {})})
+
+
+def family_of(name: str) -> Family:
+    """The family of that name; ValueError lists the known ones."""
+    if name not in CATALOGUE:
+        raise ValueError(f"unknown family {name!r}, must be one of {', '.join(sorted(CATALOGUE))}")
+    return CATALOGUE[name]
+
+
+def construct_exactly(name: str, settings: Mapping[str, Any]) -> Construction:
+    """The construction with these settings and no others; errors as in `construct`."""
+    family = family_of(name)
+    known = inspect.signature(family.construct).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for setting in settings:
+        if setting not in known and not free:
+            raise ValueError(
+                f"unknown setting {setting!r} of {name}, must be one of {', '.join(known)}"
+            )
+    try:
+        return family(**settings)
+    except TypeError as error:  # a string where a number is wanted, say
+        raise ValueError(f"settings {dict(settings)} of {name}: {error}") from error
+
+
+def plain_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON has them: arrays and tuples become lists."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, np.ndarray | np.generic | jax.Array):
+            return np.asarray(value).tolist()
+        raise ValueError(f"settings of {name}: {value!r} cannot be written as JSON")
+
+    return json.loads(json.dumps(dict(settings), default=one, allow_nan=False))
+
 
 KIND = "fit"
 FIELDS = ("family", "settings", "dtype", "recipe")
@@ -90,7 +135,7 @@ def fit_family(
         out: the run directory; None keeps nothing.
         quick: use the settings for a demonstration, where the counterpart has them.
         seed, seeds: one seed (0 if neither is given), or several that are fitted at once.
-        mesh, progress: as in `synthetic.train.fit`.
+        mesh, progress: as in `synthetic.fitting.train.fit`.
         resume: continue the run in `out`. What is left out is then what the run was started with.
         overwrite: replace the run in `out`, once the new one has ended.
         **overrides: fields of the recipe.

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Array
 
 from constructions.certificate import DTYPES, check_settings
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.program import Program
+from constructions.core.softmax import soften, with_null
+from constructions.core.transformer import Transformer
 from constructions.family import Compiled, Construction, Embedded, Place
-from constructions.program import Program
-from constructions.soften import soften, with_null
-from constructions.transformer import Transformer
-from synthetic.task import Task
+from synthetic.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Softened(Construction):
 
     Attributes:
         construction: its program has linear heads only.
-        scale: eps of `constructions.compiler.soften`; None for the best one in each dtype.
+        scale: eps of `constructions.core.compile.soften`; None for the best one in each dtype.
         null_score: c of the same.
     """
 

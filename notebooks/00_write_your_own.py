@@ -29,11 +29,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Slots, constant
 from constructions.family import Construction, Embedded, Place, verify
-from constructions.program import Head, Layer, Program
-from constructions.slots import Slots, constant
 from probes.sites import read_sites
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 

@@ -30,10 +30,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from constructions import CATALOGUE
-from constructions.canonical import canonical, without_inert
+from constructions.core.canonical import canonical, without_inert
 from probes.interpolation import roll_out
 from probes.ledger import ledger
-from synthetic.theory import optimal_one_layer, saddle_levels
+from synthetic.theory.one_layer import optimal_one_layer, saddle_levels
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#666666"

@@ -31,8 +31,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from constructions import CATALOGUE
-from constructions.compiler import compile_program, soften
-from synthetic.spectral import descent_filter, optimal_descent
+from constructions.core.compile import compile_program, soften
+from synthetic.theory.spectral import descent_filter, optimal_descent
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
@@ -102,7 +102,7 @@ assert compiled.certificate.passed
 
 # %%
 from constructions.claims import Evidence
-from constructions.gradient_descent.claims import coefficients
+from constructions.gradient_descent.paper import coefficients
 
 result = descent.fit(seeds=range(1 if QUICK else 2), recipe=descent.counterpart().quick)
 examples = descent.task.sample(jax.random.key(1), 4096)
@@ -205,7 +205,7 @@ plt.show()
 # interpolates them to any accuracy. That is a transformer for sine regression with nothing trained.
 
 # %%
-from synthetic.sine import SineTask, optimal_smoother, optimal_step
+from synthetic.tasks.sine import SineTask, optimal_smoother, optimal_step
 
 kernel = CATALOGUE["kernel-descent"](knots=158)
 batch = kernel.task.sample(jax.random.key(5), 2**14)

@@ -34,8 +34,8 @@ import numpy as np
 from constructions import CATALOGUE
 from constructions.claims import predict
 from constructions.noisy_regression.fitting import fit
-from synthetic.noisy import NoisyRegressionTask
-from synthetic.ridge import adaptive_ridge, ridge
+from synthetic.tasks.noisy import NoisyRegressionTask
+from synthetic.theory.ridge import adaptive_ridge, ridge
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"

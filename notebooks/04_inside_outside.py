@@ -39,9 +39,9 @@ from probes.span_interchange import span_interchange
 from probes.span_pairs import span_pairs
 from probes.spans import span_probe, tag_probe, word_stream
 from probes.trees import tree_probe
-from synthetic import chart
-from synthetic.grammars import named
-from synthetic.sentences import sample
+from synthetic.grammar import chart
+from synthetic.grammar.examples import named
+from synthetic.grammar.sentences import sample
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"

@@ -42,8 +42,8 @@ from constructions.mesa.polynomial import best_coefficients, predictions
 from constructions.mesa.ridge import preconditioned
 from constructions.mesa.tokens import shifted
 from probes.positions import INPUT, position_probes
-from synthetic.recipe import Recipe
-from synthetic.train import fit
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.train import fit
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"

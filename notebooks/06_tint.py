@@ -34,10 +34,11 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from constructions.counts import counts
-from constructions.materials import materials
+from constructions.core.inventory import counts, materials
+from constructions.core.transformer import randomise
+from constructions.interchange.decoder import from_arrays
 from constructions.tint import MODES, Tint, TrainedAuxiliary
-from constructions.tint.hardness import hardness
+from constructions.tint.experiments import PUBLISHED, hardness, table
 from constructions.tint.measurements import (
     ABLATION,
     ablation,
@@ -49,10 +50,7 @@ from constructions.tint.measurements import (
     mean,
     written,
 )
-from constructions.tint.sizes import PUBLISHED, table
-from constructions.tint.weights import from_arrays
-from constructions.transformer import randomise
-from synthetic.adaptation import AdaptationTask
+from synthetic.tasks.adaptation import AdaptationTask
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, PINK, GREY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#666666"

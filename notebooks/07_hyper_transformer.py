@@ -33,7 +33,7 @@ import numpy as np
 
 from constructions import CATALOGUE
 from constructions.claims import Evidence, predict
-from constructions.hyper_transformer.claims import centred, held_weights, own_weights
+from constructions.hyper_transformer.paper import centred, held_weights, own_weights
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, PINK, GREY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#666666"

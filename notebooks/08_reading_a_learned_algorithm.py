@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from constructions import CATALOGUE
-from constructions.compiler import compile_program, config_of
+from constructions.core.compile import compile_program, config_of
 from probes import fourier
 from probes.flat import Flat
 from probes.saliency import saliency
@@ -229,7 +229,7 @@ plt.show()
 # skill is four times as large:
 
 # %%
-from constructions.symmetries import change_key_basis
+from constructions.core.symmetry import change_key_basis
 
 turned = flat.vector(change_key_basis(flat.model, jax.random.key(5)))
 batch = descent.task.sample(jax.random.key(2), 64)
@@ -255,7 +255,7 @@ assert jnp.abs(gap).max() < 1e-5 and other.sum() > 40
 # %%
 from probes.fisher import fisher_rows
 from probes.npeff import decompose, isotropic_rows, top_examples
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 six = CATALOGUE["gradient-descent"](dim_x=6, num_examples=10)
 wide = config_of(six.program).with_heads(7, 7)
@@ -344,4 +344,4 @@ assert middle < 1.05 * max(first, second)
 
 # %% [markdown]
 # Masks, Fisher matrices and averages of weights compare models of one lineage. Across fits, compare
-# functions, or what `constructions.canonical` keeps of the weights.
+# functions, or what `constructions.core.canonical` keeps of the weights.

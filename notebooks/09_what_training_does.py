@@ -35,14 +35,14 @@ import numpy as np
 import optax
 
 from constructions import CATALOGUE
-from constructions.compiler import compile_program
-from constructions.transformer import Transformer, randomise
+from constructions.core.compile import compile_program
+from constructions.core.transformer import Transformer, randomise
 from probes import kernels
 from probes.descent import descend, gradient_moments
 from probes.flat import Flat
 from probes.sharpness import along, edge, sharpness
-from synthetic.regression import RegressionTask, Uniform
-from synthetic.theory import optimal_step_size
+from synthetic.tasks.regression import RegressionTask, Uniform
+from synthetic.theory.one_layer import optimal_step_size
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 jax.config.update("jax_disable_most_optimizations", QUICK)  # which compiles more than it computes
@@ -204,7 +204,7 @@ print(f"the construction itself: sharpness {sharpness(built.loss, built.theta, b
 # repairs a construction whose 144 weights were all disturbed; on the construction it finds nothing.
 
 # %%
-from synthetic.zeroth_order import minimize_without_gradients
+from synthetic.fitting.zeroth_order import minimize_without_gradients
 
 
 def fresh(model, key):
@@ -239,10 +239,10 @@ assert after > 0.9 * least
 # as it is, and takes the noise away. The same holds of the exact posterior of a hidden word.
 
 # %%
-from synthetic import chart
-from synthetic.distillation import Distilled, teacher_loss
-from synthetic.recipe import Recipe
-from synthetic.train import fit
+from synthetic.fitting.distillation import Distilled, teacher_loss
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.train import fit
+from synthetic.grammar import chart
 
 SHARES = {0.0: GREY, 1.0: ORANGE} if QUICK else {0.0: GREY, 0.3: BLUE, 1.0: ORANGE}
 SEEDS = range(2 if QUICK else 5)
@@ -342,7 +342,7 @@ plt.show()
 # noise a hundred times the gradient, and an eps of that size:
 
 # %%
-from synthetic.scaling import square_root_scaled
+from synthetic.fitting.recipe import square_root_scaled
 
 hessian = jnp.linspace(0.2, 1.0, 8)
 

@@ -36,12 +36,12 @@ import numpy as np
 from constructions import CATALOGUE
 from probes.arcs import OFFSETS, choose, named_offsets, words_and_attention
 from probes.emergence import emergence
-from synthetic.arc_task import ArcTask
-from synthetic.dependencies import dependencies
-from synthetic.headed_grammars import agreement
-from synthetic.sentences import sample
-from synthetic.step import seed_keys
-from synthetic.train import fit
+from synthetic.fitting.step import seed_keys
+from synthetic.fitting.train import fit
+from synthetic.grammar.dependencies import dependencies
+from synthetic.grammar.examples import agreement
+from synthetic.grammar.sentences import sample
+from synthetic.tasks.masked_language import ArcTask
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"

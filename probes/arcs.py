@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.transformer import Transformer
-from synthetic.dependencies import Arcs
+from synthetic.grammar.dependencies import Arcs
 
 DIRECTIONS = ("from the word", "to the word")
 
@@ -75,9 +75,9 @@ class ArcScores(NamedTuple):
 def words_and_attention(construction: Construction) -> Callable[..., tuple[Array, Array]]:
     """`predict(model, *inputs)`: the prediction of a language model and its attention over words.
 
-    For `synthetic.train.fit` on tasks that regularise attention, and for what is below. Attention
-    is `[layer, batch, head, word, word]`, without tokens that are not read, such as BOS and EOS.
-    The model is run once.
+    For `synthetic.fitting.train.fit` on tasks that regularise attention, and for what is below.
+    Attention is `[layer, batch, head, word, word]`, without tokens that are not read, such as BOS
+    and EOS. The model is run once.
     """
 
     def predict(model: Transformer, *inputs: Array) -> tuple[Array, Array]:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
-from constructions.transformer import Edit, Transformer
 from probes.patching import (
     CleanRuns,
     Sweep,

@@ -10,8 +10,8 @@ of the excess loss of one of them (Sandler et al. 2023, arXiv 2301.02312): close
 same point and gain nothing, distant ones halve it. In general sum_ab w_a w_b rho^|t_a - t_b|. Where
 averages do worse than their members, these are not around one minimum.
 
-The averages here are of checkpoints. `synthetic.recipe.Recipe` averages while it fits, over every
-step.
+The averages here are of checkpoints. `synthetic.fitting.recipe.Recipe` averages while it fits, over
+every step.
 """
 
 from __future__ import annotations

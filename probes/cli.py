@@ -79,7 +79,7 @@ class Verify:
         names, settings = family_names(self.names), parse_settings(self.settings)
         check_seed(self.seed)
         from constructions.family import verify
-        from constructions.settings import construct
+        from constructions.runs import construct
         from probes import tables
 
         check_free(self.json, self.overwrite)
@@ -120,14 +120,14 @@ class Fit:
 
     def run(self) -> int:
         """Run the command; the exit status."""
-        from synthetic import devices
+        from synthetic.fitting import devices
 
         devices.start(self.coordinator, self.num_processes, self.process_id)
         (name,), settings = family_names((self.name,)), parse_settings(self.settings)
         import jax
 
         from constructions.runs import fit_family
-        from synthetic.train import print_progress
+        from synthetic.fitting.train import print_progress
 
         check_free(self.json, self.overwrite)
         seeds = seed_list(self.seed, self.seeds)

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from constructions.core.transformer import Transformer
 from constructions.inside_outside.construction import InsideOutside
-from constructions.transformer import Transformer
 from probes.arcs import arc_scores
-from synthetic.dependencies import Headed, dependencies
-from synthetic.sentences import Sentences, ends, sample
+from synthetic.grammar.dependencies import Headed, dependencies
+from synthetic.grammar.sentences import Sentences, ends, sample
 
 
 def emergence(
     construction: InsideOutside, headed: Headed, key: Array, sentences: int = 256
 ) -> Callable[[Transformer], dict[str, Array]]:
-    """`metrics(model)` for `synthetic.train.fit`, pure.
+    """`metrics(model)` for `synthetic.fitting.train.fit`, pure.
 
     Args:
         construction: whose counterpart is fitted.

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from probes.flat import Flat
-from synthetic.task import Batch, outcome
+from synthetic.tasks.task import Batch, outcome
 
 #: Examples whose gradients are taken at once.
 _BLOCK = 32

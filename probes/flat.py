@@ -17,10 +17,10 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.transformer import Transformer
-from synthetic.saved import named
-from synthetic.task import Batch, outcome
+from synthetic.fitting.weights_file import named
+from synthetic.tasks.task import Batch, outcome
 
 
 @dataclass(frozen=True, eq=False)

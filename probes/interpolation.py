@@ -6,8 +6,8 @@ in. The line between what the layers do does not: with delta_l and delta*_l the 
     h  <-  h + (1 - s) delta_l(h) + s delta*_l(h),
 
 which for linear attention is the line (1 - s) T + s T* between canonical forms (see
-`constructions.symmetries`). The union of both models' heads, with outputs (1 - s) P and s P*, has
-exactly this update, so no factorisation is needed to walk along it.
+`constructions.core.symmetry`). The union of both models' heads, with outputs (1 - s) P and s P*,
+has exactly this update, so no factorisation is needed to walk along it.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from constructions.config import Config, SegmentConfig
+from constructions.core.config import Config, SegmentConfig
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.transformer import Transformer
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 
 def more_than_attention(*configs: Config) -> str:

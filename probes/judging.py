@@ -72,7 +72,7 @@ class Compare:
         from constructions import CATALOGUE
         from constructions.runs import fit_family, load_run
         from probes.comparison import compare
-        from synthetic.train import print_progress
+        from synthetic.fitting.train import print_progress
 
         options = " ".join(f"--set {s}" for s in self.settings)
         if self.run_directory is not None:
@@ -144,7 +144,7 @@ class Claims:
         from constructions.runs import fit_family
         from probes import tables
         from probes.ledger import ledger
-        from synthetic.train import print_progress
+        from synthetic.fitting.train import print_progress
 
         check_free(self.json, self.overwrite)
         seeds, found = seed_list(self.seed, self.seeds), {}

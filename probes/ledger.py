@@ -31,11 +31,11 @@ import jax
 import numpy as np
 from scipy import stats
 
-from constructions.checks import ProgramError
 from constructions.claims import Claim, Evidence, NearMiss, is_function
-from constructions.compiler import compile_program
+from constructions.core.checks import ProgramError
+from constructions.core.compile import compile_program
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.transformer import Transformer
 from probes.statistics import (
     FRACTIONS,
     STATISTICS,

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 from jax import Array
 
-from constructions.canonical import without_inert
 from constructions.claims import predict
+from constructions.core.canonical import without_inert
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.runs import Run
-from constructions.transformer import Transformer
 from probes import interpolation
 from probes.sections import NotApplicable
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 DAMPINGS = (1.0, 0.75)

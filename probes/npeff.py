@@ -36,7 +36,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from probes.fisher import Rows, divergences
 from probes.flat import Flat
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from synthetic.files import atomic, check_writable
-from synthetic.text_files import parse_json, parse_json_text
+from synthetic.files import atomic, check_writable, parse_json, parse_json_text
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -43,7 +42,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _grammar(given: str) -> Any:
     """The grammar of a file, as JSON; a name of one of ours as it is."""
-    from synthetic.grammars import NAMED
+    from synthetic.grammar.examples import NAMED
 
     path = Path(given)
     if given in NAMED:
@@ -58,7 +57,7 @@ def _grammar(given: str) -> Any:
             return parse_json(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path}: no JSON: {error}") from error
-    from synthetic.grammar import Grammar
+    from synthetic.grammar.grammar import Grammar
 
     return Grammar.from_file(path).to_json()
 

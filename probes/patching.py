@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
-from constructions.transformer import Edit, Transformer
 from probes.sites import Edited, Inputs, Subject, site_axes
 
 

@@ -21,8 +21,7 @@ from probes.comparison import FORMAT, Comparison
 from probes.figures import pictures
 from probes.ledger import CONSTRUCTION, NOT_APPLICABLE, RANDOM, Row
 from probes.style import Picture, number
-from synthetic.files import RunError, atomic, check_writable, remove
-from synthetic.text_files import parse_json
+from synthetic.files import RunError, atomic, check_writable, parse_json, remove
 
 PAGE, DATA, FIGURES = "report.html", "report.json", "figures"
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from constructions.family import Construction
 from probes.subsets import answers
-from synthetic.task import outcome
+from synthetic.tasks.task import outcome
 
 ALPHA, BETA, EPSILON = 1.0, 0.1, 0.1
 #: Points of the insertion path, and labels of an input that are looked at.

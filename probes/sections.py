@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from constructions.canonical import canonical, head_products
+from constructions.core.canonical import canonical, head_products
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.transformer import Transformer
 from probes import interchange
 from probes.sites import Subject
 from probes.table import ProbeTable, probe_table

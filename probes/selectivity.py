@@ -28,9 +28,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.transformer import Transformer
-from synthetic.task import Batch, Task
+from synthetic.tasks.task import Batch, Task
 
 EPS = 1e-7
 
@@ -179,8 +179,8 @@ def check_units(model: Transformer) -> None:
 def with_units(construction: Construction) -> Callable[..., tuple[Array, Array]]:
     """`predict(model, *inputs)`: the prediction, and the units of every MLP at the tokens read.
 
-    For `synthetic.train.fit` on a `SelectiveTask`, and for reading. Units are `[layer, batch,
-    token, unit]`. The model is run twice.
+    For `synthetic.fitting.train.fit` on a `SelectiveTask`, and for reading. Units are `[layer,
+    batch, token, unit]`. The model is run twice.
 
     ValueError for a model whose units are not behind a ReLU.
     """

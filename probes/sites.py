@@ -1,10 +1,10 @@
 """Run a model and read or edit its named sites; edits are arrays, not closures.
 
-A site is a value named in `constructions.transformer.SITES`, `[layer, batch, *axes]` with the axes
-given there. Reading it asks "what does the model hold here?"; editing it asks "what would the model
-have said, had it held something else here?". Both take a construction, which knows how its inputs
-become a residual stream, and any model of the same class; a model trained elsewhere takes part as
-`Activations`, a function from inputs to named arrays.
+A site is a value named in `constructions.core.transformer.SITES`, `[layer, batch, *axes]` with the
+axes given there. Reading it asks "what does the model hold here?"; editing it asks "what would the
+model have said, had it held something else here?". Both take a construction, which knows how its
+inputs become a residual stream, and any model of the same class; a model trained elsewhere takes
+part as `Activations`, a function from inputs to named arrays.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from constructions.config import Config
+from constructions.core.config import Config
+from constructions.core.transformer import SITES, Edit, Transformer
 from constructions.family import Construction
-from constructions.transformer import SITES, Edit, Transformer
 
 __all__ = [
     "Activations",

@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from constructions.core.slots import Slot
+from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
 from constructions.inside_outside.construction import AT_ONCE
 from constructions.inside_outside.tableau import Layout
-from constructions.slots import Slot
-from constructions.transformer import Edit, Transformer
 from probes.patching import patched_prediction, site_values, with_sites
 from probes.sites import Subject
 from probes.span_pairs import SpanPairs

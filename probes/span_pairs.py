@@ -20,7 +20,7 @@ from jax import Array
 
 from constructions.family import Construction
 from constructions.inside_outside.construction import AT_ONCE, InsideOutside
-from synthetic import chart
+from synthetic.grammar import chart
 
 
 class Text(NamedTuple):

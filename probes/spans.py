@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jax import Array
 
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.transformer import Transformer
 from probes.rows import LayerScores, Rows, arrays, batch_and_time, checked_lengths, fit
 from probes.sites import Inputs, Subject, activations
 
@@ -47,7 +47,7 @@ def span_probe(
 
     Args:
         models: column -> `[layer, batch, time, feature]`, as `word_stream` has it.
-        marginals: `[batch, time, time, nonterminal]`, mu, exact: of `synthetic.chart`.
+        marginals: `[batch, time, time, nonterminal]`, mu, exact: of `synthetic.grammar.chart`.
         lengths: `[batch]`.
         key: of the split and the control task.
         labels: the targets are all of mu(., i, j), not the largest one.
@@ -92,11 +92,9 @@ def tag_probe(
 
     Args:
         models: column -> `[layer, batch, time, feature]`, as `word_stream` has it.
-        tags: `[batch, time, preterminal]`, P(tag | visible words), exact: of `synthetic.chart`.
-        mask: `[batch, time]` bool, True where a word is hidden.
-        lengths: `[batch]`.
-        key: of the split and the control task.
-        probe: "linear", or "two-layer".
+        tags: `[batch, time, preterminal]`, P(tag | visible words), exact: of
+        `synthetic.grammar.chart`. mask: `[batch, time]` bool, True where a word is hidden. lengths:
+        `[batch]`. key: of the split and the control task. probe: "linear", or "two-layer".
 
     Raises:
         ValueError: as `span_probe`.

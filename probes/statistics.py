@@ -1,7 +1,7 @@
 """The statistics that claims name, each with what it needs of a model.
 
 A statistic maps the `Evidence` to a number. What it assumes beyond predictions is declared in
-`NEEDS` and asked first (see `constructions.needs`); what goes wrong inside it is an error.
+`NEEDS` and asked first (see `constructions.claims`); what goes wrong inside it is an error.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from constructions import needs
-from constructions.canonical import without_inert
+from constructions import claims as needs
 from constructions.claims import Claim, Evidence
+from constructions.core.canonical import without_inert
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.transformer import Transformer
 from probes import interpolation, similarity
 from probes.fourier import degree_weights
 from probes.subsets import all_subsets
-from synthetic.task import Batch, outcome
+from synthetic.tasks.task import Batch, outcome
 
 FRACTIONS = tuple(n / 10 for n in range(11))
 
@@ -140,7 +140,7 @@ def roll_out_gap(e: Evidence) -> float:
     """Largest |log(loss / loss of the construction)| over 20 applications, damped by 0.75.
 
     Losses are medians over the examples. Inert weights are removed first, as are masks that differ
-    without effect: see `constructions.canonical.without_inert`.
+    without effect: see `constructions.core.canonical.without_inert`.
     """
     examples = jax.tree.map(lambda a: a[:4096], e.examples)
     gauge = e.construction.gauge()

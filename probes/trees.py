@@ -17,9 +17,9 @@ from jax import Array
 from nltk.tree import Tree
 
 from probes.rows import LayerScores, Rows, arrays, batch_and_time, checked_lengths, fit
-from synthetic.brackets import best_splits
-from synthetic.sentences import Sentences, ends
-from synthetic.trees import node_spans
+from synthetic.grammar.brackets import best_splits
+from synthetic.grammar.sentences import Sentences, ends
+from synthetic.grammar.trees import node_spans
 
 RIGHT_BRANCHING, ORACLE = "right-branching", "oracle"
 Span = tuple[int, int]
@@ -30,7 +30,7 @@ def lca_depths(starts: Any, last: Any, lengths: Any) -> np.ndarray:
 
     Args:
         starts, last: `[batch, nodes]`, first and last word of every node of two words or more,
-            padded with -1, as `Sentences.starts` and `synthetic.sentences.ends` have them.
+            padded with -1, as `Sentences.starts` and `synthetic.grammar.sentences.ends` have them.
         lengths: `[batch]`; time is nodes + 1, the words of the longest binary tree.
     """
     starts, last, lengths = (np.asarray(a) for a in (starts, last, lengths))
@@ -79,8 +79,8 @@ def expected_trees(marginals: Any, lengths: Any) -> list[set[Span]]:
     average. Its spans beside the sampled tree's are the column "oracle" of `tree_probe`.
 
     Args:
-        marginals: `[batch, time, time, nonterminal]`, mu(A, i, j), exact: of `synthetic.chart`.
-        lengths: `[batch]`.
+        marginals: `[batch, time, time, nonterminal]`, mu(A, i, j), exact: of
+        `synthetic.grammar.chart`. lengths: `[batch]`.
 
     Raises:
         ValueError: a shape that does not fit, or a length out of range.

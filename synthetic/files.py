@@ -1,11 +1,26 @@
-"""Files that are written as a whole or not at all, and what is asked before the work begins."""
+"""Files that are written as a whole or not at all, and what is asked before the work begins.
 
+Text and JSON out of files, by one rule for grammars, treebanks, corpora and configurations.
+
+A file is UTF-8, with or without a byte-order mark, or UTF-16 with one; the mark is no part of the
+text. Nothing is guessed: what would have to be (Latin-1, UTF-16 without its mark) is refused, since
+a wrong guess makes other words without a word. Lines end at a line feed, a carriage return, or the
+two together, and nowhere else: `str.splitlines` cuts at U+0085 and U+2028 as well, which may stand
+within a word.
+"""
+
+from __future__ import annotations
+
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 
 class RunError(ValueError):
@@ -69,3 +84,87 @@ def free_memory() -> int | None:
             int((limits / "memory.max").read_text()) - int((limits / "memory.current").read_text())
         )
     return min(found, default=None)
+
+
+LINE_END = re.compile(r"\r\n|\n|\r")
+
+_MARKS = (
+    (b"\xef\xbb\xbf", "utf-8", "UTF-8"),
+    (b"\xff\xfe", "utf-16-le", "UTF-16"),
+    (b"\xfe\xff", "utf-16-be", "UTF-16"),
+    (b"", "utf-8", "UTF-8"),
+)
+_UTF_32 = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")
+
+
+class TextError(ValueError):
+    """Bytes that are no text; the message says where."""
+
+
+def decode(data: bytes) -> str:
+    """The text of a file's bytes, without a byte-order mark; line ends stay as they are.
+
+    Raises:
+        TextError: the bytes are not UTF-8 or, behind its mark, UTF-16, or hold the character NUL.
+            The message has the place of the byte, and no name: callers set that before it.
+    """
+    if data.startswith(_UTF_32):
+        raise _refused(0, "begins text in UTF-32")
+    mark, encoding, called = next(kind for kind in _MARKS if data.startswith(kind[0]))
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        raise _refused(len(mark) + error.start, f"is not {called}") from None
+    if (place := text.find("\0")) >= 0:  # most often UTF-16 without its mark
+        raise _refused(len(mark) + len(text[:place].encode(encoding)), "is a NUL")
+    return text
+
+
+def _refused(place: int, why: str) -> TextError:
+    return TextError(
+        f"must be text in UTF-8, or in UTF-16 with a byte-order mark: byte {place} {why}"
+    )
+
+
+def read_text(path: str | PathLike[str]) -> str:
+    """The text of a file, by `decode`.
+
+    Raises:
+        OSError: the file cannot be read.
+        TextError: as `decode`; the message begins with the path.
+    """
+    try:
+        return decode(Path(path).read_bytes())
+    except TextError as error:
+        raise TextError(f"{path}: {error}") from None
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text without their ends; what stands behind the last end is one more."""
+    return LINE_END.split(text)
+
+
+def line_number(text: str, position: int) -> int:
+    """The number of the line in which a character stands, from 1."""
+    return 1 + sum(1 for _ in LINE_END.finditer(text, 0, position))
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON file's bytes, decoded by `decode`.
+
+    Raises:
+        ValueError: the bytes are no text (`TextError`) or no JSON, or values are nested too deeply.
+    """
+    return parse_json_text(decode(data))
+
+
+def parse_json_text(text: str) -> Any:
+    """The value of a text in JSON.
+
+    Raises:
+        ValueError: the text is no JSON, or nests values too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("values are nested too deeply") from None

@@ -1,8 +1,8 @@
 """The transformer and the programs once more, as loops over batch, tokens and heads in float64.
 
-`transformer` follows the equations of `constructions.transformer` from a config and its arrays.
-`interpret` runs a `Program` on slots that are separate variables: it knows nothing of columns, so
-that it shows what a program means, whatever the layout of the stream.
+`transformer` follows the equations of `constructions.core.transformer` from a config and its
+arrays. `interpret` runs a `Program` on slots that are separate variables: it knows nothing of
+columns, so that it shows what a program means, whatever the layout of the stream.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from constructions.program import HeadFamily
+from constructions.core.program import HeadFamily
 
 ACTIVATIONS = {
     "identity": lambda u: u,

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Slots
 from constructions.gradient_descent import GradientDescent
-from constructions.program import Head, Layer, Program
-from constructions.slots import Slots
 from probes.cli import main
-from synthetic.checkpoints import Checkpoints
-from synthetic.saved import load_state, save_model
-from synthetic.task import Batch
-from synthetic.train import NonFiniteLossError, fit
+from synthetic.fitting.run_directory import Checkpoints
+from synthetic.fitting.train import NonFiniteLossError, fit
+from synthetic.fitting.weights_file import load_state, save_model
+from synthetic.tasks.task import Batch
 
 NAME = "gradient-descent"
 SMALL = ["--set", "dim_x=2", "--set", "num_examples=3"]

@@ -6,12 +6,12 @@ import pytest
 from flax import nnx
 
 from constructions import CATALOGUE
-from constructions.counts import counts
-from constructions.evaluator import evaluate
+from constructions.core.evaluate import evaluate
+from constructions.core.inventory import counts
+from constructions.core.transformer import Transformer
 from constructions.family import verify
-from constructions.transformer import Transformer
 from probes.ledger import STATISTICS, ledger
-from synthetic.task import Task
+from synthetic.tasks.task import Task
 
 # Counterparts that take less time to compile and to fit; the constructions are the examples.
 SMALLER = {"inside-outside": {"layers": 2, "heads": 2, "width": 32}}

@@ -51,7 +51,7 @@ def test_imports_run_downwards(package: str) -> None:
     [
         ("synthetic", "import constructions"),
         ("synthetic", "import numpy, probes.ledger as ledger"),
-        ("synthetic", "from constructions.transformer import Transformer"),
+        ("synthetic", "from constructions.core.transformer import Transformer"),
         ("constructions", "def late():\n    from probes import ledger"),
         ("constructions", "importlib.import_module('probes.cli')"),
         ("probes", "from tests.conftest import x64"),
@@ -68,7 +68,7 @@ def test_planted_upward_import_is_found(tmp_path: Path, package: str, line: str)
     ("package", "line"),
     [
         ("synthetic", "from . import task"),
-        ("constructions", "from synthetic.task import Task"),
+        ("constructions", "from synthetic.tasks.task import Task"),
         ("probes", "from constructions import CATALOGUE"),
         ("probes", "import probes_of_another_kind"),
     ],

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from constructions.tint.auxiliary import DecoderShape, check_auxiliary, decoder, logits
-from constructions.transformer import Transformer
+from constructions.core.transformer import Transformer
+from constructions.interchange.decoder import DecoderShape, check_auxiliary, decoder, logits
 
 WORDS, POSITIONS = 7, 9
 FROZEN = ("embedding", "position")

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from constructions.claims import Measurement
 from constructions.family import Family
-from constructions.gradient_descent import measurements, variants
+from constructions.gradient_descent import paper as measurements
+from constructions.gradient_descent import variants
 from constructions.gradient_descent.construction import GradientDescent
 
 

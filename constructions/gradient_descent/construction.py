@@ -36,18 +36,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from constructions.canonical import canonical_distance, layer_tensors
-from constructions.compiler import compile_program, config_of
-from constructions.config import Config
+from constructions.core.canonical import canonical_distance, layer_tensors
+from constructions.core.compile import compile_program, config_of
+from constructions.core.config import Config
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Slots, concatenate
+from constructions.core.transformer import Transformer, randomise
 from constructions.family import Claim, Counterpart, Embedded, Gauge, NearMiss, Place
-from constructions.gradient_descent.claims import (
+from constructions.gradient_descent.paper import (
     ONE_STEP_CLAIMS,
     PUBLISHED_CURVATURE,
     PUBLISHED_LOSS,
     STEPS_CLAIMS,
     TWO_STEP_CLAIMS,
 )
-from constructions.program import Head, Layer, Program
 from constructions.regression import (
     Inputs,
     Outputs,
@@ -56,11 +58,9 @@ from constructions.regression import (
     at_least_one,
     finite_number,
 )
-from constructions.slots import Slots, concatenate
-from constructions.transformer import Transformer, randomise
-from synthetic.recipe import Recipe
-from synthetic.regression import RegressionTask
-from synthetic.theory import one_layer_excess, optimal_one_layer, optimal_step_size
+from synthetic.fitting.recipe import Recipe
+from synthetic.tasks.regression import RegressionTask
+from synthetic.theory.one_layer import one_layer_excess, optimal_one_layer, optimal_step_size
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import numpy as np
 from jax import Array
 
 from constructions.claims import Measurement, predict
-from constructions.compiler import compile_program, config_of
-from constructions.config import NormConfig
+from constructions.core.compile import compile_program, config_of
+from constructions.core.config import NormConfig
+from constructions.core.program import Layer
+from constructions.core.transformer import Transformer, randomise
 from constructions.gradient_descent.construction import GradientDescent
-from constructions.program import Layer
-from constructions.transformer import Transformer, randomise
-from synthetic.task import Batch, Task
-from synthetic.train import fit
+from synthetic.fitting.train import fit
+from synthetic.tasks.task import Batch, Task
 
 _PAPER = "von Oswald et al. 2022, arXiv 2212.07677"
 _SEEDS, _EXAMPLES = 3, 2**16

@@ -19,15 +19,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from constructions.compiler import compile_program, config_of
+from constructions.core.compile import compile_program, config_of
+from constructions.core.indices import or_nan
+from constructions.core.slots import Slot
+from constructions.core.transformer import Transformer, randomise
 from constructions.family import Construction, Counterpart
-from constructions.indices import or_nan
 from constructions.inputs import INTEGERS, Input
 from constructions.regression import at_least_one, finite_number
-from constructions.slots import Slot
-from constructions.transformer import Transformer, randomise
-from synthetic.classes import GaussianClasses, Labels, Queries, Support
-from synthetic.recipe import Recipe
+from synthetic.fitting.recipe import Recipe
+from synthetic.tasks.classes import GaussianClasses, Labels, Queries, Support
 
 GROUPS = ("labelled", "unlabelled", "class", "query")
 

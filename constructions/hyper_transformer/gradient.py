@@ -33,14 +33,14 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from constructions.claims import Claim, NearMiss
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.program import Head, Layer, Program, erase
+from constructions.core.slots import Slots, concatenate
 from constructions.family import Embedded, Place
-from constructions.hyper_transformer.claims import GRADIENT_CLAIMS
 from constructions.hyper_transformer.episodes import GROUPS, FewShot, rows
-from constructions.program import Head, Layer, Program, erase
+from constructions.hyper_transformer.paper import GRADIENT_CLAIMS
 from constructions.regression import at_least_one, finite_number
-from constructions.slots import Slots, concatenate
-from synthetic.classes import Labels, Queries, Support
+from synthetic.tasks.classes import Labels, Queries, Support
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class HyperGradient(FewShot):
         shots: labelled examples of each class in the task.
         steps: K, at least 1; the model has 2 K layers.
         step_size: eta. None: the best one for a single step on the task; more steps need it given.
-        queries, spread, noise: of the task, see `synthetic.classes`.
+        queries, spread, noise: of the task, see `synthetic.tasks.classes`.
 
     Raises:
         ValueError: a setting out of range, named.

@@ -18,7 +18,8 @@ where n_c counts the examples of class c, and mu_c - mean_c = w_c (mean of the o
 distance is at most w_c times the largest one between class means (`leak`).
 
 kappa = 1 is the nearest prototype. With n_c examples of every class around Gaussian means, the
-kappa and tau of `synthetic.classes` make the logits the exact posterior: no classifier is better.
+kappa and tau of `synthetic.tasks.classes` make the logits the exact posterior: no classifier is
+better.
 
 Examples without labels get theirs in a layer before, from labelled ones with like features,
 
@@ -48,10 +49,13 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from constructions.claims import Claim, NearMiss
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.program import Head, Layer, Mlp, Program
+from constructions.core.slots import Slots, concatenate
+from constructions.core.transformer import Transformer
 from constructions.family import Embedded, Place
-from constructions.hyper_transformer.claims import PROTOTYPE_CLAIMS, SEMI_SUPERVISED_CLAIMS
 from constructions.hyper_transformer.episodes import GROUPS, FewShot, rows
+from constructions.hyper_transformer.paper import PROTOTYPE_CLAIMS, SEMI_SUPERVISED_CLAIMS
 from constructions.inputs import (
     Input,
     as_arrays,
@@ -59,11 +63,8 @@ from constructions.inputs import (
     check_prediction,
     model_type,
 )
-from constructions.program import Head, Layer, Mlp, Program
 from constructions.regression import finite_number
-from constructions.slots import Slots, concatenate
-from constructions.transformer import Transformer
-from synthetic.classes import Labels, Logits, Queries, Support
+from synthetic.tasks.classes import Labels, Logits, Queries, Support
 
 #: Score of a class token that has seen nothing: its weight is 0 in float64.
 FAR = 1000.0
@@ -86,7 +87,8 @@ class HyperPrototypes(FewShot):
     """Prototypes of the classes of an episode, or of a sequence of tasks.
 
     Attributes:
-        dim, classes, shots, queries, unlabelled, spread, noise: of the task, `synthetic.classes`.
+        dim, classes, shots, queries, unlabelled, spread, noise: of the task,
+        `synthetic.tasks.classes`.
             Episodes of any size are allowed; examples without labels count only if
             `unlabelled` is not 0.
         sharpness: beta, above 0. From 40 on the leak is below the rounding of float64; at 80 a

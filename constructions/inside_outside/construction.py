@@ -21,11 +21,13 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from constructions.claims import Claim, NearMiss, predict
-from constructions.counts import counts
+from constructions.core.inventory import counts
+from constructions.core.program import Program
+from constructions.core.slots import Slot
+from constructions.core.transformer import Transformer
 from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
 from constructions.inputs import FLAGS, INTEGERS, Input
-from constructions.inside_outside.algorithm import inside_outside
-from constructions.inside_outside.claims import CLAIMS
+from constructions.inside_outside.counterpart import counterpart, near_misses
 from constructions.inside_outside.evaluation import (
     defined,
     marginals,
@@ -33,24 +35,22 @@ from constructions.inside_outside.evaluation import (
     values,
     word_posterior,
 )
-from constructions.inside_outside.language_model import counterpart
-from constructions.inside_outside.low_rank import LowRank, low_rank
-from constructions.inside_outside.near_misses import near_misses
-from constructions.inside_outside.refusal import (
+from constructions.inside_outside.exactness import (
+    check_memory,
+    check_size,
     dtype_of,
     is_parser,
     known,
     refuse_lost,
     settled,
+    typical_scale,
 )
-from constructions.inside_outside.tableau import Layout, layout, tableau
-from constructions.inside_outside.units import check_memory, check_size, typical_scale
-from constructions.program import Program
-from constructions.slots import Slot
-from constructions.transformer import Transformer
-from synthetic.grammar import Grammar
-from synthetic.grammars import named
-from synthetic.masked_language import MaskedLanguageTask, as_array, check_sentences
+from constructions.inside_outside.low_rank import LowRank, low_rank
+from constructions.inside_outside.paper import CLAIMS
+from constructions.inside_outside.tableau import Layout, inside_outside, layout, tableau
+from synthetic.grammar.examples import named
+from synthetic.grammar.grammar import Grammar
+from synthetic.tasks.masked_language import MaskedLanguageTask, as_array, check_sentences
 
 NUMBER = int | float | np.integer | np.floating
 #: Sentences that run in one go.
@@ -64,12 +64,13 @@ class InsideOutside(Construction):
     """The transformer that parses with a grammar.
 
     Attributes:
-        grammar: a `Grammar`, its JSON form, or the name of one in `synthetic.grammars`. It need
+        grammar: a `Grammar`, its JSON form, or the name of one in `synthetic.grammar.examples`. It
+        need
             not be proper: a grammar restricted to some of its symbols also compiles.
         max_length: words of the longest sentence, at least 2.
         scale: factor on what a word's token holds, which cancels in every probability; None takes
             one at which sentences of the grammar have a Z of about 1
-            (`constructions.inside_outside.units`). What float32 still does not hold is refused.
+            (`constructions.inside_outside.exactness`). What float32 still does not hold is refused.
         masking: of the task: the probability that a word is hidden.
         layers, heads, width, activation: of the counterpart; "relu" has units that
             `probes.selectivity` can look at.
@@ -226,7 +227,7 @@ class InsideOutside(Construction):
                 them, `[batch, time, words - 2, rank]`.
             leaves, around: of single words, `[batch, time, preterminal]`.
             span_products, tag_products: beta times alpha, by label.
-            span_marginals, tag_marginals, prediction: as `synthetic.chart` has them; the
+            span_marginals, tag_marginals, prediction: as `synthetic.grammar.chart` has them; the
                 prediction is its word posterior. With a reduction marginals may be negative, and
                 are NaN where Z is not positive; the prediction takes what is negative as 0.
         """

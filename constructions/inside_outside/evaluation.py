@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from constructions.evaluator import evaluate
+from constructions.core.evaluate import evaluate
+from constructions.core.slots import Slot
+from constructions.core.transformer import shares
 from constructions.inside_outside.tableau import layout, tableau
-from constructions.slots import Slot
-from constructions.transformer import shares
 
 if TYPE_CHECKING:
     from constructions.inside_outside.construction import InsideOutside

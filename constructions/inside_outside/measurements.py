@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from constructions.claims import Measurement
-from constructions.counts import counts
+from constructions.core.inventory import counts
 from constructions.inside_outside.construction import InsideOutside
-from synthetic import chart
-from synthetic.grammar import Grammar
+from synthetic.grammar import chart
+from synthetic.grammar.grammar import Grammar
 
 _PAPER = "Zhao et al. 2023, arXiv 2303.08117, introduction"
 # The symbols that the paper keeps, and the length of a sentence of the Penn Treebank.

@@ -13,6 +13,16 @@ head of gradient descent with the features in the place of the inputs,
 One step from W_0 = 0 is a kernel smoother, y_hat = (eta / N) sum_i y_i m(x_i)^T m(x). Any other
 W_0 costs nothing: the MLP also writes -W_0 m(x_j) to y, so that context tokens hold
 y_i - W_k m(x_i) and query tokens -W_k m(x) from layer 1 on.
+
+Features as the weights of an MLP: sine and cosine written by hand, or any given one.
+
+For sine waves m interpolates (sin, cos) linearly between `knots`
+equally spaced points t_0 < t_1 < ..., with hinges that open away from the point c in the middle,
+
+    m(x) = m(c) relu(1) + sum_{t_j >= c} b_j relu(x - t_j) + sum_{t_j <= c} b'_j relu(t_j - x),
+
+b_j and b'_j the changes of slope on the way out from slope 0 at c; beyond the ends the slope is 0
+again. The spacing h bounds the error, h^2 / 8.
 """
 
 from __future__ import annotations
@@ -20,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +38,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
-from constructions.compiler import compile_program, config_of
+from constructions.core.compile import compile_program, config_of
+from constructions.core.layer import ACTIVATIONS
+from constructions.core.program import Head, Layer, Mlp, Program
+from constructions.core.slots import Slots
+from constructions.core.transformer import Transformer, randomise
 from constructions.family import Claim, Counterpart, Embedded, NearMiss, Place
-from constructions.kernel_descent.claims import FROM_PRIOR_MEAN_CLAIMS, FROM_ZERO_CLAIMS
-from constructions.kernel_descent.features import MlpWeights, given_mlp, interpolant
-from constructions.layer import ACTIVATIONS
-from constructions.program import Head, Layer, Mlp, Program
+from constructions.kernel_descent.paper import FROM_PRIOR_MEAN_CLAIMS, FROM_ZERO_CLAIMS
 from constructions.regression import (
     Inputs,
     Outputs,
@@ -42,11 +53,51 @@ from constructions.regression import (
     at_least_one,
     finite_number,
 )
-from constructions.slots import Slots
-from constructions.transformer import Transformer, randomise
-from synthetic.recipe import Recipe
-from synthetic.regression import RegressionTask
-from synthetic.sine import SineTask, coefficient_moments, optimal_step, sine_and_cosine
+from synthetic.fitting.recipe import Recipe
+from synthetic.tasks.regression import RegressionTask
+from synthetic.tasks.sine import SineTask, coefficient_moments, optimal_step, sine_and_cosine
+
+
+class MlpWeights(NamedTuple):
+    """m(x) = output act(hidden x + bias): `[hidden, dim_x]`, `[hidden]`, `[features, hidden]`."""
+
+    hidden: np.ndarray
+    bias: np.ndarray
+    output: np.ndarray
+
+
+def interpolant(points: np.ndarray) -> MlpWeights:
+    """ReLU units for the interpolant of (sin, cos) between increasing points, at least 2."""
+    values = sine_and_cosine(points)
+    slopes = np.diff(values, axis=0) / np.diff(points)[:, None]
+    centre = len(points) // 2
+    right = np.diff(slopes[centre:], axis=0, prepend=0, append=0)
+    left = np.diff(slopes[:centre], axis=0, prepend=0, append=0)
+    # the last unit sees no input: relu(1) = 1 carries the value at the centre
+    signs = np.repeat([1.0, -1.0, 0.0], [len(right), len(left), 1])
+    hinges = np.concatenate([points[centre:], points[: centre + 1], [0.0]])
+    bends = np.concatenate([right, left, values[centre : centre + 1]])
+    bias = np.where(signs == 0, 1.0, -signs * hinges)
+    return MlpWeights(signs[:, None], bias, bends.T)
+
+
+def given_mlp(given: Any, dim_x: int) -> tuple[Any, ...]:
+    """The MLP as nested tuples, which keep settings hashable and JSON-ready; ValueError if bad."""
+    must = f"must be hidden weights [h, {dim_x}], hidden biases [h], output weights [f, h]"
+    try:
+        parts = [np.asarray(part, float) for part in given]
+    except (TypeError, ValueError):
+        raise ValueError(f"features is {given!r}, {must}") from None
+    shapes = [part.shape for part in parts]
+    fits = [len(shape) for shape in shapes] == [2, 1, 2]
+    h = len(parts[0]) if fits else 0
+    if not fits or h == 0 or shapes != [(h, dim_x), (h,), (len(parts[2]), h)] or not len(parts[2]):
+        raise ValueError(f"features has shapes {shapes}, {must}")
+    if not all(np.isfinite(part).all() for part in parts):
+        raise ValueError(f"features holds NaN or infinite values, {must}")
+    rows = [tuple(tuple(row) for row in part.tolist()) for part in (parts[0], parts[2])]
+    return (rows[0], tuple(parts[1].tolist()), rows[1])
+
 
 PRIOR_MEAN = "prior mean"
 
@@ -64,7 +115,7 @@ class KernelDescent(Regression):
             the features.
         features: hidden weights `[hidden, dim_x]`, hidden biases `[hidden]` and output weights
             `[features, hidden]` of the MLP. None: sine and cosine, interpolated.
-        activation: of a given MLP, a name in `constructions.layer.ACTIVATIONS`.
+        activation: of a given MLP, a name in `constructions.core.layer.ACTIVATIONS`.
         init_weight: W_0, `[dim_y, features]`; None is zero. "prior mean" is the mean of the sine
             waves' coefficients (features=None only).
         knots: points of the interpolant, at least 2.
@@ -179,7 +230,7 @@ class KernelDescent(Regression):
         return np.asarray(self.init_weight, float)
 
     def feature_map(self, x: np.ndarray) -> np.ndarray:
-        """The features of inputs `[n]`, dim_x = 1, as `synthetic.sine` takes them."""
+        """The features of inputs `[n]`, dim_x = 1, as `synthetic.tasks.sine` takes them."""
         with jax.enable_x64(True):
             return np.asarray(self._features(jnp.asarray(x, jnp.float64)[:, None]))
 
@@ -321,7 +372,7 @@ class KernelDescent(Regression):
         """The MLP and attention as wide as the tokens, trained with Adam.
 
         Its MLP reads and writes every column. The least loss of this class has no closed form;
-        `synthetic.sine.optimal_kernel_loss` bounds what affine functions of y can reach.
+        `synthetic.tasks.sine.optimal_kernel_loss` bounds what affine functions of y can reach.
         """
         shape = config_of(self.program)
         base = compile_program(self.program, config=shape.with_heads(shape.width, shape.width))

@@ -30,9 +30,11 @@ from jaxtyping import Array
 from numpy.polynomial import Chebyshev, Polynomial
 
 from constructions.claims import Claim, NearMiss
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.program import CAUSAL, Head, Layer, Program
+from constructions.core.transformer import Transformer
 from constructions.family import Counterpart, Embedded, Gauge, Place
-from constructions.mesa.claims import DEEP_CLAIMS, ONE_LAW, ONE_STEP_CLAIMS
+from constructions.mesa.paper import DEEP_CLAIMS, ONE_LAW, ONE_STEP_CLAIMS
 from constructions.mesa.tokens import (
     CLIP,
     GROUPS,
@@ -44,11 +46,9 @@ from constructions.mesa.tokens import (
     wide_config,
     wide_counterpart,
 )
-from constructions.program import CAUSAL, Head, Layer, Program
 from constructions.regression import finite_number
-from constructions.transformer import Transformer
-from synthetic.dynamics import LinearDynamics, States
-from synthetic.recipe import Recipe
+from synthetic.fitting.recipe import Recipe
+from synthetic.tasks.dynamics import LinearDynamics, States
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,16 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from constructions.claims import NearMiss
-from constructions.compiler import compile_program, config_of
-from constructions.config import Config
+from constructions.core.compile import compile_program, config_of
+from constructions.core.config import Config
+from constructions.core.program import CAUSAL, SELF, Head, Layer, Program
+from constructions.core.slots import Slot, Slots, constant
+from constructions.core.transformer import Transformer, randomise
 from constructions.family import Construction, Counterpart, Embedded, Gauge, Place
 from constructions.inputs import Input
-from constructions.program import CAUSAL, SELF, Head, Layer, Program
 from constructions.regression import at_least_one
-from constructions.slots import Slot, Slots, constant
-from constructions.transformer import Transformer, randomise
-from synthetic.dynamics import LinearDynamics, States
-from synthetic.recipe import Recipe
+from synthetic.fitting.recipe import Recipe
+from synthetic.tasks.dynamics import LinearDynamics, States
 
 #: Token groups.
 BOS, STATE = GROUPS = ("bos", "state")

@@ -29,17 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from constructions.canonical import canonical_distance
-from constructions.compiler import compile_program, config_of
+from constructions.core.canonical import canonical_distance
+from constructions.core.compile import compile_program, config_of
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Slots, concatenate
+from constructions.core.transformer import Transformer, randomise
 from constructions.family import Claim, Counterpart, Embedded, Gauge, NearMiss, Place
-from constructions.noisy_regression.claims import claims_of
+from constructions.noisy_regression.paper import claims_of
 from constructions.noisy_regression.recursion import context_gram, diag_states
-from constructions.program import Head, Layer, Program
 from constructions.regression import Inputs, Outputs, Queries, Regression, at_least_one
-from constructions.slots import Slots, concatenate
-from constructions.transformer import Transformer, randomise
-from synthetic.noisy import NoisyRegressionTask
-from synthetic.recipe import Recipe
+from synthetic.fitting.recipe import Recipe
+from synthetic.tasks.noisy import NoisyRegressionTask
 
 
 class Reading(NamedTuple):

@@ -1,8 +1,8 @@
 """The best DIAG layers for a task: few numbers, fitted to the last digit on thousands of contexts.
 
 A fit minimises the expected loss `1/2 |w^L - w|^2` over a sample of contexts by
-Levenberg-Marquardt (`synthetic.second_order`) from many starts, one depth after the other: the
-best model of one layer fewer, with a layer that does next to nothing put in at each place, is
+Levenberg-Marquardt (`synthetic.fitting.second_order`) from many starts, one depth after the other:
+the best model of one layer fewer, with a layer that does next to nothing put in at each place, is
 where a deeper one starts.
 
 The prediction of a deep linear transformer is a polynomial of high degree in the eigenvalues of a
@@ -22,10 +22,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from constructions.noisy_regression.recursion import diag_weight
-from synthetic.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
-from synthetic.ridge import expected_adjusted_loss, expected_loss
-from synthetic.second_order import Fitted, least_squares
-from synthetic.spectral import Estimate
+from synthetic.fitting.second_order import Fitted, least_squares
+from synthetic.tasks.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
+from synthetic.theory.ridge import expected_adjusted_loss, expected_loss
+from synthetic.theory.spectral import Estimate
 
 # Numbers that a layer has: DIAG; DIAG of one head, w_xx w_yy = w_xy w_yx; GD++, w_xy = w_yy = 0.
 KINDS = {"diag": 4, "one-head": 3, "descent": 2}

@@ -24,10 +24,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from constructions.noisy_regression.fitting import pool_sample, weights_of
-from synthetic.bits import normal_from_unit, unit_uniform
-from synthetic.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
-from synthetic.ridge import oracle_weight
-from synthetic.spectral import Estimate, estimate
+from synthetic.tasks.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
+from synthetic.theory.ridge import oracle_weight
+from synthetic.theory.spectral import Estimate, estimate
+from synthetic.threefry import normal_from_unit, unit_uniform
 
 _BLOCK = 1024
 _ROUNDS = 3

@@ -28,7 +28,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from synthetic.noisy import Moments
+from synthetic.tasks.noisy import Moments
 
 # From this many layers on a matrix per context is cheaper than products nested one in another.
 _DENSE = 5

@@ -14,17 +14,17 @@ from jax import Array
 from constructions.claims import Measurement
 from constructions.noisy_regression.fitting import Layers, fit, held_out_loss
 from constructions.noisy_regression.full import fit_full
-from synthetic.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
-from synthetic.regression import Gaussian, RegressionTask
-from synthetic.ridge import (
+from synthetic.tasks.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
+from synthetic.tasks.regression import Gaussian, RegressionTask
+from synthetic.theory.one_layer import optimal_one_layer
+from synthetic.theory.ridge import (
     adaptive_penalty,
     expected_adjusted_loss,
     fit_constant,
     ridge_weight,
     tune,
 )
-from synthetic.spectral import Estimate, estimate, optimal_descent
-from synthetic.theory import optimal_one_layer
+from synthetic.theory.spectral import Estimate, estimate, optimal_descent
 
 SOURCE = "Vladymyrov et al. 2024, Table 1"
 

@@ -41,9 +41,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from constructions.certificate import LARGEST_TOLERANCE
-from constructions.compiler import compile_program, config_of
+from constructions.core.compile import compile_program, config_of
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Affine, Slots
+from constructions.core.transformer import Transformer, randomise
 from constructions.family import Claim, Counterpart, Embedded, NearMiss, Place
-from constructions.program import Head, Layer, Program
 from constructions.regression import (
     Inputs,
     Outputs,
@@ -52,13 +54,11 @@ from constructions.regression import (
     at_least_one,
     finite_number,
 )
-from constructions.separate_tokens.claims import claims
-from constructions.slots import Affine, Slots
-from constructions.transformer import Transformer, randomise
-from synthetic.recipe import Recipe
-from synthetic.regression import RegressionTask
-from synthetic.theory import optimal_step_size
-from synthetic.train import Fit
+from constructions.separate_tokens.paper import claims
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.train import Fit
+from synthetic.tasks.regression import RegressionTask
+from synthetic.theory.one_layer import optimal_step_size
 
 _GROUPS = ("context", "query", "dump")
 

@@ -25,9 +25,9 @@ labels        labels of words, learnt in context, by descent and by simulation
 """
 
 from constructions.family import Family
-from constructions.tint.auxiliary import TrainedAuxiliary, decoder, logits
-from constructions.tint.backward import MODES, Backward
-from constructions.tint.checkpoint import load_auxiliary, save_auxiliary
+from constructions.interchange.decoder import TrainedAuxiliary, decoder, logits
+from constructions.interchange.huggingface import load_auxiliary, save_auxiliary
+from constructions.tint.algorithm import MODES, Backward
 from constructions.tint.construction import Outcome, Tint
 
 TINT = Family(

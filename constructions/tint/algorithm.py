@@ -5,19 +5,27 @@
 
 for every sequence on its own, then the logits of theta_S on the same sequence. "Value-only"
 attention counts its weights a_ij as constants where it is differentiated.
+
+How the parts of a decoder go back: as the paper has it, exactly, or by finite differences.
+
+Settings and inputs that TinT takes; ValueError for all others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from constructions.indices import take_rows
-from constructions.tint.auxiliary import DecoderShape
-from constructions.tint.weights import Weights
+from constructions.core.indices import take_rows
+from constructions.interchange.decoder import DecoderShape, Weights
 
 
 def decode(
@@ -87,3 +95,121 @@ def descend(
         return now
 
     return jax.vmap(one)(tokens, train)
+
+
+ATTENTION = ("value-only", "finite-difference", "exact")
+NORM = ("finite-difference", "central", "exact")
+ACTIVATION = ("finite-difference", "exact")
+
+
+@dataclass(frozen=True)
+class Backward:
+    """How each part of a decoder goes back, and what of it is trained.
+
+    Attributes:
+        attention: "value-only" (the scores count as constants: queries and keys are not trained),
+            "finite-difference" (their derivative by central differences of softmax heads), "exact".
+        norm: "finite-difference" (one-sided, as in the paper), "central" differences, or "exact".
+        activation: "finite-difference" (one-sided) or "exact".
+        gains: whether gains of LayerNorms are trained; offsets always are.
+        step: of one-sided differences. The paper has 1e-3, which truncates by up to 1e-3 of a
+            parameter's update; a smaller one loses as much to rounding in float32.
+        central: of central differences of attention, a tenth of it of those of norms; both go
+            along directions of unit size, so that gradients of any size have the same digits.
+
+    Raises:
+        ValueError: another way, or a step that is not above 0.
+    """
+
+    attention: str = "exact"
+    norm: str = "exact"
+    activation: str = "exact"
+    gains: bool = True
+    step: float = 7e-4
+    central: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("attention", ATTENTION),
+            ("norm", NORM),
+            ("activation", ACTIVATION),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {allowed}")
+        if not isinstance(self.gains, bool):
+            raise ValueError(f"gains is {self.gains!r}, must be True or False")
+        for name in ("step", "central"):
+            value = getattr(self, name)
+            if not (isinstance(value, float | int) and 0 < value < np.inf):
+                raise ValueError(f"{name} is {value!r}, must be finite and above 0")
+
+
+#: The ways back by name; "paper" is that of Panigrahi et al.
+MODES = {
+    "paper": Backward("value-only", "finite-difference", "finite-difference", False),
+    "finite-difference": Backward("finite-difference", "central", "finite-difference"),
+    "exact": Backward(),
+}
+
+
+def check_mode(mode: Any) -> None:
+    """A name in `MODES`, a `Backward`, or a mapping with some of its fields."""
+    known = isinstance(mode, str) and mode in MODES
+    names = [f.name for f in fields(Backward)]
+    if isinstance(mode, Mapping):
+        known = set(mode) <= set(names)
+    if not (known or isinstance(mode, Backward)):
+        raise ValueError(
+            f"mode is {mode!r}, must be one of {list(MODES)}, a Backward, or some of its fields, "
+            f"{', '.join(names)}"
+        )
+
+
+def check_numbers(
+    shape: DecoderShape, *, steps: int, stack: int, shards: int, learning_rate: float
+) -> None:
+    """The numbers of a `Tint` whose auxiliary model has this shape."""
+    for name, value in (("steps", steps), ("stack", stack), ("shards", shards)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, must be a whole number of at least 1")
+    width, hidden = shape.width, shape.hidden
+    fits = [n for n in range(1, width + 1) if width % n == 0 == hidden % (width // n)]
+    if stack not in fits:
+        raise ValueError(
+            f"stack is {stack}, must divide the auxiliary's width, {width}, into tokens that its "
+            f"{hidden} hidden units fill as well: {' or '.join(map(str, fits))}"
+        )
+    if shards > shape.width:
+        raise ValueError(f"shards is {shards}, must be at most the width, {shape.width}")
+    if not (np.isfinite(learning_rate) and learning_rate):
+        raise ValueError(f"learning_rate is {learning_rate!r}, must be finite and not 0")
+
+
+def check_texts(shape: DecoderShape, tokens: Any, train_mask: Any) -> None:
+    """`[batch, time]` numbers of words, and as many marks of what is trained on.
+
+    Of traced arrays the shapes only. The batch may be empty.
+    """
+    if (
+        len(tokens.shape) != 2
+        or not jnp.issubdtype(tokens.dtype, np.integer)
+        or not tokens.shape[1]
+    ):
+        raise ValueError(
+            f"tokens has shape {tokens.shape} and dtype {tokens.dtype}, must be [batch, time] "
+            "integers"
+        )
+    if tokens.shape[1] > shape.positions:
+        raise ValueError(f"tokens has {tokens.shape[1]} positions, the auxiliary {shape.positions}")
+    if not isinstance(tokens, Tracer) and len(tokens):
+        tokens = np.asarray(tokens)
+        if tokens.min() < 0 or tokens.max() >= shape.words:
+            raise ValueError(
+                f"tokens are {tokens.min()} to {tokens.max()}, must be 0 to {shape.words - 1}"
+            )
+    if train_mask.shape != tokens.shape:
+        raise ValueError(
+            f"train_mask has shape {train_mask.shape}, must be that of tokens, {tokens.shape}"
+        )
+    if not isinstance(train_mask, Tracer) and not np.isin(np.asarray(train_mask), (0, 1)).all():
+        raise ValueError("train_mask must be 0 or 1 (or bool) everywhere")

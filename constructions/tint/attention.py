@@ -9,17 +9,40 @@ heads with the forward pass's weights a, or their transpose, times a factor line
 The same without factors is a derivative along the scores, which differences of softmax heads take:
 
     dq_i = (d / de) sum_j softmax_j(<q_i, k_j> / sqrt d + e c_ij) k_j / sqrt d  at e = 0.
+
+Small parts of TinT's layers: what a token does with its own values.
 """
 
 from __future__ import annotations
 
 from math import sqrt
+from typing import Any
 
-from constructions.program import CAUSAL, Head, Window
-from constructions.slots import Affine, Slot, concatenate
-from constructions.tint.auxiliary import DecoderShape
+from constructions.core.program import CAUSAL, SELF, Head, Mlp, Norm, Window
+from constructions.core.slots import Affine, Slot, concatenate, constant
+from constructions.interchange.decoder import DecoderShape
 from constructions.tint.layout import TEXT
-from constructions.tint.parts import ONE
+
+#: The same number at every token.
+ONE = constant(1.0)
+
+
+def itself(value: Affine, slot: Slot, name: str) -> Head:
+    """slot += value, at every token of the text."""
+    return Head(
+        ONE, ONE, value, {slot: 1.0}, queries=TEXT, keys=TEXT, window=SELF, name=name
+    )  # fmt: skip
+
+
+def times(a: Affine, b: Affine, write: dict[Any, Any], name: str) -> Mlp:
+    """Products of numbers at a token: a gated MLP without an activation."""
+    return Mlp(a, write, b, "identity", TEXT, name)
+
+
+def direction(read: Slot, write: Slot) -> Norm:
+    """A vector over its root mean square; 0 stays 0."""
+    return Norm(read, write, "rms", 1e-24, tokens=TEXT)
+
 
 LATER: Window = (0, None)
 

@@ -19,26 +19,31 @@ from flax import nnx
 from jaxtyping import Array
 
 from constructions.claims import Claim, NearMiss
-from constructions.counts import counts
-from constructions.evaluator import SlotBySlot, evaluate
+from constructions.core.evaluate import SlotBySlot, evaluate
+from constructions.core.inventory import counts
+from constructions.core.program import Program
+from constructions.core.slots import Slot
+from constructions.core.transformer import Transformer
 from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
 from constructions.inputs import INTEGERS, NUMBERS, Input, as_arrays, model_type
-from constructions.program import Program
-from constructions.slots import Slot
+from constructions.interchange.decoder import (
+    CHANGED,
+    MATRICES,
+    DecoderShape,
+    TrainedAuxiliary,
+    Weights,
+    check_auxiliary,
+    from_arrays,
+    to_arrays,
+)
+from constructions.interchange.huggingface import load_auxiliary
 from constructions.tint import algorithm
-from constructions.tint.auxiliary import DecoderShape, TrainedAuxiliary, check_auxiliary
-from constructions.tint.backward import MODES, Backward
-from constructions.tint.checkpoint import load_auxiliary
-from constructions.tint.checks import check_mode, check_numbers, check_texts
-from constructions.tint.claims import CLAIMS
-from constructions.tint.contents import collect, contents, places
-from constructions.tint.counterpart import counterpart, near_misses
-from constructions.tint.layout import TEXT, Layout
+from constructions.tint.algorithm import MODES, Backward, check_mode, check_numbers, check_texts
+from constructions.tint.layout import TEXT, Layout, collect, contents, places
+from constructions.tint.paper import CLAIMS, counterpart, near_misses
 from constructions.tint.tableau import Tableau
-from constructions.tint.weights import CHANGED, MATRICES, Weights, from_arrays, to_arrays
-from constructions.transformer import Transformer
-from synthetic.adaptation import AdaptationTask, exchanged
-from synthetic.text import Corpus
+from synthetic.tasks.adaptation import AdaptationTask, exchanged
+from synthetic.tasks.text import Corpus
 
 #: Entries beyond which no dense weights are made: 0.8 GB in float32.
 DENSE = 2 * 10**8
@@ -65,7 +70,7 @@ class Tint(Construction):
     """The transformer that trains an auxiliary one.
 
     Attributes:
-        auxiliary: a decoder (`constructions.tint.auxiliary`), of which the weights of now are
+        auxiliary: a decoder (`constructions.interchange.decoder`), of which the weights of now are
             taken; or settings of one that is fitted to a grammar, a `TrainedAuxiliary` or its JSON
             form; or the path of a folder in Hugging Face format.
         mode: "paper", "finite-difference", "exact", or a `Backward` (or its fields) that says for
@@ -160,7 +165,7 @@ class Tint(Construction):
 
     @property
     def weights(self) -> dict[str, Array]:
-        """The auxiliary model's weights by their names in `constructions.tint.weights`."""
+        """The auxiliary model's weights by their names in `constructions.interchange.decoder`."""
         return from_arrays(self.auxiliary.arrays())
 
     @cached_property
@@ -446,8 +451,8 @@ def simulate(c: Tint, weights: Weights, tokens: Array, train_mask: Array) -> dic
 
     Args:
         c: a construction.
-        weights: of an auxiliary model of its shape, as `constructions.tint.weights` names them.
-        tokens, train_mask: `[batch, time]`.
+        weights: of an auxiliary model of its shape, as `constructions.interchange.decoder` names
+        them. tokens, train_mask: `[batch, time]`.
     """
     at, time = c.layout, tokens.shape[1]
     out = evaluate(c.program, contents(at, weights, tokens, train_mask), at.kinds(time))

@@ -15,13 +15,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from constructions.core.transformer import Transformer
+from constructions.interchange.decoder import CHANGED, DecoderShape, Weights
 from constructions.tint import algorithm
-from constructions.tint.auxiliary import DecoderShape
-from constructions.tint.backward import MODES, Backward
+from constructions.tint.algorithm import MODES, Backward
 from constructions.tint.construction import Tint, simulate
-from constructions.tint.weights import CHANGED, Weights
-from constructions.transformer import Transformer
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 Changes = Mapping[str, Array | np.ndarray]  # by the names of `weights`, `[batch, layer, ...]`
 

@@ -16,12 +16,12 @@ from math import sqrt
 
 import numpy as np
 
-from constructions.matrices import Matrix, beside
-from constructions.program import SELF, Head, Layer, Mlp, Norm
-from constructions.slots import Affine, concatenate, constant
-from constructions.tint.backward import Backward
+from constructions.core.matrices import Matrix, beside
+from constructions.core.program import SELF, Head, Layer, Mlp, Norm
+from constructions.core.slots import Affine, concatenate, constant
+from constructions.tint.algorithm import Backward
+from constructions.tint.attention import ONE, direction, itself, times
 from constructions.tint.layout import TEXT, Layout, Tape
-from constructions.tint.parts import ONE, direction, itself, times
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,24 @@
 LayerNorm and activation; `backward` says which way each part goes. The paper overwrites its slots,
 behind gates, and carries weights past modules by skips; here every value has a slot of its own,
 nothing is erased and one pass from layer to layer is all.
+
+What is done with a matrix in prefix tokens: three linear heads for each row that a token holds.
+
+With token k holding row k of [W b] and the one-hot number e_k,
+
+    y   =  sum_k <[w_k b_k], (x, 1)> e_k          the text looks at the matrix    W x + b
+    dx  =  sum_k <e_k, dy> w_k                    the text looks at the matrix    W^T dy
+    [w_k b_k]  -=  eta sum_t <e_k, dy_t> (x_t, 1) the matrix looks at the text    dy x^T
+
+Panigrahi et al. 2023 (arXiv 2307.01189), sections on linear layers; their stacking is the rows of
+a token, their sharding the parts into which a row is cut.
+
+Words and positions: looked up, scored and, where they are trained, changed.
+
+With p_t(v) the probability of word v behind position t, m_t the mask and h_t the last hidden state,
+
+    d h_t  =  m_t (sum_v p_t(v) E_v - E_x(t+1)),
+    d E_v  =  sum_t m_t (p_t(v) - [v follows t]) h_t  +  sum_(t with word v) d (E_v + P_t).
 """
 
 from __future__ import annotations
@@ -13,20 +31,179 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
-from constructions.matrices import Matrix, beside
-from constructions.program import SELF, Head, Layer, Mlp, Program
-from constructions.slots import concatenate
-from constructions.tint.attention import attend, score_back, score_differences, value_back
-from constructions.tint.auxiliary import DecoderShape
-from constructions.tint.backward import Backward
-from constructions.tint.layout import TEXT, Layout, Tape
+from constructions.core.matrices import Matrix, beside
+from constructions.core.program import SELF, Head, Layer, Mlp, Program
+from constructions.core.slots import Affine, Slot, concatenate
+from constructions.interchange.decoder import DecoderShape
+from constructions.tint.algorithm import Backward
+from constructions.tint.attention import (
+    ONE,
+    attend,
+    direction,
+    itself,
+    score_back,
+    score_differences,
+    times,
+    value_back,
+)
+from constructions.tint.layout import TEXT, WORDS, Layout, StoredMatrix, Tape
 from constructions.tint.norms import LayerNorms
-from constructions.tint.parts import ONE, direction, times
-from constructions.tint.prefix import Prefix
-from constructions.tint.words import Words
+
+
+class Prefix(NamedTuple):
+    """A matrix, the learning rate of its descent, and the number of parts of a row."""
+
+    weights: StoredMatrix
+    rate: float
+    shards: int
+
+    def apply(self, x: Affine, y: Slot) -> list[Head]:
+        """y += W x + b."""
+        w, augmented = self.weights, concatenate(x, ONE)
+        return [
+            Head(
+                query=augmented[part],
+                key=w.now(row)[part],
+                value=w.number,
+                write={y[w.part(row)]: 1.0},
+                queries=TEXT,
+                keys=w.group,
+                name=f"{w.group}, row {row}",
+            )
+            for row in range(len(w.rows))
+            for part in self._parts(augmented.size)
+        ]
+
+    def transpose(self, dy: Slot, dx: Slot) -> list[Head]:
+        """dx += W^T dy."""
+        w = self.weights
+        return [
+            Head(
+                query=dy[w.part(row)],
+                key=w.number,
+                value=w.now(row)[part],
+                write={dx[part]: 1.0},
+                queries=TEXT,
+                keys=w.group,
+                name=f"{w.group} transposed, row {row}",
+            )
+            for row in range(len(w.rows))
+            for part in self._parts(dx.size)
+        ]
+
+    def descend(self, dy: Slot, x: Slot) -> list[Head]:
+        """[W b] -= eta sum_t dy_t (x_t, 1)^T."""
+        w, augmented = self.weights, concatenate(x, ONE)
+        return [
+            Head(
+                query=w.number,
+                key=dy[w.part(row)],
+                value=augmented[part],
+                write={change[part]: -self.rate},
+                queries=w.group,
+                keys=TEXT,
+                name=f"{w.group} descends, row {row}",
+            )
+            for row, change in enumerate(w.changes)
+            for part in self._parts(augmented.size)
+        ]
+
+    def _parts(self, size: int) -> list[slice]:
+        cuts = np.linspace(0, size, self.shards + 1).astype(int).tolist()
+        return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+NEXT = (1, 1)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The heads between tokens of words and the text.
+
+    Attributes:
+        layout: slots of embeddings and positions.
+        rate: eta, of their descent.
+        trained: whether they are.
+    """
+
+    layout: Layout
+    rate: float
+    trained: bool
+
+    @property
+    def now(self) -> Affine:
+        """Embeddings at the tokens of words, with what was changed."""
+        if not self.trained:
+            return self.layout.embedding
+        return self.layout.embedding + self.layout.trainable["embedding change"]
+
+    def enter(self, tape: Tape, stream: Slot) -> list[Head]:
+        """stream = embedding + position; those of now are looked up where they are trained."""
+        embedding, position = self.layout.embedding, self.layout.position
+        if not self.trained:
+            return [itself(embedding + position, stream, "enter")]
+        own = self.layout.trainable
+        seen, word = tape("embedding", embedding.size), own["word"]
+        following = tape("next word", word.size)
+        return [
+            itself(position + own["position change"], stream, "position"),
+            Head(
+                word, word, self.now, {stream: 1.0, seen: 1.0}, queries=TEXT, keys=WORDS,
+                name="look up",
+            ),
+            Head(
+                ONE, ONE, word, {following: 1.0}, queries=TEXT, keys=TEXT, window=NEXT,
+                name="next word",
+            ),
+        ]  # fmt: skip
+
+    def readout_back(self, tape: Tape, final: Slot, guess: Slot) -> list[Head]:
+        """guess_t += sum_v p_t(v) E_v - E_x(t+1), and the descent of the readout."""
+        layout = self.layout
+        seen = tape("embedding", layout.embedding.size) if self.trained else layout.embedding
+        heads = [
+            Head(
+                final, self.now, self.now, {guess: 1.0}, "softmax", TEXT, WORDS,
+                name="expected embedding",
+            ),
+            Head(
+                ONE, ONE, seen, {guess: -1.0}, queries=TEXT, keys=TEXT, window=NEXT,
+                name="next embedding",
+            ),
+        ]  # fmt: skip
+        if not self.trained:
+            return heads
+        change, word = layout.trainable["embedding change"], layout.trainable["word"]
+        wiring = {"queries": WORDS, "keys": TEXT, "factor": (ONE, layout.train)}
+        heads += [
+            Head(
+                self.now, final, final, {change: -self.rate}, "transposed_softmax",
+                name="readout descends", **wiring,
+            ),
+            Head(
+                word, tape("next word", word.size), final, {change: self.rate},
+                name="readout ascends", **wiring,
+            ),
+        ]  # fmt: skip
+        return heads
+
+    def enter_back(self, down: Slot) -> list[Head]:
+        """Embeddings and positions descend as inputs, whose gradient is `down`."""
+        own = self.layout.trainable
+        return [
+            Head(
+                own["word"], own["word"], down, {own["embedding change"]: -self.rate},
+                queries=WORDS, keys=TEXT, name="embedding descends",
+            ),
+            Head(
+                ONE, ONE, down, {own["position change"]: -self.rate}, queries=TEXT, keys=TEXT,
+                window=SELF, name="position descends",
+            ),
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)

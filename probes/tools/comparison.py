@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from constructions.canonical import canonical_distance
-from constructions.claims import Evidence, predict
-from constructions.needs import comparable_weights
+from constructions.claims import Evidence, comparable_weights, predict
+from constructions.core.canonical import canonical_distance
 from constructions.runs import Run, load_checkpoints
 from probes import losses, sections, similarity
 from probes.interpolation import obstacle
@@ -20,7 +19,7 @@ from probes.ledger import OPPOSITE
 from probes.statistics import FRACTIONS, between, compared, sensitivities
 from probes.table import probe_table
 from probes.tools.result import Result, seed_names, table
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 #: Numbers in the stream of one input up to which values are looked for in all tokens at once.
 SMALL = 10_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from constructions.core.transformer import cast
 from constructions.runs import Run
-from constructions.transformer import cast
 from probes import fourier
 from probes.flat import Flat
 from probes.ledger import compiled_like

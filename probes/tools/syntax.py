@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.runs import Run, initial_models
-from constructions.transformer import Transformer
 from probes.arcs import DIRECTIONS, OFFSETS, ArcScores, arc_scores, words_and_attention
 from probes.selectivity import check_units, selectivity, with_units
 from probes.tools.result import Result, seed_names, table
-from synthetic.dependencies import Headed, dependencies
-from synthetic.grammar import Grammar
-from synthetic.headed_grammars import headed
-from synthetic.masked_language import MaskedLanguageTask
-from synthetic.sentences import sample
-from synthetic.task import outcome
+from synthetic.grammar.dependencies import Headed, dependencies
+from synthetic.grammar.examples import headed
+from synthetic.grammar.grammar import Grammar
+from synthetic.grammar.sentences import sample
+from synthetic.tasks.masked_language import MaskedLanguageTask
+from synthetic.tasks.task import outcome
 
 SENTENCES = 512
 

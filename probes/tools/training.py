@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
 from constructions.runs import Run, initial_models
 from probes import kernels
 from probes.descent import descend, gradient_moments
 from probes.flat import Flat
 from probes.sharpness import edge, sharpness
 from probes.tools.result import MOST_WEIGHTS, Result, check_weights, seed_names, table
-from synthetic.distillation import Distilled, teacher_loss
-from synthetic.task import Batch, outcome
-from synthetic.train import fit
-from synthetic.zeroth_order import minimize_without_gradients, two_values
+from synthetic.fitting.distillation import Distilled, teacher_loss
+from synthetic.fitting.train import fit
+from synthetic.fitting.zeroth_order import minimize_without_gradients, two_values
+from synthetic.tasks.task import Batch, outcome
 
 #: The most weights of models that are looked at in hundreds of steps, or by their curvature.
 MOST = 20_000

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from constructions.core.transformer import Transformer
 from constructions.runs import Run, initial_models, load_checkpoints
-from constructions.transformer import Transformer
 from probes import averaging as averages
 from probes import fisher, grafting
 from probes import npeff as factors
 from probes.flat import Flat
 from probes.interpolation import interpolate
 from probes.tools.result import MOST_WEIGHTS, Result, check_weights, seed_names, table
-from synthetic.masked_language import MaskedLanguageTask
-from synthetic.task import Batch
+from synthetic.tasks.masked_language import MaskedLanguageTask
+from synthetic.tasks.task import Batch
 
 #: Components that `npeff` looks for, examples that it looks at, and how it looks.
 COMPONENTS, EXAMPLES, SEARCH = 8, 128, factors.Search(joint=400, restarts=2)

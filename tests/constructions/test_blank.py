@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from constructions.blank import blank
-from constructions.config import Config, HeadsConfig, LayerConfig, SegmentConfig
-from constructions.program import CAUSAL
+from constructions.core.compile import blank
+from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentConfig
+from constructions.core.program import CAUSAL
 
 HEADS = (HeadsConfig("softmax", 2, 9, 3), HeadsConfig("linear", 1, 9, 3))
 CONFIG = Config(5, (SegmentConfig((LayerConfig(HEADS),), 2),), ("word", "space"))

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from constructions.certificate import LARGEST_TOLERANCE
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Slots, constant
 from constructions.family import Construction, Embedded, Place, verify
 from constructions.gradient_descent import GradientDescent
-from constructions.program import Head, Layer, Program
 from constructions.separate_tokens import SeparateTokens
-from constructions.slots import Slots, constant
 from probes.cli import main
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 
 @dataclass(frozen=True)

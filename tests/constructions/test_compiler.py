@@ -9,13 +9,13 @@ import plain_numpy
 import pytest
 from flax import nnx
 
-from constructions.checks import ProgramError, check
-from constructions.compiler import compile_program, config_of
-from constructions.config import HeadsConfig, MlpConfig, NormConfig, SegmentConfig
-from constructions.counts import counts
-from constructions.evaluator import evaluate
-from constructions.program import CAUSAL, SELF, Head, Layer, Mlp, Norm, Program, erase
-from constructions.slots import Slots, constant
+from constructions.core.checks import ProgramError, check
+from constructions.core.compile import compile_program, config_of
+from constructions.core.config import HeadsConfig, MlpConfig, NormConfig, SegmentConfig
+from constructions.core.evaluate import evaluate
+from constructions.core.inventory import counts
+from constructions.core.program import CAUSAL, SELF, Head, Layer, Mlp, Norm, Program, erase
+from constructions.core.slots import Slots, constant
 
 ONE = constant(1.0)
 

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from constructions.canonical import canonical_distance
+from constructions.core.canonical import canonical_distance
 from constructions.gradient_descent import GradientDescent
-from synthetic.train import minimize
+from synthetic.fitting.train import minimize
 
 
 @pytest.mark.parametrize("sizes", [{"dim_x": 3, "num_examples": 5}, {"dim_x": 2, "dim_y": 2}])

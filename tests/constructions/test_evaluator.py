@@ -11,12 +11,12 @@ import plain_numpy
 import pytest
 from flax import nnx
 
-from constructions.checks import ProgramError, check
-from constructions.compiler import compile_program
-from constructions.counts import counts
-from constructions.evaluator import evaluate
-from constructions.program import CAUSAL, SELF, Head, Layer, Mlp, Norm, Program, erase
-from constructions.slots import Slots, concatenate, constant
+from constructions.core.checks import ProgramError, check
+from constructions.core.compile import compile_program
+from constructions.core.evaluate import evaluate
+from constructions.core.inventory import counts
+from constructions.core.program import CAUSAL, SELF, Head, Layer, Mlp, Norm, Program, erase
+from constructions.core.slots import Slots, concatenate, constant
 
 
 def embed(program, batch=2, tokens=5, seed=0, groups=None):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Slots, constant
 from constructions.family import Construction, Embedded, Place, verify
 from constructions.gradient_descent import GradientDescent
-from constructions.program import Head, Layer, Program
-from constructions.slots import Slots, constant
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from constructions.gradient_descent.measurements import measure
-from synthetic.regression import Uniform
+from constructions.gradient_descent.paper import measure
+from synthetic.tasks.regression import Uniform
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from constructions.config import NormConfig
+from constructions.core.config import NormConfig
 from constructions.gradient_descent import GradientDescent
 from constructions.gradient_descent.variants import FixedTasks, excess, one_layer
 

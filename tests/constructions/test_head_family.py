@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.compiler import ProgramError, compile_program
-from constructions.counts import counts
-from constructions.evaluator import evaluate
-from constructions.program import HeadFamily, Layer, Program
-from constructions.slots import Slots
+from constructions.core.compile import ProgramError, compile_program
+from constructions.core.evaluate import evaluate
+from constructions.core.inventory import counts
+from constructions.core.program import HeadFamily, Layer, Program
+from constructions.core.slots import Slots
 
 RNG = np.random.default_rng(0)
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from tint_oracle import TEXTS, TRAINED, small
 
-from constructions.blank import blank
-from constructions.config import Config, HeadsConfig, LayerConfig, SegmentConfig, TokensConfig
-from constructions.evaluator import evaluate
+from constructions.core.compile import blank
+from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentConfig, TokensConfig
+from constructions.core.evaluate import evaluate
+from constructions.core.transformer import Transformer, randomise
 from constructions.gradient_descent import GradientDescent
 from constructions.hyper_transformer import HyperGradient, HyperPrototypes, Memory
 from constructions.inputs import FLAGS, INTEGERS, Input, as_arrays, check_inputs, converted
 from constructions.separate_tokens import SeparateTokens
 from constructions.tint import Tint
-from constructions.transformer import Transformer, randomise
 
 DECLARED = (
     Input("x", ("batch", "context", 2)),

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.counts import counts
+from constructions.core.inventory import counts
 from constructions.inside_outside import InsideOutside
+from constructions.inside_outside.exactness import known
 from constructions.inside_outside.low_rank import LowRank
-from constructions.inside_outside.refusal import known
-from synthetic import chart
-from synthetic.grammar import Grammar
+from synthetic.grammar import chart
+from synthetic.grammar.grammar import Grammar
 
 
 def random_grammar(seed, nonterminals=2, preterminals=3, words=4, sparse=0.0):

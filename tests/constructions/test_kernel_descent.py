@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.evaluator import evaluate
+from constructions.core.evaluate import evaluate
 from constructions.family import verify
 from constructions.kernel_descent import KERNEL_DESCENT, KernelDescent
-from synthetic.regression import RegressionTask
-from synthetic.sine import SineTask
+from synthetic.tasks.regression import RegressionTask
+from synthetic.tasks.sine import SineTask
 
 
 def mlp(rng, dim_x, hidden=9, features=4):

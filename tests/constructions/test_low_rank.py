@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.counts import counts
+from constructions.core.inventory import counts
 from constructions.inside_outside import InsideOutside
 from constructions.inside_outside.evaluation import marginals
 from constructions.inside_outside.low_rank import LowRank, balanced_truncation
-from constructions.settings import construct, plain_settings
-from synthetic import chart
-from synthetic.grammar import Grammar
+from constructions.runs import construct, plain_settings
+from synthetic.grammar import chart
+from synthetic.grammar.grammar import Grammar
 
 
 def random_grammar(seed, n=4, p=3, v=5, lost=0.3):

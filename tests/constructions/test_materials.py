@@ -6,13 +6,12 @@ import pytest
 from flax import nnx
 
 from constructions import CATALOGUE
-from constructions.compiler import compile_program
-from constructions.counts import counts
-from constructions.materials import EXTRAS, materials
-from constructions.tint.auxiliary import DecoderShape, decoder
-from constructions.tint.backward import MODES
+from constructions.core.compile import compile_program
+from constructions.core.inventory import EXTRAS, counts, materials
+from constructions.interchange.decoder import DecoderShape, decoder
+from constructions.tint.algorithm import MODES
+from constructions.tint.experiments import PUBLISHED, paper_parameters, sizes, table
 from constructions.tint.layout import Layout
-from constructions.tint.sizes import PUBLISHED, paper_parameters, sizes, table
 from constructions.tint.tableau import Tableau
 
 SMALL = DecoderShape(5, 6, 2, 2, 4, 8, "gelu", 1e-5)

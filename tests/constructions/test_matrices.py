@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from constructions.matrices import Matrix, stack
-from constructions.program import Head
-from constructions.slots import Slots, concatenate, constant
+from constructions.core.matrices import Matrix, stack
+from constructions.core.program import Head
+from constructions.core.slots import Slots, concatenate, constant
 
 
 def random_matrix(rng, rows, columns):

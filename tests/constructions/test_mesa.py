@@ -7,14 +7,14 @@ import plain_numpy
 import pytest
 from numpy.polynomial import Polynomial
 
-from constructions.evaluator import evaluate
+from constructions.core.evaluate import evaluate
+from constructions.core.program import CAUSAL, Head
+from constructions.core.slots import Slots
 from constructions.family import verify
 from constructions.mesa import MesaPolynomial, MesaRidge
 from constructions.mesa.polynomial import best_coefficients, chebyshev, neumann
 from constructions.mesa.tokens import positional_code, sharpness, turned_back
-from constructions.program import CAUSAL, Head
-from constructions.slots import Slots
-from synthetic.dynamics import LinearDynamics
+from synthetic.tasks.dynamics import LinearDynamics
 
 TOKENS = pytest.mark.parametrize("tokens", ["raw", "constructed"])
 

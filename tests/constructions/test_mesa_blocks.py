@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.canonical import head_products
-from constructions.config import Config
-from constructions.mesa.blocks import BlockScalars, between, compressed, unexplained
-from constructions.mesa.models import drawn_scalars, scalar_predictions, sequence_model
+from constructions.core.canonical import head_products
+from constructions.core.config import Config
+from constructions.core.transformer import randomise
+from constructions.mesa.models import (
+    BlockScalars,
+    between,
+    compressed,
+    drawn_scalars,
+    scalar_predictions,
+    sequence_model,
+    unexplained,
+)
 from constructions.mesa.polynomial import MesaPolynomial
 from constructions.mesa.tokens import CLIP
-from constructions.transformer import randomise
-from synthetic.train import fit
+from synthetic.fitting.train import fit
 
 KEY = jax.random.key(0)
 DIM, CHANNELS = 3, 4

@@ -5,7 +5,7 @@ import jax
 from constructions.mesa import MesaPolynomial
 from constructions.mesa.polynomial import best_coefficients
 from probes.ledger import ledger
-from synthetic.dynamics import LinearDynamics
+from synthetic.tasks.dynamics import LinearDynamics
 
 
 def test_the_claim_on_deep_layers_can_fail():

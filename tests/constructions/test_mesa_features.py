@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from constructions.family import verify
-from constructions.mesa.features import MesaFeatures
-from constructions.mesa.ridge import MesaRidge
+from constructions.mesa.ridge import MesaFeatures, MesaRidge
 
 RIDGE = 1e-3
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from constructions.mesa.few_shot import Prompt, Prompted, least_squares
+from constructions.mesa.measurements import Prompt, Prompted, least_squares
 from constructions.mesa.ridge import MesaRidge
-from synthetic.few_shot import FewShotRegression
-from synthetic.recipe import Recipe
-from synthetic.train import fit
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.train import fit
+from synthetic.tasks.few_shot import FewShotRegression
 
 TASK = FewShotRegression(dim=2, pairs=4)
 RIDGE = MesaRidge(2, 12, regularization=0.1)

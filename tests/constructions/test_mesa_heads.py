@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.blank import blank
-from constructions.compiler import ProgramError, compile_program
-from constructions.config import Config, HeadsConfig, LayerConfig, NormConfig, SegmentConfig
-from constructions.mesa_mixer import mesa_attention
-from constructions.program import CAUSAL, Head, Layer, Program
-from constructions.slots import Slots
-from constructions.symmetries import transform
-from constructions.transformer import FORGET_BIAS, Transformer, randomise
+from constructions.core.compile import ProgramError, blank, compile_program
+from constructions.core.config import Config, HeadsConfig, LayerConfig, NormConfig, SegmentConfig
+from constructions.core.program import CAUSAL, Head, Layer, Program
+from constructions.core.slots import Slots
+from constructions.core.symmetry import transform
+from constructions.core.transformer import FORGET_BIAS, Transformer, randomise
+from constructions.mesa_layer import mesa_attention
 
 WIDTH, TIME = 5, 9
 KINDS = ("word", "silent")

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.mesa.language import causal_language_model, next_token
-from constructions.mesa_mixer import mesa
-from constructions.transformer import randomise
-from synthetic.bigrams import BigramTask
-from synthetic.train import fit
+from constructions.core.transformer import randomise
+from constructions.mesa.models import causal_language_model, next_token
+from constructions.mesa_layer import mesa
+from synthetic.fitting.train import fit
+from synthetic.tasks.text import BigramTask
 
 KINDS = [("softmax", False), ("linear", False), ("mesa", False), ("mesa", True), (None, False)]
 predict = jax.jit(next_token)

@@ -6,9 +6,9 @@ import pytest
 
 from constructions.claims import Evidence
 from constructions.mesa import MesaPolynomial, MesaRidge, measurements, trained
-from constructions.mesa.claims import compression_gap, position_gap, rotation_gap
-from constructions.mesa.depth import LOWEST, distances
-from synthetic.dynamics import LinearDynamics
+from constructions.mesa.paper import compression_gap, position_gap, rotation_gap
+from constructions.mesa.trained import LOWEST, distances
+from synthetic.tasks.dynamics import LinearDynamics
 
 
 @pytest.mark.parametrize("measure", [measurements.measure, trained.measure], ids=["task", "depth"])

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.mesa_mixer import (
+from constructions.mesa_layer import (
     METHODS,
     mesa,
     mesa_attention,
     mesa_start,
     mesa_step,
 )
-from constructions.mesa_mixer.triangular import inverse_cholesky
+from constructions.mesa_layer.problem import inverse_cholesky
 
 GATED = [name for name, method in METHODS.items() if method.forgets]
 NAMES = ("query", "key", "value", "regularization", "input_gate", "forget_gate")

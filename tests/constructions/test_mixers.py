@@ -6,7 +6,7 @@ import numpy as np
 import plain_numpy
 import pytest
 
-from constructions.mixers import MIXERS, TRANSPOSED
+from constructions.core.layer import MIXERS, TRANSPOSED
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -11,8 +11,8 @@ from jax.test_util import check_grads
 from constructions.noisy_regression import full
 from constructions.noisy_regression.fitting import held_out_loss
 from constructions.noisy_regression.full import fit_full, full_layers, full_weight, turn
-from synthetic.noisy import NoisyRegressionTask, draw_contexts
-from synthetic.ridge import ridge
+from synthetic.tasks.noisy import NoisyRegressionTask, draw_contexts
+from synthetic.theory.ridge import ridge
 
 TASK = NoisyRegressionTask(2, 4, noise_levels=(0.5, 2.0))
 DIAG = np.array([[-0.02, 0.01, -0.1, -0.004], [-0.05, 0.02, -0.15, -0.006], [0, 0, -0.2, -0.01]])

@@ -15,8 +15,8 @@ from constructions.noisy_regression.recursion import (
     layer_gram,
     momentum_step,
 )
-from synthetic.noisy import Moments
-from synthetic.ridge import context_moments
+from synthetic.tasks.noisy import Moments
+from synthetic.theory.ridge import context_moments
 
 D, N, BATCH = 3, 6, 4
 RANDOM = np.random.default_rng(0)

@@ -8,9 +8,9 @@ import pytest
 from constructions.claims import Evidence
 from constructions.family import verify
 from constructions.gradient_descent import GradientDescent
-from constructions.noisy_regression import claims
+from constructions.noisy_regression import paper as claims
 from constructions.noisy_regression.construction import NoisyRegression
-from synthetic.ridge import ridge
+from synthetic.theory.ridge import ridge
 
 
 def simulate(layers, x, y, q):

@@ -10,11 +10,11 @@ import pytest
 from constructions.noisy_regression import fitting, table
 from constructions.noisy_regression.fitting import expand, fit, held_out_loss, pool_sample
 from constructions.noisy_regression.full import FullLayers
-from synthetic.noisy import NoisyRegressionTask, draw_contexts
-from synthetic.regression import Gaussian, RegressionTask
-from synthetic.ridge import ridge
-from synthetic.spectral import Estimate
-from synthetic.theory import optimal_one_layer
+from synthetic.tasks.noisy import NoisyRegressionTask, draw_contexts
+from synthetic.tasks.regression import Gaussian, RegressionTask
+from synthetic.theory.one_layer import optimal_one_layer
+from synthetic.theory.ridge import ridge
+from synthetic.theory.spectral import Estimate
 
 TASK = NoisyRegressionTask(3, 6, max_noise=2.0)
 SIZES = (1024, 1024)

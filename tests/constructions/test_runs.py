@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from constructions.runs import Run, fit_family, initial_models, load_checkpoints, load_run
-from constructions.settings import construct
-from synthetic.saved import RunError, load_state, save_model
-from synthetic.train import NonFiniteLossError
+from constructions.runs import (
+    Run,
+    construct,
+    fit_family,
+    initial_models,
+    load_checkpoints,
+    load_run,
+)
+from synthetic.fitting.train import NonFiniteLossError
+from synthetic.fitting.weights_file import RunError, load_state, save_model
 
 SMALL = {"dim_x": 3, "num_examples": 5, "step_size": 2.0}
 RECIPE: dict[str, Any] = {"steps": 20, "chunk": 10, "batch": 16, "checkpoint_every": 10}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from constructions.claims import Evidence, predict
-from constructions.compiler import compile_program
-from constructions.evaluator import evaluate
+from constructions.core.compile import compile_program
+from constructions.core.evaluate import evaluate
 from constructions.family import verify
-from constructions.separate_tokens.claims import pairing
 from constructions.separate_tokens.construction import SeparateTokens
+from constructions.separate_tokens.paper import pairing
 
 BARS = {"float64": 1e-14, "float32": 5e-6}
 

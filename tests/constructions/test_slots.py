@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from constructions.slots import Slot, Slots, concatenate, constant
+from constructions.core.slots import Slot, Slots, concatenate, constant
 
 
 @pytest.fixture

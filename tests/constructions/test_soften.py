@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.compiler import compile_program, soften
+from constructions.core.compile import compile_program, soften
+from constructions.core.program import CAUSAL, Head, Layer, Mlp, Norm, Program, erase
+from constructions.core.slots import Slots, constant
+from constructions.core.softmax import with_null
 from constructions.family import verify
-from constructions.program import CAUSAL, Head, Layer, Mlp, Norm, Program, erase
-from constructions.slots import Slots, constant
-from constructions.soften import with_null
 from constructions.softened import Softened
 from tests import plain_numpy
 

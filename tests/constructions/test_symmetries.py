@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from constructions import symmetries
-from constructions.canonical import (
+from constructions.core import symmetry as symmetries
+from constructions.core.canonical import (
     canonical,
     canonical_distance,
     canonical_distances,
@@ -18,8 +18,8 @@ from constructions.canonical import (
     layer_tensors,
     without_inert,
 )
-from constructions.compiler import FAR, compile_program
-from constructions.config import (
+from constructions.core.compile import FAR, compile_program
+from constructions.core.config import (
     Config,
     HeadsConfig,
     LayerConfig,
@@ -27,9 +27,7 @@ from constructions.config import (
     NormConfig,
     SegmentConfig,
 )
-from constructions.family import Gauge
-from constructions.gradient_descent import GradientDescent
-from constructions.symmetries import (
+from constructions.core.symmetry import (
     add_gram_pair,
     change_key_basis,
     change_value_basis,
@@ -39,7 +37,9 @@ from constructions.symmetries import (
     split_heads,
     transform,
 )
-from constructions.transformer import Transformer
+from constructions.core.transformer import Transformer
+from constructions.family import Gauge
+from constructions.gradient_descent import GradientDescent
 
 WIDTH, TOKENS = 5, 6
 KINDS = jnp.asarray([0, 0, 0, 0, 1, 1])

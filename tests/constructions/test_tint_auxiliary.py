@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from constructions.blank import blank
-from constructions.config import Config, TokensConfig
-from constructions.mesa.language import causal_language_model
-from constructions.tint.auxiliary import (
+from constructions.core.compile import blank
+from constructions.core.config import Config, TokensConfig
+from constructions.core.transformer import Transformer, randomise
+from constructions.interchange.decoder import (
     DecoderShape,
     TrainedAuxiliary,
     _fitted,
@@ -22,10 +22,10 @@ from constructions.tint.auxiliary import (
     logits,
     with_parameters,
 )
-from constructions.transformer import Transformer, randomise
-from synthetic import grammars
-from synthetic.saved import load_model, save_model
-from synthetic.text import TextTask, text_entropy
+from constructions.mesa.models import causal_language_model
+from synthetic.fitting.weights_file import load_model, save_model
+from synthetic.grammar import examples as grammars
+from synthetic.tasks.text import TextTask, text_entropy
 
 SIZES = {"positions": 6, "layers": 2, "heads": 2, "width": 8}
 QUICK = TrainedAuxiliary(grammar="toy", layers=1, width=8, length=8, steps=120, batch=32)

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from constructions.tint.auxiliary import check_auxiliary, decoder, logits
-from constructions.tint.checkpoint import load_auxiliary, save_auxiliary
-from constructions.tint.formats import FORMATS
-from constructions.transformer import Transformer, randomise
-from synthetic.saved import RunError
+from constructions.core.transformer import Transformer, randomise
+from constructions.interchange.decoder import check_auxiliary, decoder, logits
+from constructions.interchange.huggingface import FORMATS, load_auxiliary, save_auxiliary
+from synthetic.fitting.weights_file import RunError
 
 GOLDEN = Path(__file__).parent / "golden"
 MAKER = Path(__file__).parents[1] / "make_golden_checkpoints.py"

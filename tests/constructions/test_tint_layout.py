@@ -22,11 +22,11 @@ from tint_oracle import (
     updated,
 )
 
-from constructions.evaluator import SlotBySlot
+from constructions.core.evaluate import SlotBySlot
+from constructions.core.transformer import Transformer
 from constructions.family import verify
 from constructions.tint import Tint
-from constructions.tint.contents import contents
-from constructions.transformer import Transformer
+from constructions.tint.layout import contents
 
 MATRICES = ("query", "key", "value", "output", "hidden", "back")
 

@@ -18,9 +18,9 @@ from tint_oracle import (
     reference,
 )
 
+from constructions.core.transformer import Transformer
 from constructions.tint import Backward, Tint, decoder, logits
-from constructions.tint.hardness import hardness
-from constructions.tint.labels import answers, fitted
+from constructions.tint.experiments import answers, fitted, hardness
 from constructions.tint.measurements import (
     ABLATION,
     Fidelity,
@@ -32,10 +32,9 @@ from constructions.tint.measurements import (
     mean,
     written,
 )
-from constructions.transformer import Transformer
-from synthetic.recipe import Recipe
-from synthetic.task import Batch
-from synthetic.word_labels import WordLabels
+from synthetic.fitting.recipe import Recipe
+from synthetic.tasks.adaptation import WordLabels
+from synthetic.tasks.task import Batch
 
 TRAIN = jnp.asarray(MASKS)
 SHAPES = {"query": (2, 3, 4), "gain": (5, 3)}

@@ -20,9 +20,9 @@ from tint_oracle import (
     updated,
 )
 
-from constructions.evaluator import evaluate
+from constructions.core.evaluate import evaluate
 from constructions.tint import MODES, Backward, Tint, logits
-from constructions.tint.contents import contents
+from constructions.tint.layout import contents
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import plain_numpy
 import pytest
 from flax import nnx
 
-from constructions.config import (
+from constructions.core.config import (
     WIRING,
     Config,
     HeadsConfig,
@@ -22,7 +22,7 @@ from constructions.config import (
     NormConfig,
     SegmentConfig,
 )
-from constructions.transformer import SITES, Edit, Transformer, Wiring, randomise
+from constructions.core.transformer import SITES, Edit, Transformer, Wiring, randomise
 
 WIDTH = 6
 KINDS = ("word", "prefix", "stop")
@@ -505,9 +505,9 @@ def test_under_tree_mode():
     code = """
 import jax, jax.numpy as jnp
 from flax import nnx
-from constructions.config import *
-from constructions.compiler import _cast, _zeros
-from constructions.transformer import Transformer, randomise
+from constructions.core.config import *
+from constructions.core.compile import _cast, _zeros
+from constructions.core.transformer import Transformer, randomise
 layer = LayerConfig((HeadsConfig("softmax", 2, 2, 2),), MlpConfig(3), NormConfig(affine=True))
 config = Config(4, (SegmentConfig((layer,), 2),))
 arrays = _cast(_zeros(config.shapes()), jnp.float32)

@@ -1,8 +1,8 @@
 """Random programs: slots, heads, families of heads, MLPs and norms, several layers, loops.
 
-What is read has been written and what is written is free, as `constructions.checks` wants it, by a
-bookkeeping of our own: `Case.plain` says that nothing was left to chance, and a program that is
-refused all the same is then a fault.
+What is read has been written and what is written is free, as `constructions.core.checks` wants it,
+by a bookkeeping of our own: `Case.plain` says that nothing was left to chance, and a program that
+is refused all the same is then a fault.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from fuzz.fuzzing import built, numbers
 from hypothesis import strategies as st
 
-from constructions.program import (
+from constructions.core.program import (
     CAUSAL,
     EVERYWHERE,
     SELF,
@@ -25,7 +25,7 @@ from constructions.program import (
     Program,
     erase,
 )
-from constructions.slots import Affine, Slot, Slots, concatenate, constant
+from constructions.core.slots import Affine, Slot, Slots, concatenate, constant
 
 MIXERS = ("linear", "softmax", "centred", "mesa", "transposed_softmax")
 WINDOWS = (EVERYWHERE, CAUSAL, SELF, (1, 1), (-1, -1), (0, None), (-2, 0), (-1, 1), (None, -1),

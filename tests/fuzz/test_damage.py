@@ -16,11 +16,11 @@ from fuzz.damage import HARMLESS, KINDS, Damage, contents, damages, opened
 from fuzz.fuzzing import fuzz
 from hypothesis import event
 
+from constructions.interchange.huggingface import load_auxiliary
 from constructions.runs import Run, fit_family, load_checkpoints, load_run
-from constructions.tint.checkpoint import load_auxiliary
-from synthetic import treebank
-from synthetic.grammar import Grammar, SupercriticalWarning
-from synthetic.text import Corpus
+from synthetic.grammar import treebank
+from synthetic.grammar.grammar import Grammar, SupercriticalWarning
+from synthetic.tasks.text import Corpus
 
 GOLDEN = Path(__file__).parents[1] / "constructions" / "golden"
 GRAMMAR = """\

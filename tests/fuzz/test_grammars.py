@@ -14,11 +14,11 @@ from fuzz.numpy_jaxpr import run
 from hypothesis import assume, event
 from nltk.tree import Tree
 
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
 from constructions.inside_outside import InsideOutside
-from synthetic import chart
-from synthetic.grammar import Grammar, SupercriticalWarning, Weights
-from synthetic.productions import GrammarError
+from synthetic.grammar import chart
+from synthetic.grammar.grammar import Grammar, SupercriticalWarning, Weights
+from synthetic.grammar.productions import GrammarError
 
 SIZES = (16, 20, 4)  # nonterminals, pre-terminals and words, to which grammars are padded
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}

@@ -12,7 +12,7 @@ from fuzz.fuzzing import COUNTS, built, examples, fuzz
 from hypothesis import event
 from hypothesis import strategies as st
 
-from constructions.mesa_mixer import METHODS, mesa, mesa_attention, mesa_start, mesa_step
+from constructions.mesa_layer import METHODS, mesa, mesa_attention, mesa_start, mesa_step
 
 TIME, DIM, VALUES = 6, 4, 2  # fewer pairs than dimensions, then more
 WORST = 1e-2  # of epsilon times the condition number, up to which digits are promised

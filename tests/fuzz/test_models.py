@@ -12,7 +12,7 @@ from fuzz.programs import MIXERS
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from constructions.config import (
+from constructions.core.config import (
     Config,
     HeadsConfig,
     LayerConfig,
@@ -20,7 +20,7 @@ from constructions.config import (
     NormConfig,
     SegmentConfig,
 )
-from constructions.transformer import Transformer
+from constructions.core.transformer import Transformer
 
 LARGEST = 1e4
 

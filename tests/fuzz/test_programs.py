@@ -10,12 +10,12 @@ from fuzz.programs import Case, cases, share
 from hypothesis import assume, event
 from hypothesis import strategies as st
 
-from constructions.checks import ProgramError, check
-from constructions.compiler import compile_program
-from constructions.counts import counts
-from constructions.evaluator import evaluate
-from constructions.program import Program
-from constructions.slots import Slot
+from constructions.core.checks import ProgramError, check
+from constructions.core.compile import compile_program
+from constructions.core.evaluate import evaluate
+from constructions.core.inventory import counts
+from constructions.core.program import Program
+from constructions.core.slots import Slot
 
 LARGEST = 1e4  # beyond it rounding decides what comes out of a softmax or a solve
 

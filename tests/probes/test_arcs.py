@@ -16,21 +16,20 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Slots
 from constructions.inside_outside.tableau import GROUPS
-from constructions.program import Head, Layer, Program
 from constructions.runs import Run, fit_family
-from constructions.slots import Slots
 from probes.arcs import OFFSETS, arc_scores, choose, named_heads, words_and_attention
 from probes.emergence import emergence, span_f1
 from probes.tools import syntax
-from synthetic.arc_task import ArcTask
-from synthetic.dependencies import Arcs, Headed, dependencies
-from synthetic.grammar import Grammar
-from synthetic.grammars import named
-from synthetic.headed_grammars import agreement, headed
-from synthetic.sentences import Sentences, ends, sample
-from synthetic.train import fit
+from synthetic.fitting.train import fit
+from synthetic.grammar.dependencies import Arcs, Headed, dependencies
+from synthetic.grammar.examples import agreement, headed, named
+from synthetic.grammar.grammar import Grammar
+from synthetic.grammar.sentences import Sentences, ends, sample
+from synthetic.tasks.masked_language import ArcTask
 
 PHRASES = """
 %start S

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.symmetry import change_key_basis, change_value_basis
 from constructions.gradient_descent import GradientDescent
 from constructions.runs import fit_family, load_run
-from constructions.symmetries import change_key_basis, change_value_basis
 from probes.averaging import average, excess_factor, exponential, latest, measured_factor
 from probes.flat import Flat
 from probes.tools import weights as tools
-from synthetic.recipe import Recipe
+from synthetic.fitting.recipe import Recipe
 
 
 def iterates(contraction: float, count: int) -> np.ndarray:

@@ -20,13 +20,12 @@ import pytest
 from constructions import CATALOGUE
 from constructions.claims import Measurement
 from constructions.family import verify
-from constructions.runs import load_run
-from constructions.settings import construct, plain_settings
+from constructions.runs import construct, load_run, plain_settings
 from probes.cli import installed_version, main
 from probes.ledger import ledger
 from probes.options import parse_settings
 from probes.tools import TOOLS
-from synthetic.grammar import Grammar
+from synthetic.grammar.grammar import Grammar
 
 NAME = "gradient-descent"
 SMALL = ["--set", "dim_x=3", "--set", "num_examples=5", "--set", "step_size=2.0"]

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.symmetry import change_key_basis, change_value_basis
+from constructions.core.transformer import randomise
 from constructions.gradient_descent import GradientDescent
 from constructions.inside_outside import InsideOutside
-from constructions.inside_outside.language_model import language_model
+from constructions.inside_outside.counterpart import language_model
 from constructions.runs import fit_family, load_run
-from constructions.symmetries import change_key_basis, change_value_basis
-from constructions.transformer import randomise
 from probes.fisher import (
     best_merge,
     diagonal_fisher,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from numpy.random import default_rng
 
-from constructions.compiler import compile_program
+from constructions.core.compile import compile_program
+from constructions.core.transformer import randomise
 from constructions.gradient_descent import GradientDescent
 from constructions.mesa.ridge import MesaRidge
-from constructions.transformer import randomise
 from probes.fourier import Spectrum, degree_bound, degree_weights, spectrum, walsh_hadamard
 from probes.subsets import all_subsets, answers
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.compiler import compile_program, config_of
+from constructions.core.compile import compile_program, config_of
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Slots
+from constructions.core.symmetry import change_key_basis
+from constructions.core.transformer import randomise
 from constructions.gradient_descent import GradientDescent
-from constructions.program import Head, Layer, Program
 from constructions.runs import fit_family, load_run
-from constructions.slots import Slots
-from constructions.symmetries import change_key_basis
-from constructions.transformer import randomise
 from probes.flat import Flat
 from probes.grafting import (
     MaskSettings,

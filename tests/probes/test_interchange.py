@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from constructions.core.program import Head, Layer, Program
+from constructions.core.slots import Slots
+from constructions.core.transformer import Edit, randomise
 from constructions.family import Construction, Embedded
 from constructions.gradient_descent import GradientDescent
-from constructions.program import Head, Layer, Program
-from constructions.slots import Slots
-from constructions.transformer import Edit, randomise
 from probes import interchange as module
 from probes.attribution import attribution, path_patch
 from probes.interchange import exchange, interchange, interchange_agreement, sweep

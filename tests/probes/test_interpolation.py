@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from constructions.canonical import canonical, canonical_distance, from_canonical
-from constructions.config import Config, HeadsConfig, LayerConfig, MlpConfig, SegmentConfig
+from constructions.core.canonical import canonical, canonical_distance, from_canonical
+from constructions.core.config import Config, HeadsConfig, LayerConfig, MlpConfig, SegmentConfig
+from constructions.core.symmetry import transform
+from constructions.core.transformer import Transformer, randomise
 from constructions.gradient_descent import GradientDescent
-from constructions.symmetries import transform
-from constructions.transformer import Transformer, randomise
 from probes.interpolation import blend, interpolate, interpolation_gap, roll_out
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 pytestmark = pytest.mark.usefixtures("x64")
 

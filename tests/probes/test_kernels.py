@@ -10,13 +10,13 @@ import pytest
 from jax import Array
 
 from constructions import CATALOGUE
-from constructions.compiler import compile_program
-from constructions.transformer import randomise
+from constructions.core.compile import compile_program
+from constructions.core.transformer import randomise
 from probes import kernels
 from probes.descent import descend, gradient_moments
 from probes.flat import Flat
-from synthetic.regression import RegressionTask, Uniform
-from synthetic.theory import optimal_step_size
+from synthetic.tasks.regression import RegressionTask, Uniform
+from synthetic.theory.one_layer import optimal_step_size
 
 TASK = RegressionTask(5, 10, inputs=Uniform(-1, 1))
 DESCENT = CATALOGUE["gradient-descent"](dim_x=5, num_examples=10, step_size=optimal_step_size(TASK))

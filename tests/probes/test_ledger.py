@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from constructions.claims import Claim, Evidence
-from constructions.compiler import compile_program, config_of
-from constructions.config import MlpConfig, NormConfig
+from constructions.core.compile import compile_program, config_of
+from constructions.core.config import MlpConfig, NormConfig
+from constructions.core.symmetry import transform
+from constructions.core.transformer import Transformer
 from constructions.gradient_descent import GradientDescent
-from constructions.symmetries import transform
-from constructions.transformer import Transformer
 from probes.ledger import CONSTRUCTION, RANDOM, compiled_like, decide, ledger, measure
 from probes.statistics import lacks
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 
 def claim(threshold=0.1, direction="<=", catches=("off",)):
@@ -116,7 +116,7 @@ def test_a_cosine_cannot_see_a_scale(rows):
 
 
 def test_a_step_size_off_by_ten_percent_costs_what_the_law_says(rows):
-    from synthetic.theory import excess_law
+    from synthetic.theory.one_layer import excess_law
 
     expected = excess_law(small().task).coefficient * 0.1**2
     assert rows["optimal loss"].values["step size + 10 %"] == pytest.approx(expected, rel=1e-3)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.cluster.vq import kmeans2
 
-from constructions.compiler import compile_program, config_of
+from constructions.core.compile import compile_program, config_of
+from constructions.core.symmetry import change_key_basis
 from constructions.gradient_descent import GradientDescent
 from constructions.runs import fit_family, load_run
-from constructions.symmetries import change_key_basis
 from probes.fisher import fisher_rows
 from probes.flat import Flat
 from probes.npeff import (
@@ -27,7 +27,7 @@ from probes.npeff import (
     unit_rows,
 )
 from probes.tools import weights as tools
-from synthetic.task import Batch
+from synthetic.tasks.task import Batch
 
 KEY = jax.random.key(0)
 TYPES = np.repeat(np.arange(3), 100)

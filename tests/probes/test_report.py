@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.canonical import canonical
 from constructions.claims import Measurement
+from constructions.core.canonical import canonical
 from constructions.runs import fit_family
 from probes.cli import main
 from probes.comparison import Comparison, compare
@@ -23,7 +23,7 @@ from probes.losses import mean_losses
 from probes.report import is_report, render, tone, write_report
 from probes.style import number
 from probes.tables import show_ledger
-from synthetic.saved import RunError
+from synthetic.fitting.weights_file import RunError
 
 NAME = "gradient-descent"
 SMALL = {"dim_x": 3, "num_examples": 5, "step_size": 2.0}

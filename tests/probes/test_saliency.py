@@ -13,7 +13,7 @@ from constructions.family import Construction
 from constructions.gradient_descent import GradientDescent
 from constructions.inside_outside import InsideOutside
 from probes.saliency import Saliency, saliency
-from synthetic.grammar import Grammar
+from synthetic.grammar.grammar import Grammar
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.blank import blank
-from constructions.config import SegmentConfig
+from constructions.core.compile import blank
+from constructions.core.config import SegmentConfig
+from constructions.core.transformer import Transformer, randomise
 from constructions.inside_outside.tableau import GROUPS
 from constructions.runs import Run, fit_family
-from constructions.transformer import Transformer, randomise
 from probes.selectivity import (
     SelectiveTask,
     class_means,
@@ -22,7 +22,7 @@ from probes.selectivity import (
     with_units,
 )
 from probes.tools import syntax
-from synthetic.train import fit
+from synthetic.fitting.train import fit
 
 KEY = jax.random.key(0)
 

@@ -11,11 +11,11 @@ import pytest
 from jax import Array
 
 from constructions import CATALOGUE
-from constructions.transformer import Transformer, randomise
+from constructions.core.transformer import Transformer, randomise
 from probes.descent import descend, normalised, root
 from probes.flat import Flat
 from probes.sharpness import adam_scale, along, edge, sharpness, spherical_sharpness
-from synthetic.regression import RegressionTask, Uniform
+from synthetic.tasks.regression import RegressionTask, Uniform
 
 TASK = RegressionTask(5, 10, inputs=Uniform(-1, 1))
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from constructions.core.transformer import SITES, Edit
 from constructions.gradient_descent import GradientDescent
-from constructions.transformer import SITES, Edit
 from probes.sites import ablation, activations, place_mask, read_sites, site_axes, where
 
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.inside_outside.language_model import language_model
-from constructions.transformer import Edit, randomise
+from constructions.core.transformer import Edit, randomise
+from constructions.inside_outside.counterpart import language_model
 from probes.interchange import interchange
 from probes.patching import patched_prediction, site_values
 from probes.span_interchange import SpanEffects, inside_places, span_interchange
 from probes.span_pairs import Text, span_pairs
-from synthetic import chart
-from synthetic.grammar import Grammar
-from synthetic.sentences import sample
+from synthetic.grammar import chart
+from synthetic.grammar.grammar import Grammar
+from synthetic.grammar.sentences import sample
 
 KEY = jax.random.key(0)
 # one tree for each length, in which a verb agrees with its subject and its object

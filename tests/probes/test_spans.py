@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.inside_outside.language_model import language_model
-from constructions.transformer import randomise
+from constructions.core.transformer import randomise
+from constructions.inside_outside.counterpart import language_model
 from probes.linear import ridge_probe
 from probes.rows import Rows, fit
 from probes.spans import span_probe, tag_probe, word_stream

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from constructions.core.transformer import randomise
 from constructions.family import Place
 from constructions.gradient_descent import GradientDescent
-from constructions.transformer import randomise
 from probes.sites import read_sites
 from probes.table import CONTROLS, _blocks, probe_table
 

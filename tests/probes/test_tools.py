@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
+from constructions.core.symmetry import change_key_basis, change_value_basis
 from constructions.runs import Run, fit_family
-from constructions.symmetries import change_key_basis, change_value_basis
 from probes.tools import TOOLS, find
 
 

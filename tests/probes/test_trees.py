@@ -13,9 +13,9 @@ from probes.trees import (
     tree_probe,
     tree_spans,
 )
-from synthetic import chart
-from synthetic.grammars import named
-from synthetic.sentences import ends, sample, trees
+from synthetic.grammar import chart
+from synthetic.grammar.examples import named
+from synthetic.grammar.sentences import ends, sample, trees
 
 KEY = jax.random.key(0)
 SENTENCES = sample(named("toy"), jax.random.key(1), 400, 9)

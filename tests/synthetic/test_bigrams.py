@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import gammaln
 
-from synthetic.bigrams import BigramTask
-from synthetic.task import Task
+from synthetic.tasks.task import Task
+from synthetic.tasks.text import BigramTask
 
 
 def evidence(sequence, words, a):

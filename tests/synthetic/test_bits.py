@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from synthetic.bits import normal_from_unit, random_bits, threefry_2x32, unit_uniform
+from synthetic.threefry import normal_from_unit, random_bits, threefry_2x32, unit_uniform
 
 
 @pytest.mark.parametrize(

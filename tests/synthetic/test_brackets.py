@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from nltk.tree import Tree
 
-from synthetic import brackets, treebank
-from synthetic.brackets import NO_LABEL, Agreement, score
-from synthetic.grammar import Grammar
+from synthetic.grammar import brackets, treebank
+from synthetic.grammar.brackets import NO_LABEL, Agreement, score
+from synthetic.grammar.grammar import Grammar
 
 
 def _tree(text: str) -> Tree:

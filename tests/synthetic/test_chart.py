@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic import chart
-from synthetic.grammar import Grammar, Weights
+from synthetic.grammar import chart
+from synthetic.grammar.grammar import Grammar, Weights
 
 
 def weights(seed=0, n=3, p=3, v=4, proper=True, dtype=None):

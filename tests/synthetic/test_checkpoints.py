@@ -16,12 +16,18 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from synthetic.checkpoints import Checkpoints
-from synthetic.recipe import Recipe
-from synthetic.runs import RunDirectory, first_difference
-from synthetic.saved import RunError, load_model, load_state, named, save_model, unnamed
-from synthetic.task import Batch
-from synthetic.train import fit
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.run_directory import Checkpoints, RunDirectory, first_difference
+from synthetic.fitting.train import fit
+from synthetic.fitting.weights_file import (
+    RunError,
+    load_model,
+    load_state,
+    named,
+    save_model,
+    unnamed,
+)
+from synthetic.tasks.task import Batch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from synthetic.classes import GaussianClasses
-from synthetic.task import Task
+from synthetic.tasks.classes import GaussianClasses
+from synthetic.tasks.task import Task
 
 
 def test_samples_are_episodes():

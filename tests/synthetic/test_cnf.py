@@ -9,8 +9,8 @@ import pytest
 from nltk import PCFG, InsideChartParser
 from nltk.tree import Tree
 
-from synthetic.grammar import Grammar, GrammarError, SupercriticalWarning
-from synthetic.grammars import named
+from synthetic.grammar.examples import named
+from synthetic.grammar.grammar import Grammar, GrammarError, SupercriticalWarning
 
 # Chains of one, two and three, to branches and to words; words in long rules; every kind of split.
 MIXED = """

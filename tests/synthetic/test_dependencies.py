@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from nltk.tree import Tree
 
-from synthetic.arc_task import ArcTask, random_arcs
-from synthetic.dependencies import Headed, dependencies
-from synthetic.grammar import Grammar
-from synthetic.grammars import named
-from synthetic.headed_grammars import TABLES, agreement, headed
-from synthetic.masked_language import MaskedLanguageTask
-from synthetic.sentences import sample, trees
+from synthetic.grammar.dependencies import Headed, dependencies
+from synthetic.grammar.examples import TABLES, agreement, headed, named
+from synthetic.grammar.grammar import Grammar
+from synthetic.grammar.sentences import sample, trees
+from synthetic.tasks.masked_language import ArcTask, MaskedLanguageTask, random_arcs
 
 # Both sides, both kinds of child on either side, sentences of one word.
 LOOSE = """

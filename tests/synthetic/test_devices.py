@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from synthetic import devices
-from synthetic.runs import RunDirectory
-from synthetic.task import Batch
-from synthetic.train import Recipe, fit
+from synthetic.fitting import devices
+from synthetic.fitting.run_directory import RunDirectory
+from synthetic.fitting.train import Recipe, fit
+from synthetic.tasks.task import Batch
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(steps=60, batch=24, learning_rate=0.01, chunk=20, checkpoint_every=20, ema=0.8)

@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from synthetic import chart
-from synthetic.distillation import Distilled, Taught, teacher_loss
-from synthetic.grammars import named
-from synthetic.masked_language import MaskedLanguageTask
-from synthetic.noisy import NoisyRegressionTask
-from synthetic.regression import RegressionTask
-from synthetic.task import Batch, Curriculum, outcome
-from synthetic.train import Recipe, fit
+from synthetic.fitting.distillation import Distilled, Taught, teacher_loss
+from synthetic.fitting.train import Recipe, fit
+from synthetic.grammar import chart
+from synthetic.grammar.examples import named
+from synthetic.tasks.masked_language import MaskedLanguageTask
+from synthetic.tasks.noisy import NoisyRegressionTask
+from synthetic.tasks.regression import RegressionTask
+from synthetic.tasks.task import Batch, Curriculum, outcome
 
 REGRESSION = RegressionTask(3, 5, queries=2)
 WORDS = MaskedLanguageTask(named("toy"), max_length=6, rate=0.3, final=0.5)

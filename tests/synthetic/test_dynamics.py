@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic.dynamics import LinearDynamics
+from synthetic.tasks.dynamics import LinearDynamics
 
 TASK = LinearDynamics(dim=4, length=9, noise=0.0)
 

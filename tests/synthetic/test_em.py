@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic import chart
-from synthetic.grammar import Weights
+from synthetic.grammar import chart
+from synthetic.grammar.grammar import Weights
 
 
 def weights(rng, n=2, p=2, v=3, sharp=1.0):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from synthetic.few_shot import FewShotRegression, interleave
+from synthetic.tasks.few_shot import FewShotRegression, interleave
 
 TASK = FewShotRegression(dim=3, pairs=5, noise=0.0)
 

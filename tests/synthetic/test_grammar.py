@@ -9,8 +9,8 @@ import pytest
 from nltk import CFG, PCFG, Nonterminal
 from nltk.grammar import ProbabilisticProduction
 
-from synthetic.grammar import Grammar, GrammarError, SupercriticalWarning
-from synthetic.grammars import NAMED, named
+from synthetic.grammar.examples import NAMED, named
+from synthetic.grammar.grammar import Grammar, GrammarError, SupercriticalWarning
 
 SMALL = """
 %start S

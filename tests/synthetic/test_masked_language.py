@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic.grammars import named
-from synthetic.masked_language import MaskedLanguageTask
-from synthetic.task import Curriculum
+from synthetic.grammar.examples import named
+from synthetic.tasks.masked_language import MaskedLanguageTask
+from synthetic.tasks.task import Curriculum
 
 TASK = MaskedLanguageTask(named("toy"), max_length=8, rate=0.15)
 

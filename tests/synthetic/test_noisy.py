@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic.noisy import NoisyRegressionTask, draw_contexts
-from synthetic.task import Batch, Task
+from synthetic.tasks.noisy import NoisyRegressionTask, draw_contexts
+from synthetic.tasks.task import Batch, Task
 
 
 def test_sample_has_the_documented_shapes_and_dtype():

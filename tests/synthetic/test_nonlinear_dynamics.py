@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic.nonlinear_dynamics import NonlinearDynamics, old_normal
+from synthetic.tasks.dynamics import NonlinearDynamics, old_normal
 
 TASK = NonlinearDynamics(dim=4, length=12, noise=0.0, hidden=7)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from synthetic.regression import Gaussian, RegressionTask, Uniform
-from synthetic.task import Batch, Task
+from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform
+from synthetic.tasks.task import Batch, Task
 
 SIGMA = [[1.0, 0.3], [0.3, 0.5]]
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic import ridge
-from synthetic.noisy import NoisyRegressionTask, draw_contexts
+from synthetic.tasks.noisy import NoisyRegressionTask, draw_contexts
+from synthetic.theory import ridge
 
 TASK = NoisyRegressionTask(3, 7, max_noise=2.0, queries=2)
 

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from synthetic.checkpoints import Checkpoints
-from synthetic.recipe import Recipe
-from synthetic.runs import NEW, PARTS, WHOLE, RunDirectory
-from synthetic.saved import RunError, load_model, named
-from synthetic.task import Batch
-from synthetic.train import NonFiniteLossError, fit
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.run_directory import NEW, PARTS, WHOLE, Checkpoints, RunDirectory
+from synthetic.fitting.train import NonFiniteLossError, fit
+from synthetic.fitting.weights_file import RunError, load_model, named
+from synthetic.tasks.task import Batch
 
 
 class Killed(BaseException):

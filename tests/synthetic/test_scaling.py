@@ -9,8 +9,7 @@ import optax
 import pytest
 from jax import Array
 
-from synthetic.recipe import Recipe
-from synthetic.scaling import square_root_scaled
+from synthetic.fitting.recipe import Recipe, square_root_scaled
 
 ADAMW = Recipe(
     steps=1000, batch=32, optimizer="adamw", learning_rate=1e-2, warmup=100, weight_decay=0.1,

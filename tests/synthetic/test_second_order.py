@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from synthetic.second_order import least_squares
+from synthetic.fitting.second_order import least_squares
 
 
 def decay(parameters, data):

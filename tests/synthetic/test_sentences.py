@@ -9,9 +9,9 @@ import pytest
 from nltk.tree import Tree
 from scipy.stats import chi2
 
-from synthetic.grammar import Grammar
-from synthetic.grammars import named
-from synthetic.sentences import Alias, Sampler, Sentences, ends, sample, trees
+from synthetic.grammar.examples import named
+from synthetic.grammar.grammar import Grammar
+from synthetic.grammar.sentences import Alias, Sampler, Sentences, ends, sample, trees
 
 # Root also at words, words in several pre-terminals, much mass above any small length.
 LOOSE = """

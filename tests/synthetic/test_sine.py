@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic import sine
-from synthetic.sine import SineTask, sine_and_cosine
-from synthetic.task import Task
+from synthetic.tasks import sine
+from synthetic.tasks.sine import SineTask, sine_and_cosine
+from synthetic.tasks.task import Task
 
 TASKS = [SineTask(), SineTask(num_examples=3, high_amplitude=5.0, low=-2.0, high=3.0, tied=True)]
 

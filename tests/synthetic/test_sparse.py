@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic import brackets, chart, treebank
-from synthetic.charts import sparse
-from synthetic.charts.sparse import RuleList
-from synthetic.grammar import Grammar
+from synthetic.grammar import brackets, chart, sparse, treebank
+from synthetic.grammar.grammar import Grammar
+from synthetic.grammar.sparse import RuleList
 
 
 def random_grammar(seed, n=4, p=5, v=6, kept=0.12):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from synthetic import spectral, theory
-from synthetic.regression import Gaussian, RegressionTask, Uniform
-from synthetic.wishart import eigenvalue_density
+from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform
+from synthetic.theory import one_layer as theory
+from synthetic.theory import spectral
+from synthetic.theory.wishart import eigenvalue_density
 
 BASE = RegressionTask()
 NOISY = RegressionTask(4, 7, inputs=Gaussian(0.8), weights=Gaussian(1.5), noise=0.7)

@@ -8,10 +8,10 @@ import nltk
 import numpy as np
 import pytest
 
-from synthetic.grammar import Grammar, SupercriticalWarning
-from synthetic.grammars import named
-from synthetic.task import Batch, Task
-from synthetic.text import Corpus, TextTask, cross_entropy, text_entropy
+from synthetic.grammar.examples import named
+from synthetic.grammar.grammar import Grammar, SupercriticalWarning
+from synthetic.tasks.task import Batch, Task
+from synthetic.tasks.text import Corpus, TextTask, cross_entropy, text_entropy
 
 # Sentences of n words x, n a geometric variable, and an end y or z.
 CHAIN = """

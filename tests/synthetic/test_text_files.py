@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from synthetic import text_files
-from synthetic.runs import RunDirectory
-from synthetic.saved import RunError
-from synthetic.text_files import TextError
+from synthetic import files as text_files
+from synthetic.files import TextError
+from synthetic.fitting.run_directory import RunDirectory
+from synthetic.fitting.weights_file import RunError
 
 PACKAGES = ("synthetic", "constructions", "probes")
 WORDS = "né 中文 \U0001f600\n"

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic import theory
-from synthetic.regression import Gaussian, RegressionTask, Uniform
+from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform
+from synthetic.theory import one_layer as theory
 
 SIGMA = np.array([[1.0, 0.3], [0.3, 0.5]])
 LAMBDA = np.array([[0.7, -0.2], [-0.2, 1.1]])

@@ -13,12 +13,11 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from synthetic.minimize import minimize
-from synthetic.recipe import Recipe
-from synthetic.saved import RunError, load_model
-from synthetic.step import seed_keys
-from synthetic.task import Batch
-from synthetic.train import NonFiniteLossError, fit, print_progress
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.step import seed_keys
+from synthetic.fitting.train import NonFiniteLossError, fit, minimize, print_progress
+from synthetic.fitting.weights_file import RunError, load_model
+from synthetic.tasks.task import Batch
 
 
 class Regression(NamedTuple):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from nltk.tree import Tree
 
-from synthetic import treebank
-from synthetic.treebank import TreebankError
+from synthetic.grammar import treebank
+from synthetic.grammar.treebank import TreebankError
 
 TEXT = """
 ( (S (NP-SBJ-1 (DT the) (JJ old) (NN dog)) (VP (VBD slept) (ADVP=2 (RB well))

@@ -9,10 +9,10 @@ import pytest
 from nltk.tree import Tree
 
 from probes.trees import tree_spans
-from synthetic import brackets, cnf, treebank, trees
-from synthetic.charts import decode, sparse
-from synthetic.grammar import Grammar, GrammarError
-from synthetic.treebank import TreebankError
+from synthetic.grammar import brackets, decode, sparse, treebank, trees
+from synthetic.grammar import normal_form as cnf
+from synthetic.grammar.grammar import Grammar, GrammarError
+from synthetic.grammar.treebank import TreebankError
 
 DEEP, LESS = 5000, 1100
 RIGHT = "(S (A a) " * DEEP + "(A b)" + ")" * DEEP

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from synthetic.word_labels import WordLabels
+from synthetic.tasks.adaptation import WordLabels
 
 
 def test_words_and_labels_by_turns_one_label_a_class():

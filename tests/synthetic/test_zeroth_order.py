@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from synthetic.zeroth_order import minimize_without_gradients, moved, replay, two_values
+from synthetic.fitting.zeroth_order import minimize_without_gradients, moved, replay, two_values
 
 N = 40
 CURVATURE = jnp.linspace(0.1, 2.0, N)

@@ -1,0 +1,223 @@
+"""The mesa layer as a function of queries, keys and values."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from constructions.mesa_layer import cholesky, chunked, conjugate_gradients, recursive
+from constructions.mesa_layer.arguments import at_least, checked
+from constructions.mesa_layer.implicit import Method, solved
+from constructions.mesa_layer.orthogonal import by_rotations
+from constructions.mesa_layer.problem import Settings, join, split
+
+AXES = ("batch", "time", "head")
+LARGE = 2.0**20  # numbers up to here, of few millions of tokens, overflow in no sum
+# the largest condition number at which sums and solves in this dtype keep their promise
+WELL_CONDITIONED = {"float32": 2.0**9, "float64": 2.0**20}
+METHODS = {
+    "chunked": Method(chunked.prepare, chunked.solve, forgets=False),
+    "scan": Method(recursive.prepare, recursive.solve, forgets=False),
+    "cholesky": Method(cholesky.prepare, cholesky.solve, forgets=True),
+    "conjugate-gradients": Method(
+        conjugate_gradients.prepare, conjugate_gradients.solve, forgets=True
+    ),
+}
+
+
+def mesa(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    regularization: ArrayLike,
+    *,
+    input_gate: ArrayLike | None = None,
+    forget_gate: ArrayLike | None = None,
+    method: str = "auto",
+    chunk: int | None = None,
+    refinements: int = 1,
+    steps: int | None = None,
+    tolerance: float | None = None,
+) -> Array:
+    """What ridge regression on all pairs (k_s, v_s) so far predicts for the query.
+
+        o_t = G_t (H_t + ridge)^-1 q_t
+        G_t = sum_{s <= t} zeta_ts beta_s v_s k_s^T,    H_t = sum_{s <= t} zeta_ts beta_s k_s k_s^T
+
+    with zeta_ts the product of the forget gates in (s, t]; the pair at t is included and the ridge
+    does not decay (von Oswald et al. 2023, arXiv 2309.05858, eq. 4-8, whose 1 / lambda is the ridge
+    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit,
+    in reverse mode and once, and as cheap as the layer; nothing of size time x dim^2 is stored.
+
+    Precision, of every method unless `refinements` is 0: in float32 the output of a sequence is
+    within 1e-4 of its largest entry, its gradients within 1e-3 (those of forget gates of exactly 1
+    are worse), up to condition numbers of H_t + ridge of 1e11, and beyond wherever the keys
+    themselves are well-conditioned, however small the ridge is; in float64 within 1e-9. Times whose
+    condition number may exceed 512 (float32) or 2^20 (float64) are computed by rotations of the
+    data in float64 (see `orthogonal`), token by token: slower, as "scan" is. A key or value that is
+    not finite makes outputs NaN from its time
+    on, none before.
+
+    The default method is the chunked one without, conjugate gradients with a forget gate:
+
+    - "chunked": exact, all times at once by products of matrices, then refined. No forget gate.
+    - "scan": exact, token by token with a state of constant size, in many short steps. No forget
+      gate.
+    - "conjugate-gradients": all times at once, until `tolerance` is reached or `steps` are over.
+    - "cholesky": one factor per time. The reference: dim^3 work per token.
+
+    Args:
+        query: `[batch, time, head, dim]`.
+        key: `[batch, time, head, dim]`.
+        value: `[batch, time, head, value_dim]`.
+        regularization: the ridge, `[head]` or `[head, dim]` (a diagonal), positive.
+        input_gate: beta, `[batch, time, head]`, at least 0; ones if not given.
+        forget_gate: gamma, `[batch, time, head]`, in (0, 1]; ones if not given.
+        method: one of the above, or "auto".
+        chunk: tokens in a chunk; by default 32, or 64 where dim is more than 32.
+        refinements: steps x <- x + (H + ridge)^-1 (q - (H + ridge) x) of "chunked" and "scan". The
+            first takes off what float32 loses in the inverse, the next bring little. With none,
+            no method looks at condition numbers.
+        steps: the most steps of conjugate gradients; 4 dim + 20 by default, for in floating point
+            ill-conditioned systems take more than dim.
+        tolerance: residual at which they end, relative to the right side; the dtype's epsilon by
+            default.
+
+    Returns:
+        `[batch, time, head, value_dim]`, in the dtype that query, key and value promote to;
+        computed in float32 or more.
+
+    Raises:
+        ValueError: shapes or dtypes are other than these, a value is out of range (of concrete
+            arrays only), the method is unknown or has no forget gate.
+    """
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    dtype = jnp.result_type(query, key, value)
+    arrays = checked(query, key, value, regularization, input_gate, forget_gate, AXES)
+    dim, forget = arrays[0].shape[-1], arrays[-1]
+    if method == "auto":
+        method = "chunked" if forget is None else "conjugate-gradients"
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, must be one of {['auto', *METHODS]}")
+    if forget is not None and not METHODS[method].forgets:
+        able = [name for name, one in METHODS.items() if one.forgets]
+        raise ValueError(f"method is {method!r}, must be one of {able} with a forget_gate")
+    chunk = (32 if dim <= 32 else 64) if chunk is None else chunk
+    steps = 4 * dim + 20 if steps is None else steps
+    numbers = {"chunk": (chunk, 1), "refinements": (refinements, 0), "steps": (steps, 1)}
+    for name, (number, least) in numbers.items():
+        at_least(name, number, least)
+    if tolerance is None:
+        tolerance = float(jnp.finfo(arrays[0].dtype).eps)
+    elif not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}, must be at least 0")
+    chunk = min(chunk, arrays[0].shape[1])
+    return _mesa(method, chunk, Settings(refinements, steps, tolerance), *arrays).astype(dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _mesa(
+    method: str,
+    chunk: int,
+    settings: Settings,
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    input_gate: Array | None,
+    forget_gate: Array | None,
+) -> Array:
+    given = (
+        split(query, chunk),
+        split(key, chunk),
+        split(value, chunk),
+        ridge,
+        None if input_gate is None else split(input_gate, chunk),
+        None if forget_gate is None else split(forget_gate, chunk, fill=1.0),
+    )
+    wild = out_of_range(*given)
+    q, k, v, r, beta, gamma = tamed(wild, *given)
+    output, condition = solved(METHODS[method], settings, q, k, v, r[:, None], beta, gamma)
+    if settings.refinements:
+        if method == "scan":  # its errors stay in the state
+            condition = _largest_so_far(lax.stop_gradient(condition))
+        doubtful = wild | ~(condition <= WELL_CONDITIONED[key.dtype.name])[..., None]
+        output = jnp.where(doubtful, by_rotations(doubtful, *given), output)
+    else:
+        output = jnp.where(wild, jnp.nan, output)
+    return join(jnp.asarray(output), query.shape[1])
+
+
+def out_of_range(
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    input_gate: Array | None,
+    forget_gate: Array | None,
+) -> Array:
+    """Times whose sums of products may overflow, or are NaN, `[chunk, batch, head, time, 1]`."""
+
+    def beyond(x: Array) -> Array:
+        return ~(jnp.abs(x) <= LARGE).all(-1, keepdims=True)
+
+    pair = beyond(key) | beyond(value)
+    for gate in (input_gate, forget_gate):
+        pair = pair if gate is None else pair | beyond(gate[..., None])
+    pair |= ~((ridge >= LARGE**-3) & (ridge <= LARGE**3)).all(-1)[:, None, None]
+    # what has once entered the sums stays there
+    so_far = _largest_so_far(pair[..., 0].astype(int))[..., None] > 0
+    return lax.stop_gradient(so_far | beyond(query))
+
+
+def _largest_so_far(x: Array) -> Array:
+    """The largest entry at any time up to each, `[chunk, batch, head, time]`."""
+    within = lax.cummax(x, axis=3)
+    chunks = lax.cummax(within[..., -1:], axis=0)
+    before = jnp.concatenate([within[:1, ..., :1], chunks[:-1]])
+    return jnp.maximum(within, before)
+
+
+def tamed(wild: Array, *given: Array | None) -> list[Array | None]:
+    """The same with no token of those times: the other times are as they were."""
+    query, key, value, ridge, input_gate, forget_gate = given
+    query, key, value = (jnp.where(wild, 0, x) for x in (query, key, value))
+    ridge = jnp.where((ridge >= LARGE**-3) & (ridge <= LARGE**3), ridge, 1)
+    if input_gate is not None:
+        input_gate = jnp.where(wild[..., 0], 0, input_gate)
+    if forget_gate is not None:
+        forget_gate = jnp.where(wild[..., 0], 1, forget_gate)
+    return [query, key, value, ridge, input_gate, forget_gate]
+
+
+def mesa_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    regularization: ArrayLike,
+    *,
+    input_gate: ArrayLike | None = None,
+    forget_gate: ArrayLike | None = None,
+) -> Array:
+    """The layer's attention weights: with them its output is o_t = sum_{s <= t} a_ts v_s.
+
+        a_ts = zeta_ts beta_s k_s . (H_t + ridge)^-1 q_t
+
+    is what it reads out if the value of token s is the s-th unit vector. Arguments as of `mesa`,
+    whose default method this is.
+
+    Returns:
+        `[batch, head, time t, time s]`, 0 for s > t.
+
+    Raises:
+        ValueError: as `mesa`.
+    """
+    query, key = jnp.asarray(query), jnp.asarray(key)
+    checked(query, key, key, regularization, input_gate, forget_gate, AXES)
+    batch, time, heads, _ = query.shape
+    units = jnp.broadcast_to(jnp.eye(time, dtype=query.dtype)[:, None], (batch, time, heads, time))
+    weights = mesa(
+        query, key, units, regularization, input_gate=input_gate, forget_gate=forget_gate
+    )
+    return jnp.moveaxis(weights, 1, 2)

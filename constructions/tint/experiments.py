@@ -1,0 +1,302 @@
+r"""Attention that chooses has little gradient: what value-only attention drops, and a bound on it.
+
+With weights a_ij of head h, c_ij = <dy_i, v_j> and keys j <= i, the gradient of a query is
+
+    dq_i  =  sum_j a_ij (c_ij - sum_l a_il c_il) k_j / sqrt d.
+
+Let eps_i = 1 - max_j a_ij, m be where the maximum is, and R_i = max_j c_ij - min_j c_ij. The mean
+of c_i with weights a is within eps_i R_i of c_im, and the other weights sum to eps_i, so that
+
+    |dq_i|  <=  (a_im eps_i + eps_i) R_i max_j |k_j| / sqrt d  <=  2 eps_i R_i max_j |k_j| / sqrt d.
+
+Panigrahi et al. 2023 (arXiv 2307.01189) stop the gradient here, and argue with heads that are hard.
+The bound is ours. Everything is read from the tape of an exact simulator.
+
+Tuning on the labels of demonstrations, in the forward pass: classification in context.
+
+Panigrahi et al. 2023 (arXiv 2307.01189, section 4) let TinT train on the labels of demonstrations
+alone and then answer with them in sight. The auxiliary model has seen text of the kind, in which
+one assignment of labels is the usual one, and is asked where none is.
+
+How large a simulator is: ours, counted from its program, beside the paper's.
+
+Nothing is allocated: a program of GPT-2's size is a few thousand heads whose maps are slices of the
+identity, and the entries of dense weights follow from its shapes. Of the paper's allocation (slots
+used again and again, weights carried past modules) the parameters are counted by its formula
+
+    Q = 4 Q' + 3 T_sim D_sim / H_sim,    Q' = D_sim^2 / H_sim + H_sim D_sim,
+    (21 Q + Q' + 6 D_sim H_sim) L
+
+(Panigrahi et al. 2023, arXiv 2307.01189), with D_sim = 4 D and T_sim = T + D / S, to which what it
+leaves out is added: 18 blocks of D / S prefix tokens a layer, of D_sim numbers each, and the tables
+of words and positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from constructions.core.evaluate import evaluate
+from constructions.core.inventory import counts, materials
+from constructions.core.transformer import Transformer, randomise
+from constructions.interchange.decoder import EPS, DecoderShape, Weights, decoder, logits
+from constructions.tint import algorithm
+from constructions.tint.algorithm import MODES
+from constructions.tint.construction import Tint, simulate
+from constructions.tint.layout import TEXT, Layout, contents
+from constructions.tint.measurements import descended
+from constructions.tint.tableau import Tableau
+from synthetic.fitting.train import Recipe, fit
+from synthetic.tasks.adaptation import WordLabels
+from synthetic.tasks.task import Batch
+
+_READ = ("query", "key", "value", "d mixed", "d query")
+
+
+class Hardness(NamedTuple):
+    """Of every query of every head, `[sequence, layer, head, position]` each.
+
+    Attributes:
+        softness: eps, 1 less the largest weight of attention.
+        dropped: |dq|, what value-only attention does not send back.
+        bound: on `dropped`.
+    """
+
+    softness: Float[Array, "sequence layer head position"]
+    dropped: Float[Array, "sequence layer head position"]
+    bound: Float[Array, "sequence layer head position"]
+
+
+def hardness(c: Tint, tokens: Array, train: Array, weights: Weights | None = None) -> Hardness:
+    """How hard attention is, and the gradient of its queries, in the first pass.
+
+    Args:
+        c: a simulator all of whose parts are exact.
+        tokens, train: sequences, and where they are trained on.
+        weights: of the auxiliary model, in the place of those of `c` and of their shapes.
+
+    Raises:
+        ValueError: a part of the simulator goes back in another way.
+    """
+    for part in ("attention", "norm", "activation"):
+        if getattr(c.back, part) != "exact":
+            raise ValueError(f"{part} is {getattr(c.back, part)!r}, must be 'exact'")
+    c.check(tokens, train)
+    q, k, v, dy, dq = _tape(c, c.weights if weights is None else weights, tokens, train)
+    scale, time = q.shape[-1] ** -0.5, q.shape[-2]
+    seen = jnp.tril(jnp.ones((time, time), bool))
+    times = partial(jnp.einsum, "...id,...jd->...ij", precision="highest")
+    a = jax.nn.softmax(jnp.where(seen, scale * times(q, k), -jnp.inf))
+    each = times(dy, v)
+    spread = each.max(-1, where=seen, initial=-jnp.inf) - each.min(-1, where=seen, initial=jnp.inf)
+    longest = jax.lax.cummax(jnp.linalg.norm(k, axis=-1), 3)
+    # 1 - max a loses its digits where attention is hard, the sum of the others does not
+    top = jnp.arange(time) == a.argmax(-1)[..., None]
+    softness = jnp.where(top, 0, a).sum(-1)
+    return Hardness(softness, jnp.linalg.norm(dq, axis=-1), 2 * scale * softness * spread * longest)
+
+
+@partial(jax.jit, static_argnums=0)
+def _tape(
+    c: Tint, weights: Weights, tokens: Array, train: Array
+) -> tuple[Float[Array, "sequence layer head position row"], ...]:
+    """What the first pass and its way back keep of attention, in the order of `_READ`."""
+    time, text = tokens.shape[1], c.layout.tokens(TEXT, tokens.shape[1])
+    out = evaluate(c.program, contents(c.layout, weights, tokens, train), c.layout.kinds(time))
+
+    def read(name: str) -> Array:
+        slots = [f"pass 0, layer {n}: {name}" for n in range(c.shape.layers)]
+        found = jnp.stack([out[slot][:, text.start : text.stop] for slot in slots], 1)
+        return jnp.moveaxis(found.reshape(*found.shape[:-1], c.shape.heads, -1), 2, 3)
+
+    return tuple(read(name) for name in _READ)
+
+
+RECIPE = Recipe(steps=1500, batch=64, learning_rate=1e-2, schedule="cosine", warmup=20, clip=1.0)
+
+
+def fitted(
+    task: WordLabels,
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    width: int = 16,
+    recipe: Recipe = RECIPE,
+    seed: int = 0,
+) -> Transformer:
+    """A decoder fitted to the next token of labelled words."""
+    shape = DecoderShape(task.vocabulary, task.length, layers, heads, width, 4 * width, "gelu", EPS)
+    blank = decoder(**asdict(shape))
+    return fit(
+        lambda key: randomise(blank, key, width**-0.5 / 2),
+        task,
+        recipe,
+        predict=lambda model, tokens: jax.nn.softmax(logits(model, tokens)),
+        seed=seed,
+    ).model
+
+
+def answers(
+    c: Tint,
+    task: WordLabels,
+    batch: Batch,
+    weights: Weights | None = None,
+    everywhere: bool = False,
+) -> dict[str, Float[np.ndarray, " sequence"]]:
+    """Whether the right label has the highest probability of all labels, 1 or 0.
+
+    Args:
+        c: the simulator.
+        task: what the batch is of; its `usual` share is what the posterior assumes.
+        batch: sequences.
+        weights: of the auxiliary model, in the place of those of `c` and of their shapes.
+        everywhere: train on every next token that is seen, not on labels alone.
+
+    Returns:
+        "query alone": without demonstrations; "in context"; "descent", "simulated": in context,
+        after steps on the demonstrations, by autograd and by the simulator; "posterior": the best
+        that can be done.
+    """
+    weights = c.weights if weights is None else weights
+    (tokens,), wanted = batch.inputs, batch.target[:, -1] - task.labels.start
+    train = jnp.ones(tokens.shape, bool) if everywhere else task.before_labels(tokens)
+    found = simulate(c, weights, tokens, train)
+    tuned = descended(weights, tokens, train, c.learning_rate, c.shape, c.steps, c.trained)
+    alone = _decode(weights, tokens[:, -1:], c.shape)
+
+    def right(scores: Array) -> np.ndarray:
+        return np.asarray(scores.argmax(-1) == wanted, np.float64)
+
+    says = {
+        "query alone": alone,
+        "in context": found["logits_before"],
+        "descent": tuned,
+        "simulated": found["logits_after"],
+    }
+    right_of = {name: right(scores[:, -1, task.labels]) for name, scores in says.items()}
+    return right_of | {"posterior": right(task.posterior(tokens))}
+
+
+@partial(jax.jit, static_argnames="shape")
+def _decode(
+    weights: Weights, tokens: Int[Array, "batch time"], shape: DecoderShape
+) -> Float[Array, "batch time word"]:
+    return jax.vmap(partial(algorithm.decode, weights, shape=shape))(tokens)
+
+
+#: Published decoders, by numbers alone: (shape, the simulator's heads in the paper's formula).
+PUBLISHED = {
+    "GPT-2": (DecoderShape(50257, 1024, 12, 12, 768, 3072, "gelu", 1e-5), 12),
+    "OPT-125M": (DecoderShape(50272, 2048, 12, 12, 768, 3072, "relu", 1e-5), 12),
+    "OPT-350M": (DecoderShape(50272, 2048, 24, 16, 1024, 4096, "relu", 1e-5), 16),
+    "OPT-1.3B": (DecoderShape(50272, 2048, 24, 32, 2048, 8192, "relu", 1e-5), 16),
+    "OPT-2.7B": (DecoderShape(50272, 2048, 32, 32, 2560, 10240, "relu", 1e-5), 16),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of a simulator.
+
+    Attributes:
+        auxiliary: parameters of the model that is simulated.
+        program: nonzero entries of the simulator's own maps.
+        prefix: numbers in prefix tokens and tables: the auxiliary's parameters, once.
+        tokens: prefix tokens; the text comes behind them.
+        layers, heads, width: of the simulator.
+        plain: share of its heads that a plain transformer has.
+        dense: entries of its dense weights.
+        formula: the paper's parameters by its formula.
+        paper: the same with prefix tokens and tables.
+    """
+
+    auxiliary: int
+    program: int
+    prefix: int
+    tokens: int
+    layers: int
+    heads: int
+    width: int
+    plain: float
+    dense: int
+    formula: int
+    paper: int
+
+    @property
+    def stored(self) -> int:
+        """All that our structured form stores."""
+        return self.program + self.prefix
+
+    @property
+    def nonzero(self) -> float:
+        """The share of the dense weights that is not zero."""
+        return self.program / self.dense
+
+
+def sizes(
+    shape: DecoderShape,
+    mode: str = "exact",
+    *,
+    steps: int = 1,
+    stack: int = 1,
+    sim_heads: int | None = None,
+) -> Sizes:
+    """Count a simulator.
+
+    Args:
+        shape: of the auxiliary model.
+        mode: a name in `MODES`.
+        steps: of gradient descent; the paper's count is that of one.
+        stack: rows of a matrix in one prefix token; the paper's is 4.
+        sim_heads: of the paper's simulator; as many as the auxiliary model has if None.
+    """
+    layout = Layout(shape, stack)
+    program = Tableau(layout, MODES[mode], steps, 1e-3).program()
+    found = counts(program)
+    formula, extra = paper_parameters(shape, sim_heads or shape.heads)
+    return Sizes(
+        auxiliary=shape.parameters,
+        program=found.stored,
+        prefix=shape.parameters,
+        tokens=sum(layout.count(group, 0) for group in layout.groups),
+        layers=found.layers,
+        heads=found.heads,
+        width=found.width,
+        plain=materials(program).plain,
+        dense=found.dense,
+        formula=formula,
+        paper=formula + extra,
+    )
+
+
+def paper_parameters(shape: DecoderShape, sim_heads: int, stack: int = 4) -> tuple[int, int]:
+    """(parameters by the paper's formula, what it leaves out); see the module."""
+    width, prefix = 4 * shape.width, shape.width // stack
+    split = width * width // sim_heads + sim_heads * width
+    linear = 4 * split + 3 * (shape.positions + prefix) * width // sim_heads
+    formula = (21 * linear + split + 6 * width * sim_heads) * shape.layers
+    tables = (shape.words + shape.positions) * shape.width
+    return formula, 18 * prefix * width * shape.layers + tables
+
+
+def table(mode: str = "exact", names: Sequence[str] = tuple(PUBLISHED)) -> str:
+    """Published decoders and their simulators, as text."""
+    head = ("auxiliary", "parameters", "program", "stored", "formula", "paper", "dense")
+    head += ("heads", "plain", "tokens", "width")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in names:
+        shape, sim_heads = PUBLISHED[name]
+        s = sizes(shape, mode, sim_heads=sim_heads)
+        cells = [s.auxiliary, s.program, s.stored, s.formula, s.paper, s.dense]
+        shown = [f"{n:.3g}" if n < 1e6 else f"{n / 1e6:,.4g} M" for n in cells]
+        row = [name, *shown, f"{s.heads}", f"{s.plain:.2f}", f"{s.tokens}", f"{s.width}"]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)

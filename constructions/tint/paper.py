@@ -1,0 +1,182 @@
+"""Whether a transformer that once trained another by gradient descent still does, as claims.
+
+Nobody has published what becomes of such a construction when it is trained; these thresholds say
+what "still a simulator of gradient descent" would mean.
+
+What TinT is beside: itself, trained further, and simulators that are nearly right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from constructions.claims import Claim, Evidence, NearMiss, known_weights
+from constructions.core.compile import compile_program
+from constructions.core.transformer import Transformer, randomise
+from constructions.family import Counterpart
+from constructions.interchange.decoder import CHANGED
+from synthetic.fitting.train import Recipe
+
+_SOURCE = "construction of Panigrahi et al. 2023, arXiv 2307.01189; trained further here"
+
+
+class Alignment(NamedTuple):
+    """How like gradient descent a change of weights is: medians over sequences.
+
+    Attributes:
+        cosine: of the change with that of gradient descent, all weights as one vector.
+        relative: |change - gradient descent's| / |the latter|.
+    """
+
+    cosine: Array
+    relative: Array
+
+
+def alignment(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Alignment:
+    """Compare the changes of all matrices and norms, as `Tint.trace` and `Tint.read` name them."""
+
+    def flat(values: Mapping[str, Array]) -> Array:
+        parts = [values[name].reshape(len(values[name]), -1) for name in CHANGED]
+        return jnp.concatenate(parts, 1)
+
+    ours, theirs = flat(found), flat(wanted)
+    length = jnp.linalg.norm(theirs, axis=1)
+    both = jnp.maximum(jnp.linalg.norm(ours, axis=1) * length, jnp.finfo(ours.dtype).tiny)
+    return Alignment(
+        jnp.median((ours * theirs).sum(1) / both),
+        jnp.median(jnp.linalg.norm(ours - theirs, axis=1) / length),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _alignment(construction: Any, model: Any, wanted: Mapping[str, Array], *inputs: Array) -> Any:
+    return alignment(construction.read(model, *inputs), wanted)
+
+
+def _aligned(e: Evidence) -> Alignment:
+    inputs = e.examples.inputs
+    wanted = e.once("changes", lambda: jax.jit(e.construction.trace)(*inputs))
+    return _alignment(e.construction, e.model, wanted, *inputs)
+
+
+def cosine(e: Evidence) -> float:
+    """Median over sequences of the cosine between the written change and gradient descent's."""
+    return float(_aligned(e).cosine)
+
+
+def relative(e: Evidence) -> float:
+    """Median over sequences of |written change - gradient descent's| / |the latter|."""
+    return float(_aligned(e).relative)
+
+
+CLAIMS = (
+    Claim(
+        "along the gradient",
+        "Trained further, it still changes the weights along the gradient.",
+        cosine,
+        0.95,
+        ">=",
+        _SOURCE,
+        catches=("up the gradient", "attention does not go back"),
+        gauge="none: prefix tokens are read where the construction keeps the weights",
+        needs=(known_weights,),
+    ),
+    Claim(
+        "the step itself",
+        "What it writes is the step of gradient descent, to a hundredth of its length.",
+        relative,
+        0.01,
+        "<=",
+        _SOURCE,
+        catches=(
+            "up the gradient",
+            "attention does not go back",
+            "value-only attention",
+            "half the step",
+        ),
+        gauge="none: prefix tokens are read where the construction keeps the weights",
+        needs=(known_weights,),
+    ),
+    Claim(
+        "predictions after one step",
+        "It predicts what the auxiliary model does after that step.",
+        "prediction_distance",
+        0.05,
+        "<=",
+        _SOURCE,
+        catches=("up the gradient", "half the step", "attention does not go back"),
+    ),
+)
+
+
+if TYPE_CHECKING:
+    from constructions.tint.construction import Tint
+
+# each entry of a hand-built stack of dozens of layers moves all that is behind it
+RECIPE = Recipe(
+    steps=600,
+    batch=16,
+    learning_rate=1e-6,
+    schedule="cosine",
+    warmup=20,
+    clip=1.0,
+    chunk=50,
+)
+QUICK = replace(RECIPE, steps=60, batch=8, chunk=20)
+
+
+def counterpart(c: Tint) -> Counterpart:
+    """`Tint.counterpart` where its weights are dense."""
+    base = c.compile().model
+    std = base.config.width**-0.5
+    inputs = c.task.sample(jax.random.key(2**20), 32).inputs
+    wanted = jax.jit(c.trace)(*inputs)
+
+    def measure(model: Transformer) -> dict[str, Array]:
+        return alignment(c.read(model, *inputs), wanted)._asdict()
+
+    return Counterpart(
+        lambda key: base,
+        c.task,
+        RECIPE,
+        metrics=measure,
+        quick=QUICK,
+        random=lambda key: randomise(base, key, std),
+    )
+
+
+def near_misses(c: Tint) -> dict[str, NearMiss]:
+    """`Tint.near_misses` where its weights are dense."""
+
+    def other(**changes: Any) -> NearMiss:
+        return NearMiss(replace(c, **changes).compile().model, c)
+
+    def without(*names: str) -> NearMiss:
+        """No head whose name begins like this says anything."""
+        layers = [
+            replace(
+                layer,
+                heads=[
+                    replace(head, write={slot: 0 * m for slot, m in head.write.items()})
+                    if head.name.startswith(names)
+                    else head
+                    for head in layer.single_heads
+                ],
+            )
+            for layer in c.program.layers
+        ]
+        return NearMiss(compile_program(replace(c.program, layers=layers)), c)
+
+    return {
+        "up the gradient": other(learning_rate=-c.learning_rate),
+        "half the step": other(learning_rate=c.learning_rate / 2),
+        "attention does not go back": without("d value", "d query", "d key"),
+        "value-only attention": without("d query", "d key"),
+    }
