@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from constructions.family import Certificate as Certificate
     from constructions.family import Construction as Construction
     from constructions.family import Counterpart as Counterpart
-    from constructions.family import Embedded as Embedded
     from constructions.family import Family as Family
     from constructions.family import Place as Place
+    from constructions.family import Tokens as Tokens
     from constructions.family import verify as verify
     from constructions.runs import Run as Run
     from constructions.runs import fit_family as fit_family
@@ -68,7 +68,7 @@ HOMES = {
     "constructions.claims": "Claim Evidence Measurement NearMiss",
     "constructions.core.compile": "compile_program",
     "constructions.core.evaluate": "evaluate",
-    "constructions.family": "Certificate Construction Counterpart Embedded Family Place verify",
+    "constructions.family": "Certificate Construction Counterpart Family Place Tokens verify",
     "constructions.core.layer": "mesa",
     "constructions.core.program": "Head Layer Mlp Norm Program",
     "constructions.runs": "Run fit_family load_checkpoints load_run",

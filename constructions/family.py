@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,8 @@ from jaxtyping import Array
 from constructions.certificate import Certificate, Error, check_settings, verify
 from constructions.claims import Claim, Measurement, NearMiss
 from constructions.core.compile import compile_program
+from constructions.core.embedding import Gauge, Place, Stream, Tokens, make_stream
 from constructions.core.program import Program
-from constructions.core.slots import Slot
-from constructions.core.softmax import with_null
 from constructions.core.transformer import Transformer, randomise
 from constructions.inputs import (
     Input,
@@ -43,84 +42,16 @@ __all__ = [
     "Compiled",
     "Construction",
     "Counterpart",
-    "Embedded",
     "Error",
     "Family",
     "Gauge",
     "Measurement",
     "NearMiss",
     "Place",
+    "Stream",
+    "Tokens",
     "verify",
 ]
-
-
-class Embedded(NamedTuple):
-    """Inputs as a model takes them.
-
-    Attributes:
-        stream: `[batch, token, width]`.
-        groups: the kind of every token, `[token]` or `[batch, token]`.
-        read: the tokens from which the prediction is read.
-    """
-
-    stream: Array
-    groups: Array
-    read: slice
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a compiled model keeps a value of the trace.
-
-    Entry `index` of the value (without its batch axis) is
-    `scale * stream[layer[index], :, token[index], column[index]]`, where layer l counts the layers
-    applied (0 is the embedding). The three arrays broadcast against each other to the value's
-    shape: a span variable owned by its end points, a weight matrix in prefix rows and an ordinary
-    slot (`Place.of`) are all written this way.
-    """
-
-    layer: np.ndarray
-    token: np.ndarray
-    column: np.ndarray
-    scale: float = 1.0
-
-    @classmethod
-    def of(cls, slot: Slot, tokens: range, layers: int | range, scale: float = 1.0) -> Place:
-        """A slot at some tokens: a value `[layer, token, slot.size]`, or `[token, slot.size]`."""
-        token, column = np.asarray(tokens)[:, None], np.arange(slot.start, slot.start + slot.size)
-        layer = np.asarray(layers)
-        return cls(layer if layer.ndim == 0 else layer[:, None, None], token, column, scale)
-
-    def gather(self, residual: Array) -> Array:
-        """The value, `[batch, ...]`, from residuals `[layer, batch, token, width]`."""
-        index = np.broadcast_arrays(self.layer, self.token, self.column)
-        return self.scale * jnp.moveaxis(residual, 1, 0)[:, index[0], index[1], index[2]]
-
-    def from_output(self, model: Transformer, stream: Array, groups: Array) -> Array:
-        """The value, `[batch, ...]`, of a model's last layer; computes only the tokens it needs."""
-        first, last = int(self.token.min()), int(self.token.max())
-        out = model(stream, groups, read=slice(first, last + 1))
-        if self.token.shape == (last + 1 - first, 1) and (np.diff(self.column) == 1).all():
-            # the usual case, a block: a slice is much faster to differentiate than a gather
-            return self.scale * out[..., self.column[0] : self.column[-1] + 1]
-        tokens, columns = np.broadcast_arrays(self.token - first, self.column)
-        return self.scale * out[:, tokens, columns]
-
-
-@dataclass(frozen=True, eq=False)
-class Gauge:
-    """What the embedding and the readout leave of a model's first and last layer.
-
-    Only `read @ stream` is read from the tokens that are read, `[rows, width]`, and those tokens
-    enter the model as `query @ (their free values)`, `[width, values]`. Weights that these two
-    maps annihilate have no effect, so comparisons of weights leave them out. `kinds` are the token
-    groups of the tokens that are read, None where it is not said; no other token enters through
-    `query`, and nobody sees what the last layer writes to tokens of other kinds.
-    """
-
-    read: np.ndarray
-    query: np.ndarray
-    kinds: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,8 +144,12 @@ class Construction(ABC):
         """The algorithm itself, independent of any model: {name: [batch, ...]}."""
 
     @abstractmethod
-    def embed(self, model: Transformer, *inputs: Array) -> Embedded:
-        """Inputs as a residual stream; pure."""
+    def embed(self, *inputs: Array) -> Sequence[Tokens]:
+        """Inputs as tokens, one run of a kind after the other, by names of slots; pure."""
+
+    def stream(self, model: Transformer, *inputs: Array) -> Stream:
+        """The residual stream of these inputs as the model takes it; pure."""
+        return make_stream(self.program, model, self.embed(*inputs))
 
     @abstractmethod
     def places(self, depth: int, *inputs: Array) -> dict[str, Place]:
@@ -225,13 +160,13 @@ class Construction(ABC):
 
     def apply(self, model: Transformer, *inputs: Array) -> Array:
         """The model's prediction, computed at the tokens that hold it; pure and unchecked."""
-        stream, groups, _ = self.embed(model, *inputs)
-        stream, groups = with_null(stream, groups, model.config)
         places = self.places(model.config.depth, *inputs)
         if "prediction" not in places:
             names = ", ".join(f"'{name}'" for name in places) or "nothing"
             raise ValueError(f"{type(self).__name__}.places has no 'prediction', only {names}")
-        return places["prediction"].from_output(model, stream, groups)
+        return places["prediction"].from_output(
+            model, self.stream(model, *inputs), self.program.slots
+        )
 
     @property
     def arguments(self) -> tuple[Input, ...]:
@@ -310,11 +245,10 @@ class Construction(ABC):
 
     def read(self, model: Transformer, *inputs: Array) -> dict[str, Array]:
         """The values named in `trace`, as the model holds them; pure."""
-        stream, groups, _ = self.embed(model, *inputs)
-        stream, groups = with_null(stream, groups, model.config)
-        _, sites = model.run(stream, groups, sites=("residual",))
+        stream, slots = self.stream(model, *inputs), self.program.slots
+        _, sites = model.run(stream.values, stream.groups, sites=("residual",))
         places = self.places(model.config.depth, *inputs)
-        return {name: place.gather(sites["residual"]) for name, place in places.items()}
+        return {name: place.gather(sites["residual"], slots) for name, place in places.items()}
 
     def compile(self, dtype: Any = None) -> Compiled:
         """Compile the program; quick, raises only on what is static."""

@@ -16,9 +16,9 @@ from jaxtyping import Array
 from constructions.certificate import DTYPES, check_settings
 from constructions.core.compile import compile_program
 from constructions.core.program import Program
-from constructions.core.softmax import soften, with_null
+from constructions.core.softmax import NULL, soften
 from constructions.core.transformer import Transformer
-from constructions.family import Compiled, Construction, Embedded, Place
+from constructions.family import Compiled, Construction, Place, Tokens
 from synthetic.tasks.task import Task
 
 
@@ -96,10 +96,9 @@ class Softened(Construction):
         """The construction's algorithm."""
         return self.construction.trace(*inputs)
 
-    def embed(self, model: Transformer, *inputs: Array) -> Embedded:
+    def embed(self, *inputs: Array) -> list[Tokens]:
         """The construction's tokens, then the null token."""
-        stream, groups, read = self.construction.embed(model, *inputs)
-        return Embedded(*with_null(stream, groups, model.config), read)
+        return [*self.construction.embed(*inputs), Tokens(NULL, {NULL: 1.0})]
 
     def places(self, depth: int, *inputs: Array) -> dict[str, Place]:
         """Where the construction keeps them."""
@@ -144,7 +143,7 @@ class Softened(Construction):
 
         @jax.jit
         def measure(model: Transformer, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
-            stream, groups, _ = self.construction.embed(model, *inputs)
+            stream, groups, _ = self.construction.stream(model, *inputs)
             scores = model.run(stream, groups, sites=("attention",))[1]["attention"]
             named = self.construction.trace(*inputs).values()
             ratios = [jnp.abs(v).max() / jnp.sqrt(jnp.square(v).mean()) for v in named]

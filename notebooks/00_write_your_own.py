@@ -31,7 +31,7 @@ import numpy as np
 
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, constant
-from constructions.family import Construction, Embedded, Place, verify
+from constructions.family import Construction, Place, Tokens, verify
 from probes.sites import read_sites
 from synthetic.tasks.task import Batch
 
@@ -78,12 +78,11 @@ class MovingAverage(Construction):
 
         return {"prediction": sum(w * back(k) for k, w in enumerate(self.weights))}
 
-    def embed(self, model, x):
-        stream = jnp.concatenate([x, jnp.zeros_like(x)], axis=-1)
-        return Embedded(stream, jnp.zeros(x.shape[1], int), slice(None))
+    def embed(self, x):
+        return [Tokens("token", {"x": x})]
 
     def places(self, depth, x):
-        return {"prediction": Place.of(self.program.slots["average"], range(x.shape[1]), depth)}
+        return {"prediction": Place.of("average", range(x.shape[1]), depth)}
 
     @property
     def task(self):

@@ -32,6 +32,7 @@ import numpy as np
 
 from constructions import CATALOGUE
 from constructions.core.compile import compile_program, soften
+from constructions.softened import Softened
 from synthetic.theory.spectral import descent_filter, optimal_descent
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
@@ -137,10 +138,10 @@ print(
 
 def error(scale, null_score, dtype):
     with jax.enable_x64(dtype == "float64"):
-        model = compile_program(soften(one.program, scale=scale, null_score=null_score))
-        inputs = [np.asarray(a, dtype) for a in batch.inputs]
+        soft = Softened(one, scale=scale, null_score=null_score)
+        inputs = [jnp.asarray(np.asarray(a, dtype)) for a in batch.inputs]
         wanted = one.predict(one.compile().model, *inputs)
-        gap = one.predict(model, *inputs) - wanted
+        gap = soft.apply(soft.compile().model, *inputs) - wanted
         return float(jnp.sqrt(jnp.mean(gap**2) / jnp.mean(wanted**2)))
 
 
@@ -177,7 +178,7 @@ with jax.enable_x64(True):
 
 small = CATALOGUE["separate-tokens"](dim_x=2, num_examples=4)
 model, tokens = small.compile().model, small.sample(jax.random.key(0), 1)
-stream, groups, _ = small.embed(model, *tokens)
+stream, groups, _ = small.stream(model, *tokens)
 attention = model.run(stream, groups, sites=("attention",))[1]["attention"][0, 0]
 names = [f"${v}_{i}$" for i in range(1, 5) for v in "xy"] + ["query", "dump"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)

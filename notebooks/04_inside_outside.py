@@ -106,7 +106,7 @@ if not QUICK:  # of all that is here the longest to compile
     assert compiled.certificate.passed
 
 hidden = np.zeros(tokens.shape, bool)
-stream, groups, read = parser.embed(compiled.model, tokens, lengths, hidden)
+stream, groups, read = parser.stream(compiled.model, tokens, lengths, hidden)
 attention = compiled.model.run(stream, groups, sites=("attention",))[1]["attention"][:, 0]
 attention = np.abs(np.asarray(attention)[:, :, read, read])
 offsets = np.abs(np.subtract.outer(np.arange(7), np.arange(7)))

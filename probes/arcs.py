@@ -81,7 +81,7 @@ def words_and_attention(construction: Construction) -> Callable[..., tuple[Array
     """
 
     def predict(model: Transformer, *inputs: Array) -> tuple[Array, Array]:
-        stream, groups, read = construction.embed(model, *inputs)
+        stream, groups, read = construction.stream(model, *inputs)
         out, sites = model.run(stream, groups, sites=("attention",))
         found = model.word_probabilities(out[:, read])
         kinds = jnp.broadcast_to(groups, stream.shape[:2])[:, read]

@@ -108,7 +108,7 @@ def _attribution(
 def _path_patch(
     model: Transformer, base: Any, source: Any, *, construction: Any, chunk: int
 ) -> tuple[Array, Array]:
-    stream, groups, _ = construction.embed(model, *base)
+    stream, groups, _ = construction.stream(model, *base)
     sites = model.run(stream, groups, sites=("residual", "head_output"))[1]
     change = site_values(construction, model, source, "head_output") - sites["head_output"]
     pair = CleanRuns(construction, model, base, source)

@@ -51,7 +51,7 @@ def emergence(
     visible = jnp.zeros(drawn.tokens.shape, bool)
 
     def measure(model: Transformer) -> dict[str, Array]:
-        stream, groups, read = construction.embed(model, drawn.tokens, drawn.lengths, visible)
+        stream, groups, read = construction.stream(model, drawn.tokens, drawn.lengths, visible)
         _, sites = model.run(stream, groups, sites=("attention", "residual"))
         attention = sites["attention"][..., read, read]
         scores = arc_scores(attention, gold, drawn.lengths, len(headed.relations))

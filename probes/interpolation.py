@@ -146,19 +146,19 @@ def roll_out(
     if depth < 0:
         raise ValueError(f"depth is {depth}, must be at least 0")
     single = _one_layer(model, layer)
-    places = construction.places(1, *inputs)
+    places, slots = construction.places(1, *inputs), construction.program.slots
     if "prediction" not in places:
         raise ValueError(f"{construction} names no place of the prediction in the stream")
     # the place is one of layer 1; the same tokens and columns are read at every depth
     place = replace(places["prediction"], layer=np.zeros_like(places["prediction"].layer))
-    stream, groups, _ = construction.embed(single, *inputs)
+    stream, groups, _ = construction.stream(single, *inputs)
     factor = jnp.asarray(damping, stream.dtype)
 
     def step(h: Array, _: None) -> tuple[Array, Array]:
-        return h + factor * (single(h, groups) - h), place.gather(h[None])
+        return h + factor * (single(h, groups) - h), place.gather(h[None], slots)
 
     last, predictions = jax.lax.scan(step, stream, length=depth)
-    return jnp.concatenate([predictions, place.gather(last[None])[None]])
+    return jnp.concatenate([predictions, place.gather(last[None], slots)[None]])
 
 
 def _one_layer(model: Transformer, layer: int) -> Transformer:

@@ -52,7 +52,7 @@ def with_sites(model: Subject) -> Transformer:
 
 def count_tokens(construction: Construction, model: Transformer, inputs: Inputs) -> int:
     """Length of the stream that the inputs become."""
-    return jax.eval_shape(lambda *a: construction.embed(model, *a).stream, *inputs).shape[1]
+    return jax.eval_shape(lambda *a: construction.stream(model, *a).values, *inputs).shape[1]
 
 
 def axes_of(
@@ -77,7 +77,7 @@ def must_differ(gap: Array) -> None:
 
 def site_values(construction: Any, model: Transformer, inputs: Any, site: str) -> Array:
     """What the site holds on the inputs, `[layer, batch, *axes]`."""
-    stream, groups, _ = construction.embed(model, *inputs)
+    stream, groups, _ = construction.stream(model, *inputs)
     return model.run(stream, groups, sites=(site,))[1][site]
 
 

@@ -181,7 +181,7 @@ def probes(construction: Construction, models: Mapping[str, Subject], seed: int)
 def check_size(construction: Construction, model: Transformer) -> int:
     """Numbers in the stream of an input; NotApplicable where they are more than `LARGEST`."""
     inputs = construction.sample(jax.random.key(0), 1)
-    tokens = jax.eval_shape(lambda *i: construction.embed(model, *i).stream, *inputs).shape[1]
+    tokens = jax.eval_shape(lambda *i: construction.stream(model, *i).values, *inputs).shape[1]
     numbers = (model.config.depth + 1) * tokens * model.config.width
     if numbers > LARGEST:
         raise NotApplicable(

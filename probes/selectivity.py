@@ -187,7 +187,7 @@ def with_units(construction: Construction) -> Callable[..., tuple[Array, Array]]
 
     def predict(model: Transformer, *inputs: Array) -> tuple[Array, Array]:
         check_units(model)
-        stream, groups, read = construction.embed(model, *inputs)
+        stream, groups, read = construction.stream(model, *inputs)
         units = model.run(stream, groups, sites=("mlp_hidden",))[1]["mlp_hidden"]
         return construction.apply(model, *inputs), units[:, :, read]
 

@@ -95,7 +95,7 @@ def _join(older: Mapping[str, Edit], newer: Mapping[str, Edit]) -> dict[str, Edi
 def _read(
     model: Transformer, inputs: tuple[Array, ...], *, construction: Any, sites: tuple[str, ...]
 ) -> dict[str, Array]:
-    stream, groups, _ = construction.embed(model, *inputs)
+    stream, groups, _ = construction.stream(model, *inputs)
     return model.run(stream, groups, sites=sites)[1]
 
 
@@ -202,10 +202,14 @@ def variables(
     construction: Construction, depth: int, inputs: Inputs
 ) -> dict[str, tuple[np.ndarray, ...]]:
     """Name -> (layer, token, column) of every entry, each of the value's own shape."""
-    places = construction.places(depth, *inputs)
+    slots = construction.program.slots
     return {
-        name: tuple(np.broadcast_arrays(place.layer, place.token, place.column))
-        for name, place in places.items()
+        name: tuple(
+            np.broadcast_arrays(
+                place.layer[..., None], place.token[..., None], place.columns(slots)
+            )
+        )
+        for name, place in construction.places(depth, *inputs).items()
     }
 
 

@@ -26,7 +26,7 @@ def word_stream(construction: Construction, model: Subject, inputs: Inputs) -> n
     """
     found = activations(construction, model, ("residual",))(*inputs)["residual"]
     holder = model if isinstance(model, Transformer) else construction.compile().model
-    read = construction.embed(holder, *inputs).read
+    read = construction.stream(holder, *inputs).read
     return np.asarray(found[:, :, read])
 
 

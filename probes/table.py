@@ -134,18 +134,18 @@ def probe_table(
     compiled = construction.compile().model
     initial = construction.counterpart().untrained(init)
     subjects: dict[str, Subject] = {**models, "construction": compiled, "random init": initial}
-    embedded = construction.embed(compiled, *inputs)
+    embedded = construction.stream(compiled, *inputs)
     features = {
         name: _features(activations(construction, subject, (site,))(*inputs), site, embedded, name)
         for name, subject in subjects.items()
     }
-    features["input-only"] = np.asarray(embedded.stream)[None]
+    features["input-only"] = np.asarray(embedded.values)[None]
     targets, constant = _varying(
         _targets(construction, inputs, embedded, names, compiled.config.depth)
     )
     parts = split(cut, batch)
     order = np.asarray(jax.random.permutation(shuffle, batch))
-    first, read = next(iter(models)), np.arange(embedded.stream.shape[1])[embedded.read]
+    first, read = next(iter(models)), np.arange(embedded.values.shape[1])[embedded.read]
     scores = _scores(features, targets, parts, read, order)
     columns = (*models, *CONTROLS)
     rows = tuple(dict.fromkeys(target.row for target in targets))
@@ -167,10 +167,10 @@ def _features(found: Mapping[str, Array], site: str, embedded: Any, name: str) -
     if site not in found:
         raise ValueError(f"activations of '{name}' hold {sorted(found)}, must hold '{site}'")
     array = np.asarray(found[site])
-    if array.ndim < 4 or array.shape[1:3] != embedded.stream.shape[:2]:
+    if array.ndim < 4 or array.shape[1:3] != embedded.values.shape[:2]:
         raise ValueError(
             f"'{site}' of '{name}' has shape {array.shape}, must be [layer, "
-            f"{', '.join(map(str, embedded.stream.shape[:2]))}, feature]"
+            f"{', '.join(map(str, embedded.values.shape[:2]))}, feature]"
         )
     return array.reshape(*array.shape[:3], -1)
 
@@ -182,7 +182,7 @@ def _targets(
     for name in names or ():
         if name not in trace:
             raise ValueError(f"unknown value '{name}', must be one of {sorted(trace)}")
-    kinds = np.asarray(embedded.groups).reshape(-1, embedded.stream.shape[1])[0]
+    kinds = np.asarray(embedded.groups).reshape(-1, embedded.values.shape[1])[0]
     labels = np.asarray(construction.program.token_groups)[kinds]
     placed = variables(construction, depth, inputs)
     for name in names or trace:

@@ -79,7 +79,7 @@ def test_task_scores_the_trace(construction):
 def test_slot_by_slot_equals_dense(construction, x64):
     inputs = construction.sample(jax.random.key(2), 2)
     model = construction.compile().model
-    stream, groups, _ = construction.embed(model, *inputs)
+    stream, groups, _ = construction.stream(model, *inputs)
     kinds = np.asarray(groups)
     values = jax.jit(lambda s: evaluate(construction.program, s, kinds))(stream)
     out = jax.jit(lambda m, s, g: m(s, g))(model, stream, groups)

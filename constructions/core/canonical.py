@@ -36,8 +36,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentConfig
+from constructions.core.embedding import Gauge
 from constructions.core.transformer import Transformer
-from constructions.family import Gauge
 
 
 class HeadProducts(NamedTuple):

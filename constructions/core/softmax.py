@@ -19,34 +19,13 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from constructions.core.config import Config
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Affine, Slot, Slots, concatenate, constant
 
 #: The token group of the null token, and the slot that is 1 there and 0 elsewhere.
 NULL = "null"
-
-
-def with_null(stream: Array, groups: Array, config: Config) -> tuple[Array, Array]:
-    """A stream and its groups as a softened model takes them: the null token behind all others.
-
-    Of a model without a null token, and of a stream that has one, nothing is changed.
-
-    Args:
-        stream: `[batch, token, width]`.
-        groups: `[token]` or `[batch, token]`.
-        config: of the model.
-    """
-    if NULL not in config.token_groups or stream.shape[-1] == config.width:
-        return stream, groups
-    spare = [(0, 0), (0, 1), (0, config.width - stream.shape[-1])]
-    stream = jnp.pad(stream, spare).at[:, -1, -1].set(1)
-    kind = jnp.full((*groups.shape[:-1], 1), config.token_groups.index(NULL), groups.dtype)
-    return stream, jnp.concatenate([groups, kind], axis=-1)
 
 
 def soften(
@@ -60,7 +39,7 @@ def soften(
 
     With `null_score`, the program has one slot and one kind of token more, both called "null": the
     last column is 1 at the null token, which stands behind the others and holds nothing else.
-    `Construction.apply` and everything built on it append it. A head whose score is one constant
+    `constructions.softened.Softened` appends it. A head whose score is one constant
     over one key (an erase) needs neither: the softmax of one key is 1.
 
     Args:

@@ -23,8 +23,8 @@ from jaxtyping import Array
 
 from constructions.core.canonical import fitting
 from constructions.core.config import HeadsConfig
+from constructions.core.embedding import Gauge
 from constructions.core.transformer import Transformer
-from constructions.family import Gauge
 
 Arrays = dict[str, Any]
 

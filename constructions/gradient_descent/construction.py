@@ -42,7 +42,7 @@ from constructions.core.config import Config
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, concatenate
 from constructions.core.transformer import Transformer, randomise
-from constructions.family import Claim, Counterpart, Embedded, Gauge, NearMiss, Place
+from constructions.family import Claim, Counterpart, Gauge, NearMiss, Place, Tokens
 from constructions.gradient_descent.paper import (
     ONE_STEP_CLAIMS,
     PUBLISHED_CURVATURE,
@@ -225,33 +225,31 @@ class GradientDescent(Regression):
             "prediction": estimate[:, -1],
         }
 
-    def embed(self, model: Transformer, x: Inputs, y: Outputs, x_query: Queries) -> Embedded:
+    def embed(self, x: Inputs, y: Outputs, x_query: Queries) -> list[Tokens]:
         """Context tokens (x_i, y_i), then query tokens (x, -W_0 x)."""
         start = -jnp.einsum(
             "oi,bqi->bqo", jnp.asarray(self.initial, x.dtype), x_query, precision="highest"
         )
-        context = jnp.concatenate([x, y], axis=-1)
-        queries = jnp.concatenate([x_query, start], axis=-1)
-        n, q = x.shape[1], x_query.shape[1]
-        groups = jnp.asarray(np.repeat([0, 1], [n, q]))
-        return Embedded(jnp.concatenate([context, queries], axis=1), groups, slice(n, n + q))
+        return [
+            Tokens("context", {"x": x, "y": y}),
+            Tokens("query", {"x": x_query, "y": start}, read=True),
+        ]
 
     def places(self, depth: int, x: Inputs, y: Outputs, x_query: Queries) -> dict[str, Place]:
         """Every value but the weights themselves stands in a slot."""
-        slots, steps = self.program.slots, range(depth + 1)
-        n, t = x.shape[1], x.shape[1] + x_query.shape[1]
+        steps, n, t = range(depth + 1), x.shape[1], x.shape[1] + x_query.shape[1]
         return {
-            "inputs": Place.of(slots["x"], range(t), steps),
-            "residual": Place.of(slots["y"], range(n), steps),
-            "estimate": Place.of(slots["y"], range(n, t), steps, scale=-1.0),
-            "prediction": Place.of(slots["y"], range(n, t), depth, scale=-1.0),
+            "inputs": Place.of("x", range(t), steps),
+            "residual": Place.of("y", range(n), steps),
+            "estimate": Place.of("y", range(n, t), steps, scale=-1.0),
+            "prediction": Place.of("y", range(n, t), depth, scale=-1.0),
         }
 
     def gauge(self) -> Gauge:
         """Queries enter as (x, -W_0 x); only their y is read, with its sign turned."""
-        identity = np.eye(self.dim_x + self.dim_y)
-        entering = np.concatenate([np.eye(self.dim_x), -self.initial])
-        return Gauge(-identity[self.dim_x :], entering, ("query",))
+        slots, kinds = self.program.slots, ("query",)
+        entering = {"x": np.eye(self.dim_x), "y": -self.initial}
+        return Gauge.of(slots, -slots["y"], entering, kinds)
 
     def domain(self, *inputs: Array) -> dict[str, float | str]:
         """The task, and how near its contexts come to the largest stable step size."""

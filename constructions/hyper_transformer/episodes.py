@@ -9,7 +9,6 @@ layer applies them to the queries,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,6 @@ from jaxtyping import Array
 
 from constructions.core.compile import compile_program, config_of
 from constructions.core.indices import or_nan
-from constructions.core.slots import Slot
 from constructions.core.transformer import Transformer, randomise
 from constructions.family import Construction, Counterpart
 from constructions.inputs import INTEGERS, Input
@@ -96,12 +94,6 @@ class FewShot(Construction):
         one = jnp.eye(self.classes, dtype=like.dtype)
         return jnp.broadcast_to(one, (len(like), *one.shape))
 
-    def groups(self, support: Support, labels: Labels, queries: Queries) -> Array:
-        """The kind of every token, an index into `GROUPS`, `[token]`."""
-        known, examples = labels.shape[1], support.shape[1]
-        sizes = known, examples - known, self.classes, queries.shape[1]
-        return jnp.asarray(np.repeat(np.arange(len(GROUPS)), sizes))
-
     def tokens(self, support: Support, queries: Queries) -> tuple[range, range]:
         """Which tokens are the classes', which are the queries'."""
         first = support.shape[1]
@@ -137,18 +129,6 @@ class FewShot(Construction):
         """The task, and how good a classifier of its labelled examples can be."""
         exact = replace(self.task, unlabelled=0)
         return {"task": repr(self.task), "shrinkage of the exact posterior": exact.shrinkage}
-
-
-def rows(width: int, values: Mapping[Slot, Array]) -> Array:
-    """Tokens `[batch, token, width]` that hold these values in their slots, and 0 elsewhere."""
-    shape = jnp.broadcast_shapes(*(v.shape[:2] for v in values.values()))
-    parts, end = [], 0
-    for slot, value in sorted(values.items(), key=lambda item: item[0].start):
-        parts.append(jnp.zeros((*shape, slot.start - end), value.dtype))
-        parts.append(jnp.broadcast_to(value, (*shape, slot.size)))
-        end = slot.start + slot.size
-    tokens = jnp.concatenate(parts, -1)
-    return jnp.pad(tokens, [(0, 0), (0, 0), (0, width - end)])
 
 
 def aligned(model: Transformer, key: Array, std: float) -> Transformer:

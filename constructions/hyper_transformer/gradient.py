@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +35,8 @@ from constructions.claims import Claim, NearMiss
 from constructions.core.compile import compile_program
 from constructions.core.program import Head, Layer, Program, erase
 from constructions.core.slots import Slots, concatenate
-from constructions.family import Embedded, Place
-from constructions.hyper_transformer.episodes import GROUPS, FewShot, rows
+from constructions.family import Place, Tokens
+from constructions.hyper_transformer.episodes import GROUPS, FewShot
 from constructions.hyper_transformer.paper import GRADIENT_CLAIMS
 from constructions.regression import at_least_one, finite_number
 from synthetic.tasks.classes import Labels, Queries, Support
@@ -180,21 +179,16 @@ class HyperGradient(FewShot):
             found["guess"] = jnp.stack(guesses[1:], 1)
         return found | {"prediction": einsum("bcd,bqd->bqc", weights[-1], q)}
 
-    def embed(self, model: Any, support: Support, labels: Labels, queries: Queries) -> Embedded:
+    def embed(self, support: Support, labels: Labels, queries: Queries) -> list[Tokens]:
         """Examples (e_i, 1, y_i), class tokens (0, 0, 1_c), queries (e, 1, 0)."""
-        slots, known = self.program.slots, labels.shape[1]
-        features, one, label = (slots[name] for name in ("features", "constant", "label"))
-        shown = {one: jnp.ones((1, 1, 1), support.dtype)}
-        tokens = [
-            {features: support[:, :known], label: self.one_hot(labels, support)} | shown,
-            {features: support[:, known:]} | shown,
-            {label: self.codes(support)},
-            {features: queries} | shown,
+        known, one = labels.shape[1], {"constant": 1.0}
+        shown, label = support[:, :known], self.one_hot(labels, support)
+        return [
+            Tokens("labelled", {"features": shown, "label": label, **one}),
+            Tokens("unlabelled", {"features": support[:, known:], **one}),
+            Tokens("class", {"label": self.codes(support)}),
+            Tokens("query", {"features": queries, **one}, read=True),
         ]
-        stream = jnp.concatenate([rows(model.config.width, t) for t in tokens], 1)
-        asked = self.tokens(support, queries)[1]
-        groups = self.groups(support, labels, queries)
-        return Embedded(stream, groups, slice(asked.start, asked.stop))
 
     def places(
         self, depth: int, support: Support, labels: Labels, queries: Queries
@@ -205,16 +199,13 @@ class HyperGradient(FewShot):
         """
         if depth % 2:
             raise ValueError(f"depth is {depth}, must be even: a step and what reads it by turns")
-        slots, (classes, asked) = self.program.slots, self.tokens(support, queries)
-        weight = Place.of(slots["weights"], classes, 0)
-        steps = np.array([0, *range(1, depth, 2)])[:, None, None]
+        classes, asked = self.tokens(support, queries)
         found = {
-            "weight": Place(steps, weight.token, weight.column),
-            "prediction": Place.of(slots["logits"], asked, depth),
+            "weight": Place.of("weights", classes, [0, *range(1, depth, 2)]),
+            "prediction": Place.of("logits", asked, depth),
         }
         if self.steps > 1:
-            guess = Place.of(slots["guess"], range(labels.shape[1]), 0)
-            found["guess"] = Place(steps[1:-1] + 1, guess.token, guess.column)
+            found["guess"] = Place.of("guess", range(labels.shape[1]), range(2, depth - 1, 2))
         return found
 
     def near_misses(self) -> dict[str, NearMiss]:

@@ -67,7 +67,7 @@ def input_scale_gap(e: Evidence) -> float:
 @partial(jax.jit, static_argnums=0)
 def _held(construction: Any, model: Transformer, *inputs: Array) -> tuple[Array, Array]:
     """What the class tokens hold before the last layer, and the weights of the algorithm."""
-    stream, groups, _ = construction.embed(model, *inputs)
+    stream, groups, _ = construction.stream(model, *inputs)
     found = model.run(stream, groups, sites=("residual",))[1]["residual"][-2]
     tokens = construction.tokens(inputs[0], inputs[2])[0]
     weight = construction.trace(*inputs)["weight"]

@@ -53,8 +53,8 @@ from constructions.core.compile import compile_program
 from constructions.core.program import Head, Layer, Mlp, Program
 from constructions.core.slots import Slots, concatenate
 from constructions.core.transformer import Transformer
-from constructions.family import Embedded, Place
-from constructions.hyper_transformer.episodes import GROUPS, FewShot, rows
+from constructions.family import Place, Tokens
+from constructions.hyper_transformer.episodes import GROUPS, FewShot
 from constructions.hyper_transformer.paper import PROTOTYPE_CLAIMS, SEMI_SUPERVISED_CLAIMS
 from constructions.inputs import (
     Input,
@@ -338,43 +338,37 @@ class HyperPrototypes(FewShot):
 
     def embed(
         self,
-        model: Any,
         support: Support,
         labels: Labels,
         queries: Queries,
         mean: Any = None,
         count: Any = None,
-    ) -> Embedded:
+    ) -> list[Tokens]:
         """Examples (e, y), class tokens (mean, 1_c, 1, log N, whether N = 0), queries (q, 1)."""
-        slots, known = self.program.slots, labels.shape[1]
-        names = ("features", "label", "constant", "log_count", "empty")
-        features, label, one, log_count, empty = (slots[name] for name in names)
+        known, one = labels.shape[1], {"constant": 1.0}
+        shown, label = support[:, :known], self.one_hot(labels, support)
         before, log, none = self._entering(support, mean, count)
-        ones = jnp.ones((1, 1, 1), support.dtype)
-        tokens = [
-            {features: support[:, :known], label: self.one_hot(labels, support)},
-            {features: support[:, known:]},
-            {features: before, label: self.codes(support), one: ones, log_count: log, empty: none},
-            {features: queries, one: ones},
+        state = {"features": before, "label": self.codes(support), "log_count": log, "empty": none}
+        return [
+            Tokens("labelled", {"features": shown, "label": label}),
+            Tokens("unlabelled", {"features": support[:, known:]}),
+            Tokens("class", state | one),
+            Tokens("query", {"features": queries, **one}, read=True),
         ]
-        stream = jnp.concatenate([rows(model.config.width, t) for t in tokens], 1)
-        asked = self.tokens(support, queries)[1]
-        groups = self.groups(support, labels, queries)
-        return Embedded(stream, groups, slice(asked.start, asked.stop))
 
     def places(
         self, depth: int, support: Support, labels: Labels, queries: Queries, *memory: Any
     ) -> dict[str, Place]:
         """Guesses stand in the examples, prototypes in the class tokens, logits in the queries."""
-        slots, (classes, asked) = self.program.slots, self.tokens(support, queries)
+        classes, asked = self.tokens(support, queries)
         found = {
-            "weight": Place.of(slots["weights"], classes, depth - 1),
-            "bias": Place.of(slots["bias"], classes, depth - 1),
-            "prediction": Place.of(slots["logits"], asked, depth),
+            "weight": Place.of("weights", classes, depth - 1),
+            "bias": Place.of("bias", classes, depth - 1),
+            "prediction": Place.of("logits", asked, depth),
         }
         if self.unlabelled:
             others = range(labels.shape[1], support.shape[1])
-            found["label"] = Place.of(slots["label"], others, depth - 2)
+            found["label"] = Place.of("label", others, depth - 2)
         return found
 
     def near_misses(self) -> dict[str, NearMiss]:

@@ -25,7 +25,7 @@ from constructions.core.inventory import counts
 from constructions.core.program import Program
 from constructions.core.slots import Slot
 from constructions.core.transformer import Transformer
-from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
+from constructions.family import Compiled, Construction, Counterpart, Place, Tokens
 from constructions.inputs import FLAGS, INTEGERS, Input
 from constructions.inside_outside.counterpart import counterpart, near_misses
 from constructions.inside_outside.evaluation import (
@@ -259,11 +259,12 @@ class InsideOutside(Construction):
         """Token numbers with BOS, EOS and PAD, `[batch, time + 2]`."""
         return token_numbers(len(self.grammar.vocabulary), tokens, lengths, mask)
 
-    def embed(self, model: Transformer, tokens: Array, lengths: Array, mask: Array) -> Embedded:
+    def embed(self, tokens: Array, lengths: Array, mask: Array) -> list[Tokens]:
         """BOS, the words, EOS, padding; hidden words are all the same token."""
         numbers = self.numbers(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask))
-        groups = jnp.maximum(numbers - len(self.grammar.vocabulary), 0)
-        return Embedded(model.embed(numbers), groups, slice(1, numbers.shape[1] - 1))
+        kinds = jnp.maximum(numbers - len(self.grammar.vocabulary), 0)
+        parts = [slice(1), slice(1, -1), slice(-1, None)]  # each sentence may end among the words
+        return [Tokens(kinds[:, p], words=numbers[:, p], read=p == parts[1]) for p in parts]
 
     def apply(
         self, model: Transformer, tokens: Array, lengths: Array, mask: Array
@@ -271,7 +272,7 @@ class InsideOutside(Construction):
         """P(word at t | all other visible words); 0 past the end of a sentence."""
 
         def run(tokens: Array, lengths: Array, mask: Array) -> Array:
-            stream, groups, read = self.embed(model, tokens, lengths, mask)
+            stream, groups, read = self.stream(model, tokens, lengths, mask)
             found = model.word_probabilities(model(stream, groups, read=read))
             return jnp.where((groups[:, read] == 0)[..., None], found, 0)
 
@@ -286,20 +287,18 @@ class InsideOutside(Construction):
     def places(self, depth: int, tokens: Array, lengths: Array, mask: Array) -> dict[str, Place]:
         """The slots of every word; a value of a span is read at its first word."""
         at, words = self.layout, range(1, jnp.shape(tokens)[1] + 1)
-        longer = range(2, self.max_length + 1)
 
         def spans(slots: Mapping[int, Slot]) -> Place:
-            first = np.array([slots[n].start for n in longer])[:, None]
-            columns = first + np.arange(slots[2].size)
-            return Place(np.asarray(depth), np.array(words)[:, None, None], columns)
+            names = np.array([slots[n].name for n in range(2, self.max_length + 1)], object)
+            return Place(names, np.array(words)[:, None], np.asarray(depth))
 
         return {
             "inside": spans(at.starts),
             "outside": spans(at.outside_starts),
-            "leaves": Place.of(at.starts[1], words, depth),
-            "around": Place.of(at.outside_starts[1], words, depth),
+            "leaves": Place.of(at.starts[1].name, words, depth),
+            "around": Place.of(at.outside_starts[1].name, words, depth),
             "span_products": spans(at.products),
-            "tag_products": Place.of(at.products[1], words, depth),
+            "tag_products": Place.of(at.products[1].name, words, depth),
         }
 
     def read(

@@ -43,7 +43,7 @@ from constructions.core.layer import ACTIVATIONS
 from constructions.core.program import Head, Layer, Mlp, Program
 from constructions.core.slots import Slots
 from constructions.core.transformer import Transformer, randomise
-from constructions.family import Claim, Counterpart, Embedded, NearMiss, Place
+from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
 from constructions.kernel_descent.paper import FROM_PRIOR_MEAN_CLAIMS, FROM_ZERO_CLAIMS
 from constructions.regression import (
     Inputs,
@@ -335,24 +335,18 @@ class KernelDescent(Regression):
             "prediction": estimate[:, -1],
         }
 
-    def embed(self, model: Transformer, x: Inputs, y: Outputs, x_query: Queries) -> Embedded:
+    def embed(self, x: Inputs, y: Outputs, x_query: Queries) -> list[Tokens]:
         """Context tokens (x_i, 0, y_i), then query tokens (x, 0, 0); the features come later."""
-        n, q = x.shape[1], x_query.shape[1]
-        tokens = jnp.concatenate([x, x_query], axis=1)
-        outputs = jnp.pad(y, ((0, 0), (0, q), (0, 0)))
-        empty = jnp.zeros((*tokens.shape[:2], self.dim_features), x.dtype)
-        stream = jnp.concatenate([tokens, empty, outputs], axis=-1)
-        return Embedded(stream, jnp.asarray(np.repeat([0, 1], [n, q])), slice(n, n + q))
+        return [Tokens("context", {"x": x, "y": y}), Tokens("query", {"x": x_query}, read=True)]
 
     def places(self, depth: int, x: Inputs, y: Outputs, x_query: Queries) -> dict[str, Place]:
         """Every value but the weights themselves stands in a slot, from layer 1 on."""
-        slots, steps = self.program.slots, range(1, depth + 1)
-        n, t = x.shape[1], x.shape[1] + x_query.shape[1]
+        steps, n, t = range(1, depth + 1), x.shape[1], x.shape[1] + x_query.shape[1]
         return {
-            "features": Place.of(slots["features"], range(t), 1),
-            "residual": Place.of(slots["y"], range(n), steps),
-            "estimate": Place.of(slots["y"], range(n, t), steps, scale=-1.0),
-            "prediction": Place.of(slots["y"], range(n, t), depth, scale=-1.0),
+            "features": Place.of("features", range(t), 1),
+            "residual": Place.of("y", range(n), steps),
+            "estimate": Place.of("y", range(n, t), steps, scale=-1.0),
+            "prediction": Place.of("y", range(n, t), depth, scale=-1.0),
         }
 
     def domain(self, *inputs: Array) -> dict[str, float | str]:

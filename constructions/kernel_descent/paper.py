@@ -58,7 +58,7 @@ def optimality_ratio(e: Evidence) -> float:
 @partial(jax.jit, static_argnums=0)
 def _after_mlp(construction: Any, model: Transformer, *inputs: Array) -> Array:
     """The stream behind layer 1, `[batch, token, width]`."""
-    stream, groups, _ = construction.embed(model, *inputs)
+    stream, groups, _ = construction.stream(model, *inputs)
     return model.run(stream, groups, sites=("residual",))[1]["residual"][1]
 
 

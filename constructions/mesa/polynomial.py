@@ -32,8 +32,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 from constructions.claims import Claim, NearMiss
 from constructions.core.compile import compile_program
 from constructions.core.program import CAUSAL, Head, Layer, Program
-from constructions.core.transformer import Transformer
-from constructions.family import Counterpart, Embedded, Gauge, Place
+from constructions.family import Counterpart, Place, Tokens
 from constructions.mesa.paper import DEEP_CLAIMS, ONE_LAW, ONE_STEP_CLAIMS
 from constructions.mesa.tokens import (
     CLIP,
@@ -159,25 +158,22 @@ class MesaPolynomial(NextState):
             "prediction": product(moment, found),
         }
 
-    def embed(self, model: Transformer, states: States) -> Embedded:
+    def embed(self, states: States) -> list[Tokens]:
         """Constructed tokens hold x = s_t from the start; one step needs no x beside s_t."""
-        stream, groups, read = super().embed(model, states)
+        *before, tokens = super().embed(states)
         if self.tokens == "constructed" and self.depth > 1:
-            stream = stream.at[:, :, self.program.slots["x"].columns].set(states)
-        return Embedded(stream, groups, read)
+            tokens = replace(tokens, values={**tokens.values, "x": states})
+        return [*before, tokens]
 
-    def gauge(self) -> Gauge:
-        """That of every model of next states; constructed tokens enter with x = s_t."""
-        gauge = super().gauge()
-        if self.tokens == "constructed" and self.depth > 1:
-            gauge.query[self.program.slots["x"].columns, : self.dim] = np.eye(self.dim)
-        return gauge
+    def _entering(self, state: np.ndarray, previous: np.ndarray) -> dict[str, np.ndarray]:
+        """Constructed tokens enter with x = s_t, too."""
+        entering = super()._entering(state, previous)
+        return entering | {"x": state} if self.depth > 1 else entering
 
     def places(self, depth: int, states: States) -> dict[str, Place]:
         """Those of every model of next states, and x."""
-        slot = self.program.slots["x" if self.depth > 1 else "state"]
-        x = Place.of(slot, self.at_states(states.shape[1]), depth)
-        return {**super().places(depth, states), "preconditioned": x}
+        slot, tokens = "x" if self.depth > 1 else "state", self.at_states(states.shape[1])
+        return super().places(depth, states) | {"preconditioned": Place.of(slot, tokens, depth)}
 
     @property
     def _clip(self) -> float | None:

@@ -272,9 +272,9 @@ class MesaFeatures(NextState):
 
     def places(self, depth: int, states: States) -> dict[str, Place]:
         """Those of every model of next states, and the features, which the norm scales."""
-        slot, tokens = self.program.slots["features"], self.at_states(states.shape[1])
-        features = Place.of(slot, tokens, depth, scale=self.dim**-0.5)
-        return {**super().places(depth, states), "features": features}
+        tokens = self.at_states(states.shape[1])
+        features = Place.of("features", tokens, depth, scale=self.dim**-0.5)
+        return super().places(depth, states) | {"features": features}
 
     def counterpart(self) -> Counterpart:
         """The same layers with heads as wide as the stream; regularisation starts at 1."""

@@ -28,8 +28,8 @@ from constructions.core.compile import compile_program, config_of
 from constructions.core.config import Config
 from constructions.core.program import CAUSAL, SELF, Head, Layer, Program
 from constructions.core.slots import Slot, Slots, constant
-from constructions.core.transformer import Transformer, randomise
-from constructions.family import Construction, Counterpart, Embedded, Gauge, Place
+from constructions.core.transformer import randomise
+from constructions.family import Construction, Counterpart, Gauge, Place, Tokens
 from constructions.inputs import Input
 from constructions.regression import at_least_one
 from synthetic.fitting.recipe import Recipe
@@ -118,30 +118,28 @@ class NextState(Construction):
         del inputs
         return prediction[:, len(kept)]
 
-    def embed(self, model: Transformer, states: States) -> Embedded:
+    def embed(self, states: States) -> list[Tokens]:
         """BOS, then a token a state; constructed tokens need no BOS, the first has z = 0."""
-        slots, (batch, time, _) = self.program.slots, states.shape
-        raw = self.tokens == "raw"
-        stream = jnp.zeros((batch, time + raw, model.config.width), states.dtype)
-        stream = stream.at[:, raw:, slots["state"].columns].set(states)
-        if raw:
-            code = positional_code(time + 1)
-            stream = stream.at[:, :, slots["code"].columns].set(jnp.asarray(code, states.dtype))
-        else:
-            stream = stream.at[:, :, slots["previous"].columns].set(shifted(states))
-        groups = np.where(np.arange(time + raw) < raw, 0, GROUPS.index(STATE))
-        return Embedded(stream, jnp.asarray(groups), slice(int(raw), time + raw))
+        if self.tokens == "constructed":
+            return [Tokens(STATE, {"state": states, "previous": shifted(states)}, read=True)]
+        code = jnp.asarray(positional_code(states.shape[1] + 1), states.dtype)[None]
+        return [
+            Tokens(BOS, {"code": code[:, :1]}),
+            Tokens(STATE, {"state": states, "code": code[:, 1:]}, read=True),
+        ]
 
     def gauge(self) -> Gauge:
         """Only predictions are read; constructed tokens hold s_t and s_{t-1}, 0 elsewhere."""
-        width, slots = self.program.slots.width, self.program.slots
-        read = np.eye(width)[slots["prediction"].columns]
-        entering = np.eye(width)
-        if self.tokens == "constructed":
-            entering = np.zeros((width, 2 * self.dim))
-            for n, name in enumerate(("state", "previous")):
-                entering[slots[name].columns, n * self.dim : (n + 1) * self.dim] = np.eye(self.dim)
-        return Gauge(read, entering)
+        slots = self.program.slots
+        read = slots["prediction"]
+        if self.tokens == "raw":
+            return Gauge(read.matrix(slots.width), np.eye(slots.width))
+        state, previous = np.split(np.eye(2 * self.dim), 2)
+        return Gauge.of(slots, 1.0 * read, self._entering(state, previous))
+
+    def _entering(self, state: np.ndarray, previous: np.ndarray) -> dict[str, np.ndarray]:
+        """What the slots of constructed tokens hold of s_t and s_{t-1}."""
+        return {"state": state, "previous": previous}
 
     def at_states(self, time: int) -> range:
         """Numbers of the tokens that hold states."""
@@ -150,11 +148,8 @@ class NextState(Construction):
 
     def places(self, depth: int, states: States) -> dict[str, Place]:
         """Slots of the tokens that hold states."""
-        slots, tokens = self.program.slots, self.at_states(states.shape[1])
-        return {
-            "previous": Place.of(slots["previous"], tokens, depth),
-            "prediction": Place.of(slots["prediction"], tokens, depth),
-        }
+        tokens = self.at_states(states.shape[1])
+        return {name: Place.of(name, tokens, depth) for name in ("previous", "prediction")}
 
     def slots(self) -> tuple[Slots, int]:
         """Slots of states, their predecessors and predictions; and the first layer that is free."""

@@ -225,7 +225,7 @@ def _probes(
     construction: MesaPolynomial, model: Transformer, initial: Transformer, states: Array
 ) -> Iterator[Measurement]:
     """Least squares from a token's stream to the solution of its linear system."""
-    stream, groups, _ = construction.embed(model, states)
+    stream, groups, _ = construction.stream(model, states)
     trained, random = (
         np.asarray(one.run(stream, groups, sites=("residual",))[1]["residual"], float)
         for one in (model, initial)

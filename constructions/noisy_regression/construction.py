@@ -34,7 +34,7 @@ from constructions.core.compile import compile_program, config_of
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, concatenate
 from constructions.core.transformer import Transformer, randomise
-from constructions.family import Claim, Counterpart, Embedded, Gauge, NearMiss, Place
+from constructions.family import Claim, Counterpart, Gauge, NearMiss, Place, Tokens
 from constructions.noisy_regression.paper import claims_of
 from constructions.noisy_regression.recursion import context_gram, diag_states
 from constructions.regression import Inputs, Outputs, Queries, Regression, at_least_one
@@ -191,28 +191,23 @@ class NoisyRegression(Regression):
             "prediction": of(states.w[:, -1], "bi,bqi->bq", x_query)[..., None],
         }
 
-    def embed(self, model: Transformer, x: Inputs, y: Outputs, x_query: Queries) -> Embedded:
+    def embed(self, x: Inputs, y: Outputs, x_query: Queries) -> list[Tokens]:
         """Context tokens (x_i, y_i), then query tokens (x, 0)."""
-        context = jnp.concatenate([x, y], axis=-1)
-        queries = jnp.pad(x_query, ((0, 0), (0, 0), (0, 1)))
-        n, q = x.shape[1], x_query.shape[1]
-        groups = jnp.asarray(np.repeat([0, 1], [n, q]))
-        return Embedded(jnp.concatenate([context, queries], axis=1), groups, slice(n, n + q))
+        return [Tokens("context", {"x": x, "y": y}), Tokens("query", {"x": x_query}, read=True)]
 
     def places(self, depth: int, x: Inputs, y: Outputs, x_query: Queries) -> dict[str, Place]:
         """The stream holds the tokens; M, u, w and a are what they are linear in."""
-        slots, steps = self.program.slots, range(depth + 1)
-        n, t = x.shape[1], x.shape[1] + x_query.shape[1]
+        steps, n, t = range(depth + 1), x.shape[1], x.shape[1] + x_query.shape[1]
         return {
-            "inputs": Place.of(slots["x"], range(t), steps),
-            "outputs": Place.of(slots["y"], range(t), steps),
-            "prediction": Place.of(slots["y"], range(n, t), depth, scale=-1.0),
+            "inputs": Place.of("x", range(t), steps),
+            "outputs": Place.of("y", range(t), steps),
+            "prediction": Place.of("y", range(n, t), depth, scale=-1.0),
         }
 
     def gauge(self) -> Gauge:
         """Queries enter as (x, 0); only their y is read, with its sign turned."""
-        identity = np.eye(self.dim_x + 1)
-        return Gauge(-identity[self.dim_x :], identity[:, : self.dim_x], ("query",))
+        slots = self.program.slots
+        return Gauge.of(slots, -slots["y"], {"x": np.eye(self.dim_x)}, ("query",))
 
     def tolerance(self, dtype: str) -> float:
         """Larger than for a stable descent: layers of any weights amplify what was rounded."""

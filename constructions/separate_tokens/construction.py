@@ -45,7 +45,7 @@ from constructions.core.compile import compile_program, config_of
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Affine, Slots
 from constructions.core.transformer import Transformer, randomise
-from constructions.family import Claim, Counterpart, Embedded, NearMiss, Place
+from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
 from constructions.regression import (
     Inputs,
     Outputs,
@@ -245,28 +245,25 @@ class SeparateTokens(Regression):
         pairs = jnp.stack([x, y], axis=2).reshape(len(x), 2 * x.shape[1], size)
         return jnp.concatenate([pairs, x_query], axis=1)
 
-    def embed(self, model: Transformer, x: Inputs, y: Outputs, x_query: Queries) -> Embedded:
+    def embed(self, x: Inputs, y: Outputs, x_query: Queries) -> list[Tokens]:
         """Tokens x_1, y_1, ..., x_N, y_N, the queries, the dump: content, empty buffer, code."""
-        content = jnp.pad(self._content(x, y, x_query), [(0, 0), (0, 1), (0, 0)])
-        buffer = jnp.zeros((*content.shape[:2], self.dim_y), x.dtype)
-        pairs, queries = 2 * x.shape[1], x_query.shape[1]
-        codes = np.concatenate([np.arange(pairs), np.repeat([self.codes - 2], queries), [-1]])
-        place = jnp.asarray(np.eye(self.codes)[codes], x.dtype)
-        place = jnp.broadcast_to(place, (len(x), *place.shape))
-        groups = jnp.asarray(np.repeat([0, 1, 2], [pairs, queries, 1]))
-        stream = jnp.concatenate([content, buffer, place], axis=-1)
-        return Embedded(stream, groups, slice(pairs, pairs + queries))
+        content, pairs = self._content(x, y, x_query), 2 * x.shape[1]
+        code = jnp.eye(self.codes, dtype=x.dtype)[None]
+        return [
+            Tokens("context", {"content": content[:, :pairs], "place": code[:, :pairs]}),
+            Tokens("query", {"content": content[:, pairs:], "place": code[:, -2:-1]}, read=True),
+            Tokens("dump", {"place": code[:, -1:]}),
+        ]
 
     def places(self, depth: int, x: Inputs, y: Outputs, x_query: Queries) -> dict[str, Place]:
         """Every value but the weights themselves stands in a slot; steps count from layer 1."""
-        slots, steps = self.program.slots, range(1, depth + 1)
-        pairs = 2 * x.shape[1]
+        steps, pairs = range(1, depth + 1), 2 * x.shape[1]
         queries = range(pairs, pairs + x_query.shape[1])
         return {
-            "residual": Place.of(slots["buffer"], range(0, pairs, 2), steps),
-            "estimate": Place.of(slots["buffer"], queries, steps, scale=-1.0),
-            "content": Place.of(slots["content"], range(queries.stop), range(depth + 1)),
-            "prediction": Place.of(slots["buffer"], queries, depth, scale=-1.0),
+            "residual": Place.of("buffer", range(0, pairs, 2), steps),
+            "estimate": Place.of("buffer", queries, steps, scale=-1.0),
+            "content": Place.of("content", range(queries.stop), range(depth + 1)),
+            "prediction": Place.of("buffer", queries, depth, scale=-1.0),
         }
 
     @property

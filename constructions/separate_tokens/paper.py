@@ -19,7 +19,7 @@ def loss_ratio(e: Evidence) -> float:
 
 @partial(jax.jit, static_argnums=0)
 def _found(construction: Any, model: Transformer, *inputs: Array) -> Array:
-    stream, groups, _ = construction.embed(model, *inputs)
+    stream, groups, _ = construction.stream(model, *inputs)
     attention = model.run(stream, groups, sites=("attention",))[1]["attention"][0]
     favourite = attention.mean(0).argmax(-1)  # [head, token]
     x = jnp.arange(0, 2 * construction.num_examples, 2)

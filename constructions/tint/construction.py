@@ -19,12 +19,13 @@ from flax import nnx
 from jaxtyping import Array
 
 from constructions.claims import Claim, NearMiss
+from constructions.core.embedding import make_stream
 from constructions.core.evaluate import SlotBySlot, evaluate
 from constructions.core.inventory import counts
 from constructions.core.program import Program
 from constructions.core.slots import Slot
 from constructions.core.transformer import Transformer
-from constructions.family import Compiled, Construction, Counterpart, Embedded, Place
+from constructions.family import Compiled, Construction, Counterpart, Place, Tokens
 from constructions.inputs import INTEGERS, NUMBERS, Input, as_arrays, model_type
 from constructions.interchange.decoder import (
     CHANGED,
@@ -39,7 +40,7 @@ from constructions.interchange.decoder import (
 from constructions.interchange.huggingface import load_auxiliary
 from constructions.tint import algorithm
 from constructions.tint.algorithm import MODES, Backward, check_mode, check_numbers, check_texts
-from constructions.tint.layout import TEXT, Layout, collect, contents, places
+from constructions.tint.layout import Layout, collect, contents, places, token_groups
 from constructions.tint.paper import CLAIMS, counterpart, near_misses
 from constructions.tint.tableau import Tableau
 from synthetic.tasks.adaptation import AdaptationTask, exchanged
@@ -255,23 +256,12 @@ class Tint(Construction):
             changes["position"] = changes["position"][:, : tokens.shape[1]]
         return found | changes | {"prediction": jax.nn.softmax(found["logits_after"])}
 
-    def embed(self, model: Transformer, tokens: Array, train_mask: Array) -> Embedded:
+    def embed(self, tokens: Array, train_mask: Array) -> list[Tokens]:
         """Prefix tokens with the auxiliary model's weights, then the text."""
-        return self._embed(model, self.weights, jnp.asarray(tokens), jnp.asarray(train_mask))
+        return self._embed(self.weights, jnp.asarray(tokens), jnp.asarray(train_mask))
 
-    def _embed(
-        self, model: Transformer, weights: Weights, tokens: Array, train_mask: Array
-    ) -> Embedded:
-        dtype = jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype
-        weights = jax.tree.map(lambda a: a.astype(dtype), weights)
-        values, time = contents(self.layout, weights, tokens, train_mask), tokens.shape[1]
-        kinds = self.layout.kinds(time)
-        stream = jnp.zeros((len(tokens), len(kinds), model.config.width), dtype)
-        for slot in self.program.slots:
-            if slot.born == 0:  # kinds of tokens that do not own it have zeros there
-                stream = stream.at[..., slot.columns].add(values[slot.name])
-        text = self.layout.tokens(TEXT, time)
-        return Embedded(stream, jnp.asarray(kinds), slice(text.start, text.stop))
+    def _embed(self, weights: Weights, tokens: Array, train_mask: Array) -> list[Tokens]:
+        return token_groups(self.layout, contents(self.layout, weights, tokens, train_mask), tokens)
 
     def places(self, depth: int, tokens: Array, train_mask: Array) -> dict[str, Place]:
         """The changes of the weights in their prefix tokens, and the last hidden states."""
@@ -300,10 +290,10 @@ class Tint(Construction):
         if isinstance(model, SlotBySlot):
             weights = jax.tree.map(lambda a: a.astype(model.dtype), weights)
             return simulate(self, weights, tokens, train_mask)
-        stream, groups, _ = self._embed(model, weights, tokens, train_mask)
-        out = model(stream, groups)
+        stream = make_stream(self.program, model, self._embed(weights, tokens, train_mask))
+        out, slots = model(stream.values, stream.groups), self.program.slots
         where = self.places(0, tokens, train_mask)
-        found = {name: place.gather(out[None]) for name, place in where.items()}
+        found = {name: place.gather(out[None], slots) for name, place in where.items()}
         return self._say(found, weights)
 
     def _say(self, found: dict[str, Array], weights: Weights) -> dict[str, Array]:

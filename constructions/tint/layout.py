@@ -27,7 +27,7 @@ from jaxtyping import Array
 
 from constructions.core.indices import take_rows
 from constructions.core.slots import Affine, Slot, Slots
-from constructions.family import Place
+from constructions.family import Place, Tokens
 from constructions.interchange.decoder import MATRICES, DecoderShape, Weights
 
 TEXT, WORDS = "text", "words"
@@ -263,29 +263,36 @@ def _along(at: Layout, time: int, pieces: Mapping[str, Array], size: int, dtype:
     return jnp.concatenate([jnp.broadcast_to(p, (most, *p.shape[1:])) for p in parts], 1)
 
 
+def token_groups(at: Layout, held: Mapping[str, Array], words: Array) -> list[Tokens]:
+    """What `contents` found, one group of tokens after another; the text is read."""
+    time, found = words.shape[1], []
+    for group in at.groups:
+        there = at.tokens(group, time)
+        own = {
+            name: value[:, there.start : there.stop]
+            for name, value in held.items()
+            if group in (at.slots[name].tokens or at.groups)
+        }
+        found.append(Tokens(group, own, read=group == TEXT))
+    return found
+
+
 def places(at: Layout, time: int, finals: Finals, scale: float, depth: int) -> dict[str, Place]:
     """Changes of the weights, times `scale`, in their prefix tokens, and the last hidden states."""
-    found = {}
+    found, layer = {}, np.asarray(depth)
     for name in MATRICES:
         matrices = [at.matrices[name, layer] for layer in range(at.shape.layers)]
         first = np.array([at.tokens(m.group, time).start for m in matrices])
         rows, per = np.arange(matrices[0].size), matrices[0].number.size
-        columns = np.array([slot.start for slot in matrices[0].changes])[rows // per]
-        found[name] = Place(
-            np.asarray(depth),
-            (first[:, None] + rows % per)[..., None],
-            columns[:, None] + np.arange(matrices[0].changes[0].size),
-            scale,
-        )
+        slots = np.array([slot.name for slot in matrices[0].changes], object)[rows // per]
+        found[name] = Place(slots, first[:, None] + rows % per, layer, scale)
     norms = np.array([at.tokens(group, time).start for group in at.norms])
     for name in ("gain", "offset"):
-        slot = at.norm[f"{name} change"]
-        columns = slot.start + np.arange(slot.size)
-        found[name] = Place(np.asarray(depth), norms[:, None], columns, scale)
+        found[name] = Place(at.norm[f"{name} change"].name, norms, layer, scale)
     for name, slot, tokens in _loose(at, time):
-        found[name] = Place.of(slot, tokens, depth, scale)
+        found[name] = Place.of(slot.name, tokens, depth, scale)
     for name, slot in zip(("before", "after"), finals, strict=True):
-        found[f"final_{name}"] = Place.of(slot, at.tokens(TEXT, time), depth)
+        found[f"final_{name}"] = Place.of(slot.name, at.tokens(TEXT, time), depth)
     return found
 
 

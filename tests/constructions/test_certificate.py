@@ -11,7 +11,7 @@ import pytest
 from constructions.certificate import LARGEST_TOLERANCE
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, constant
-from constructions.family import Construction, Embedded, Place, verify
+from constructions.family import Construction, Place, Tokens, verify
 from constructions.gradient_descent import GradientDescent
 from constructions.separate_tokens import SeparateTokens
 from probes.cli import main
@@ -54,16 +54,12 @@ class Multiple(Construction):
     def trace(self, x):
         return {"x": x, "prediction": self.claimed * x}
 
-    def embed(self, model, x):
-        stream = jnp.concatenate([x, jnp.zeros_like(x)], -1)
-        return Embedded(stream, jnp.zeros(x.shape[1], int), slice(None))
+    def embed(self, x):
+        return [Tokens("token", {"x": x})]
 
     def places(self, depth, x):
-        slots, tokens = self.program.slots, range(x.shape[1])
-        return {
-            "x": Place.of(slots["x"], tokens, depth),
-            "prediction": Place.of(slots["out"], tokens, depth),
-        }
+        tokens = range(x.shape[1])
+        return {"x": Place.of("x", tokens, depth), "prediction": Place.of("out", tokens, depth)}
 
 
 def check(construction, **options):

@@ -11,7 +11,7 @@ from flax import nnx
 from constructions.core.compile import compile_program
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, constant
-from constructions.family import Construction, Embedded, Place, verify
+from constructions.family import Construction, Place, Tokens, verify
 from constructions.gradient_descent import GradientDescent
 from synthetic.tasks.task import Batch
 
@@ -70,19 +70,15 @@ class WeightedAverage(Construction):
         once = average(x)
         return {"once": once, "prediction": average(once)}
 
-    def embed(self, model, x):
-        stream = jnp.pad(x, ((0, 0), (0, 0), (0, model.config.width - 2)))
-        return Embedded(stream, jnp.zeros(x.shape[1], int), slice(None))
+    def embed(self, x):
+        return [Tokens("token", {"x": x}, read=True)]
 
     def places(self, depth, x):
-        token, column = np.arange(x.shape[1])[:, None], np.arange(2)
-        return {
-            "once": Place(np.asarray(1), token, 2 + column),
-            "prediction": Place(np.asarray(depth), token, 4 + column),
-        }
+        tokens = range(x.shape[1])
+        return {"once": Place.of("once", tokens, 1), "prediction": Place.of("twice", tokens, depth)}
 
     def apply(self, model, x):
-        stream, groups, read = self.embed(model, x)
+        stream, groups, read = self.stream(model, x)
         return model(stream, groups, read=read)[..., 4:6]
 
 
@@ -163,9 +159,13 @@ def test_read_finds_the_named_values(construction, x64):
 def test_place_gathers_entry_by_entry():
     rng = np.random.default_rng(0)
     residual = rng.normal(size=(3, 2, 4, 5))
-    layer, token, column = (rng.integers(0, n, (2, 3)) for n in (3, 4, 5))
-    found = Place(layer, token, column, scale=-2.0).gather(jnp.asarray(residual))
-    assert found.shape == (2, 2, 3)
-    for b, i, j in np.ndindex(2, 2, 3):
-        wanted = -2 * residual[layer[i, j], b, token[i, j], column[i, j]]
-        np.testing.assert_allclose(found[b, i, j], wanted, rtol=1e-6)
+    layer, token, which = (rng.integers(0, n, (2, 3)) for n in (3, 4, 2))
+    slots = Slots()
+    names = [slots.add(name, 2).name for name in ("a", "b")]
+    slots.add("c", 1)
+    place = Place(np.array(names, object)[which], token, layer, scale=-2.0)
+    found = place.gather(jnp.asarray(residual), slots)
+    assert found.shape == (2, 2, 3, 2)
+    for b, i, j, k in np.ndindex(2, 2, 3, 2):
+        wanted = -2 * residual[layer[i, j], b, token[i, j], 2 * which[i, j] + k]
+        np.testing.assert_allclose(found[b, i, j, k], wanted, rtol=1e-6)

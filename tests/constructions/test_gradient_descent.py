@@ -51,7 +51,7 @@ def test_every_token_and_layer_is_gradient_descent(steps, dim_y, recurrent, dtyp
         )
         model = c.compile().model
         inputs = [jnp.asarray(a) for a in (x, y, q)]
-        stream, groups, _ = c.embed(model, *inputs)
+        stream, groups, _ = c.stream(model, *inputs)
         prediction = np.asarray(jax.jit(c.predict)(model, *inputs))
         run = jax.jit(lambda m, s, g: m.run(s, g, sites=("residual",)))
         residual = np.asarray(run(model, stream, groups)[1]["residual"])

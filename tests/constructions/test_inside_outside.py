@@ -389,7 +389,7 @@ def test_every_value_is_in_the_slot_that_is_named(small, x64):
     c, model = small
     tokens, lengths = np.array([[0, 1, 2, 3]]), np.array([4])
     given = [jnp.asarray(a) for a in (tokens, lengths, np.zeros((1, 4), bool))]
-    stream, groups, _ = c.embed(model, *given)
+    stream, groups, _ = c.stream(model, *given)
     run = jax.jit(lambda model, stream, groups: model(stream, groups))
     out, trace, at = run(model, stream, groups)[0, 1:-1], jax.jit(c.trace)(*given), c.layout
     out = np.asarray(out)

@@ -93,7 +93,7 @@ def test_every_value_is_gradient_descent_on_features(x64, number):
 
     @jax.jit
     def values(model, *inputs):
-        stream, groups, _ = c.embed(model, *inputs)
+        stream, groups, _ = c.stream(model, *inputs)
         slots = evaluate(c.program, stream, np.repeat([0, 1], [6, 3]))
         read, trace = c.read(model, *inputs), c.trace(*inputs)
         return read, trace, c.predict(model, *inputs), model(stream, groups), slots

@@ -110,7 +110,7 @@ def test_back_ends_and_certificate(tokens, make):
     assert certificate.passed, certificate
     with jax.enable_x64(True):
         given = jnp.asarray(states(2, 5, 2))
-        stream, groups, read = c.embed(c.compile().model, given)
+        stream, groups, read = c.stream(c.compile().model, given)
         slots = {s.name: stream[..., s.columns] for s in c.program.slots if s.born == 0}
         found = evaluate(c.program, slots, np.asarray(groups))
         both = np.broadcast_to(groups, stream.shape[:2])
@@ -145,14 +145,14 @@ def test_later_states_change_nothing_and_rotations_carry_over(x64, make):
 def test_the_gauge_spans_what_enters_and_is_read(coefficients):
     c = MesaPolynomial(3, 9, tokens="constructed", coefficients=coefficients)
     gauge, given = c.gauge(), jnp.asarray(states())
-    stream, _, read = c.embed(c.compile().model, given)
+    stream, _, read = c.stream(c.compile().model, given)
     tokens = np.asarray(stream).reshape(-1, stream.shape[-1])
     free = np.linalg.lstsq(gauge.query, tokens.T, rcond=None)[0]
     np.testing.assert_allclose(gauge.query @ free, tokens.T, atol=1e-6)
     assert np.linalg.matrix_rank(tokens) == gauge.query.shape[1] == 6
     model = c.compile().model
     np.testing.assert_allclose(
-        model(stream, c.embed(model, given).groups)[:, read] @ gauge.read.T,
+        model(stream, c.stream(model, given).groups)[:, read] @ gauge.read.T,
         c.predict(model, given),
         atol=1e-6,
     )

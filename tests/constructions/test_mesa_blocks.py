@@ -146,7 +146,7 @@ def test_a_bounded_stream():
     base = sequence_model(c, ("linear",) * 3, clip=0.5)
     assert Config.from_json(base.config.to_json()) == base.config
     wild = randomise(base, KEY, 3.0)
-    stream, groups, _ = c.embed(wild, c.task.sample(KEY, 4).inputs[0])
+    stream, groups, _ = c.stream(wild, c.task.sample(KEY, 4).inputs[0])
     _, sites = wild.run(stream, groups, sites=("residual",))
     assert np.abs(sites["residual"][1:]).max() == 0.5
     scalars = drawn_scalars(KEY, 2)

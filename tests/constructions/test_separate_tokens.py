@@ -159,7 +159,7 @@ def test_one_step_needs_no_erase_head_and_linear_heads_no_dump(x64):
 def test_slot_by_slot_equals_dense(x64):
     c = SeparateTokens(2, 3, 4, 2, 2, 1.0)
     model = c.compile().model
-    stream, groups, read = c.embed(model, *map(jnp.asarray, case(3, 2, 3, 4, 2, batch=3)))
+    stream, groups, read = c.stream(model, *map(jnp.asarray, case(3, 2, 3, 4, 2, batch=3)))
     assert read == slice(8, 10)
     slots = jax.jit(lambda s: evaluate(c.program, s, np.asarray(groups)))(stream)
     out = jax.jit(lambda m, s, g: m(s, g))(model, stream, groups)

@@ -11,7 +11,6 @@ from constructions import CATALOGUE
 from constructions.core.compile import compile_program, soften
 from constructions.core.program import CAUSAL, Head, Layer, Mlp, Norm, Program, erase
 from constructions.core.slots import Slots, constant
-from constructions.core.softmax import with_null
 from constructions.family import verify
 from constructions.softened import Softened
 from tests import plain_numpy
@@ -52,8 +51,11 @@ def test_a_rich_program_keeps_its_function(x64):
     soft = soften(program, scale=1e-4, null_score=25.0)
     assert {head.mixer for layer in soft.layers for head in layer.heads} == {"softmax"}
     model = compile_program(soft)
-    tokens = with_null(jnp.asarray(stream), jnp.asarray(kinds), model.config)
-    out = np.asarray(jax.jit(lambda m, s, g: m(s, g))(model, *tokens))
+    # the null token behind all others: 1 in the last column, and a kind of its own
+    stream = np.pad(stream, [(0, 0), (0, 1), (0, 1)])
+    stream[:, -1, -1] = 1
+    kinds = np.pad(kinds, [(0, 0), (0, 1)], constant_values=2)
+    out = np.asarray(jax.jit(lambda m, s, g: m(s, g))(model, jnp.asarray(stream), kinds))
     for slot in program.slots:
         if slot.dies is None:
             found, value = out[:, :5, slot.columns], wanted[slot.name]
@@ -74,8 +76,8 @@ def test_error_per_layer(steps, dtype, scale, bar):
         )
         inputs = c.sample(jax.random.key(steps), 256)
         wanted = np.asarray(jax.jit(c.trace)(*inputs)["prediction"], float)
-        model = compile_program(soften(c.program, scale=scale, null_score=25.0))
-        found = np.asarray(jax.jit(c.predict)(model, *inputs), float)
+        soft = Softened(c, scale=scale, null_score=25.0)
+        found = np.asarray(jax.jit(soft.apply)(soft.compile().model, *inputs), float)
     error = np.abs(found - wanted).max() / np.sqrt((wanted**2).mean())
     assert bar * 1e-4 < error < bar * steps
 
@@ -85,10 +87,10 @@ def test_error_follows_the_bound(x64):
     c = CATALOGUE["gradient-descent"](dim_x=4, num_examples=6)
     inputs = c.sample(jax.random.key(0), 64)
     wanted = c.trace(*inputs)["prediction"]
-    predict = jax.jit(c.predict)
+    predict = jax.jit(Softened(c).apply)
 
     def error(scale, score):
-        model = compile_program(soften(c.program, scale=scale, null_score=score))
+        model = Softened(c, scale=scale, null_score=score).compile().model
         return np.asarray(predict(model, *inputs) - wanted)
 
     def size(a):

@@ -85,26 +85,26 @@ def test_a_prefix_token_holds_its_rows_alone(x64, tint, dense):
     rng = np.random.default_rng(2)
     start = small()
     given, trained = jnp.asarray(TEXTS), jnp.asarray(TRAINED)
-    embedded = tint.embed(dense, given[:1], trained[:1])
+    embedded = tint.stream(dense, given[:1], trained[:1])
     streams, expected = [], []
     for n, name in enumerate(MATRICES):
         matrix, model = tint.layout.matrices[name, 0], start
         token, k = tint.layout.tokens(matrix.group, TIME).start + n % 2, n % 2
         noise = rng.normal(size=(len(matrix.rows), matrix.rows[0].size))
-        stream = embedded.stream
+        stream = embedded.values
         for s, slot in enumerate(matrix.rows):
             stream = stream.at[:, token, slot.columns].add(noise[s])
             model = with_row(model, name, s * 2 + k, noise[s])
         # nothing else in the stream depends on those rows
-        again = replace(tint, auxiliary=model).embed(dense, given[:1], trained[:1])
-        np.testing.assert_allclose(again.stream, stream, atol=1e-15)
+        again = replace(tint, auxiliary=model).stream(dense, given[:1], trained[:1])
+        np.testing.assert_allclose(again.values, stream, atol=1e-15)
         streams.append(stream)
         expected.append(reference(model, given[:1], trained[:1], rate=RATE))
     out = run_dense(dense, jnp.concatenate(streams), embedded.groups)
     places = tint.places(0, given[:1], trained[:1])
     table = parameters(start)["tokens"]["embedding"]
     for name, key in (("before", "final_before"), ("after", "final_after")):
-        says = places[key].gather(out[None]) @ table.T
+        says = places[key].gather(out[None], tint.program.slots) @ table.T
         for n, one in enumerate(expected):
             np.testing.assert_allclose(says[n], getattr(one, name)[0], atol=1e-11)
 

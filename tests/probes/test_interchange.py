@@ -6,7 +6,7 @@ import pytest
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots
 from constructions.core.transformer import Edit, randomise
-from constructions.family import Construction, Embedded
+from constructions.family import Construction, Stream
 from constructions.gradient_descent import GradientDescent
 from probes import interchange as module
 from probes.attribution import attribution, path_patch
@@ -285,8 +285,11 @@ class TwoHeads(Construction):
     def trace(self, *inputs):
         return {}
 
-    def embed(self, model, *inputs):
-        return Embedded(inputs[0], jnp.zeros(3, int), slice(2, 3))
+    def embed(self, *inputs):
+        raise NotImplementedError
+
+    def stream(self, model, *inputs):
+        return Stream(inputs[0], jnp.zeros(3, int), slice(2, 3))
 
     def places(self, depth, *inputs):
         return {}
@@ -295,7 +298,7 @@ class TwoHeads(Construction):
         return stream[:, 2, :2]
 
     def apply(self, model, *inputs):
-        stream, groups, read = self.embed(model, *inputs)
+        stream, groups, read = self.stream(model, *inputs)
         return model(stream, groups, read=read)[:, 0, :2]
 
 

@@ -135,7 +135,7 @@ def test_roll_out_is_damped_gradient_descent(layers, damping):
 def test_roll_out_takes_any_layer():
     construction, model, _ = pair(3)
     inputs = batch(4).inputs
-    stream, groups, _ = construction.embed(model, *inputs)
+    stream, groups, _ = construction.stream(model, *inputs)
     for layer in (0, 1, -1):
         part = jax.tree.map(lambda a, k=layer % 3: a[k : k + 1], model.arrays()["segments"])
         alone = replace(model.config, segments=(replace(model.config.segments[0], repeats=1),))

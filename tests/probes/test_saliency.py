@@ -39,7 +39,7 @@ class Sum(Construction):
     def trace(self, *inputs: Any) -> Any:
         raise NotImplementedError
 
-    def embed(self, model: Any, *inputs: Any) -> Any:
+    def embed(self, *inputs: Any) -> Any:
         raise NotImplementedError
 
     def places(self, depth: int, *inputs: Any) -> Any:

@@ -50,7 +50,7 @@ def test_an_edit_of_where_changes_what_is_read():
     c = gd()
     model, inputs = c.compile().model, c.sample(jax.random.key(0), 4)
     mask = where(model.config, 6, "residual", layer=1, token=2)
-    stream, groups, _ = c.embed(model, *inputs)
+    stream, groups, _ = c.stream(model, *inputs)
     edits = {"residual": Edit(jnp.asarray(mask), jnp.full((1, 1, 1, 1), 7.0))}
     _, found = model.run(stream, groups, sites=("residual",), edits=edits)
     clean = read_sites(c, model, inputs)["residual"]

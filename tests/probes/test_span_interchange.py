@@ -121,7 +121,7 @@ def test_where_a_constituent_is_not_sure_the_rest_is_the_bases(x64):
         layers, _, tokens, width = values.shape
         where = inside_places(c.layout, tokens - 2, layers, width, first, last)
         edits = {"residual": Edit(where, values)}
-        stream, groups, _ = c.embed(compiled, *base)
+        stream, groups, _ = c.stream(compiled, *base)
         final = compiled.run(stream, groups, sites=("residual",), edits=edits)[1]["residual"][-1]
         return patched_prediction(c, compiled, base, "residual", edits["residual"]), final
 

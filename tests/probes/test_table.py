@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from constructions.core.transformer import randomise
-from constructions.family import Place
 from constructions.gradient_descent import GradientDescent
 from probes.sites import read_sites
 from probes.table import CONTROLS, _blocks, probe_table
@@ -81,10 +80,8 @@ def test_a_model_trained_elsewhere_is_a_function_to_named_activations():
 def test_values_owned_by_positions_are_grouped_by_column():
     """A span variable (i, j) kept at token j in column j - i: each column has its own owners."""
     spans = [(i, j) for i in range(3) for j in range(i, 3)]
-    place = Place(
-        np.asarray(1), np.array([j for _, j in spans]), np.array([j - i for i, j in spans])
-    )
-    found = dict(_blocks(np.arange(6), place.token, place.column))
+    token, column = np.array([j for _, j in spans]), np.array([j - i for i, j in spans])
+    found = dict(_blocks(np.arange(6), token, column))
     assert {tokens: [spans[e] for e in entries.ravel()] for tokens, entries in found.items()} == {
         (0, 1, 2): [(0, 0), (1, 1), (2, 2)],
         (1, 2): [(0, 1), (1, 2)],
