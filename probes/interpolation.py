@@ -166,13 +166,7 @@ def _one_layer(model: Transformer, layer: int) -> Transformer:
     config = model.config
     if not -config.depth <= layer < config.depth:
         raise ValueError(f"layer is {layer}, the model applies {config.depth}")
-    applied = [
-        (s, p, 0 if segment.tied else r)
-        for s, segment in enumerate(config.segments)
-        for r in range(segment.repeats)
-        for p in range(len(segment.pattern))
-    ]
-    s, p, r = applied[layer]
+    s, p, r = config.stored(layer % config.depth + 1)
     alone = SegmentConfig((config.segments[s].pattern[p],))
     own = model.arrays()["segments"][s]["layers"][p]
     arrays = {"segments": {0: {"layers": {0: jax.tree.map(lambda a: a[r : r + 1], own)}}}}

@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, Int
 from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentConfig
 from constructions.core.embedding import Gauge
 from constructions.core.transformer import Transformer
+from constructions.core.weights import Part
 
 
 class HeadProducts(NamedTuple):
@@ -207,20 +208,25 @@ def without_inert(model: Transformer, gauge: Gauge) -> Transformer:
     if model.config.segments[-1].tied and model.config.segments[-1].repeats > 1:
         # the last layer is stored once for all its applications, of which only the last is free
         return from_canonical(canonical(model, gauge), model, gauge)
-    arrays = model.arrays()
-    last = arrays["segments"][len(model.config.segments) - 1]["layers"]
     # what is read of P stays P^+ P of itself; so does, in the only layer, what enters as a query
     kept, entering = np.linalg.pinv(read) @ read, query @ np.linalg.pinv(query)
-    for w in last[len(last) - 1]["heads"].values():
+    last = len(model.config.segments) - 1, len(model.config.segments[-1].pattern) - 1
+
+    def bare(part: Part) -> dict[str, Array]:
+        w = part.weights
+        if part.kind != "heads" or (part.segment, part.position) != last:
+            return w
         out = jnp.asarray(kept, w["output"].dtype)
         written = jnp.einsum("oi,niv->nov", out, w["output"][-1], precision="highest")
-        w["output"] = w["output"].at[-1].set(written)
+        new = {"output": w["output"].at[-1].set(written)}
         if model.config.depth == 1:
             asked = jnp.einsum(
                 "nki,ic->nkc", w["query"][-1], jnp.asarray(entering, out.dtype), precision="highest"
             )
-            w["query"] = w["query"].at[-1].set(asked)
-    return Transformer(model.config, arrays)
+            new["query"] = w["query"].at[-1].set(asked)
+        return w | new
+
+    return model.map_parts(bare)
 
 
 def _tensor(a: Array, b: Array) -> Array:

@@ -229,6 +229,21 @@ class Config:
             for _ in range(segment.repeats):
                 yield from segment.pattern
 
+    def stored(self, number: int) -> tuple[int, int, int]:
+        """(segment, position in its pattern, repeat) at which an applied layer, from 1, is stored.
+
+        ValueError for a number that is not in 1..depth.
+        """
+        if not 1 <= number <= self.depth:
+            raise ValueError(f"layer is {number}, must be in 1..{self.depth}")
+        left = number - 1
+        for s, segment in enumerate(self.segments):
+            size = len(segment.pattern)
+            if left < segment.repeats * size:
+                return s, left % size, 0 if segment.tied else left // size
+            left -= segment.repeats * size
+        raise AssertionError("unreachable: every layer is in a segment")
+
     @property
     def max_heads(self) -> int:
         """The most heads that a layer has."""

@@ -25,6 +25,7 @@ from constructions.core.canonical import fitting
 from constructions.core.config import HeadsConfig
 from constructions.core.embedding import Gauge
 from constructions.core.transformer import Transformer
+from constructions.core.weights import Part
 
 Arrays = dict[str, Any]
 
@@ -169,17 +170,22 @@ def fill_inert(model: Transformer, gauge: Gauge, key: Array) -> Transformer:
     read, query = fitting(gauge, config.width)
     outside = np.eye(config.width) - np.linalg.pinv(read) @ read
     idle = np.eye(config.width) - query @ np.linalg.pinv(query)
-    arrays = model.arrays()
-    groups = arrays["segments"][len(config.segments) - 1]["layers"][len(segment.pattern) - 1]
-    for w in groups["heads"].values():
-        key, one, two = jax.random.split(key, 3)
-        p, q = w["output"], w["query"]
+    keys = iter(jax.random.split(key, (len(layer.heads), 2)))
+
+    def fill(part: Part) -> Arrays:
+        w = part.weights
+        where = len(config.segments) - 1, len(segment.pattern) - 1
+        if part.kind != "heads" or (part.segment, part.position) != where:
+            return w
+        (one, two), p, q = next(keys), w["output"], w["query"]
         noise = jax.random.normal(one, p.shape[1:], p.dtype)
-        w["output"] = p.at[-1].add(jnp.asarray(outside, p.dtype) @ noise)
+        new = {"output": p.at[-1].add(jnp.asarray(outside, p.dtype) @ noise)}
         if config.depth == 1:
             noise = jax.random.normal(two, q.shape[1:], q.dtype)
-            w["query"] = q.at[-1].add(noise @ jnp.asarray(idle, q.dtype))
-    return Transformer(config, arrays)
+            new["query"] = q.at[-1].add(noise @ jnp.asarray(idle, q.dtype))
+        return w | new
+
+    return model.map_parts(fill)
 
 
 def _allow(heads: HeadsConfig, mixers: tuple[str, ...], what: str) -> None:

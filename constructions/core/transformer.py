@@ -15,7 +15,7 @@ acts on. The values named in `SITES` can be read and replaced, at all layers, by
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from constructions.core.config import WIRING, Config, SegmentConfig
 from constructions.core.indices import check_indices, or_nan, take_rows
 from constructions.core.layer import Edit, Tap, normalise, run_layer
+from constructions.core.weights import LayerWeights, Part, Stored, Weights, parts_of
 
 Stream = Float[Array, "batch token width"]
 Groups = Int[Array, "*batch token"]
@@ -43,35 +44,6 @@ SITES: dict[str, tuple[str, str]] = {
 }
 
 
-class Wiring(nnx.Variable):
-    """An array that is part of a model and that no optimiser touches: scales and masks."""
-
-
-class Part(nnx.Module):
-    """The arrays of one part of a layer, each under its name in `Config.shapes`."""
-
-    def __init__(self, arrays: Mapping[str, Array]) -> None:
-        for name, array in arrays.items():
-            setattr(self, name, Wiring(array) if name in WIRING else nnx.Param(array))
-
-
-class LayerWeights(nnx.Module):
-    """Weights of one position of a segment's pattern, stacked over its repeats."""
-
-    def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self.heads = nnx.List([Part(group) for group in arrays["heads"].values()])
-        for name in ("norm", "mlp_norm", "mlp"):
-            if name in arrays:
-                setattr(self, name, Part(arrays[name]))
-
-
-class Segment(nnx.Module):
-    """Weights of a repeated pattern of layers."""
-
-    def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self.layers = nnx.List([LayerWeights(layer) for layer in arrays["layers"].values()])
-
-
 class Transformer(nnx.Module):
     """Maps a residual stream `[batch, token, width]` to itself; see the module's equations.
 
@@ -81,11 +53,11 @@ class Transformer(nnx.Module):
     def __init__(self, config: Config, arrays: Mapping[str, Any]) -> None:
         _check_shapes(config.shapes(), arrays)
         self.config = config
-        self.segments = nnx.List([Segment(s) for s in arrays["segments"].values()])
+        self.segments = nnx.List([Stored(s) for s in arrays["segments"].values()])
         if config.final_norm is not None:
-            self.final_norm = Part(arrays["final_norm"])
+            self.final_norm = Stored(arrays["final_norm"])
         if config.tokens is not None:
-            self.tokens = Part(arrays["tokens"])
+            self.tokens = Stored(arrays["tokens"])
 
     def __call__(
         self, stream: Stream, groups: Groups | None = None, *, read: slice | None = None
@@ -158,6 +130,83 @@ class Transformer(nnx.Module):
             return {name: complete(shape, arrays.get(name, {})) for name, shape in shapes.items()}
 
         return complete(self.config.shapes(), nnx.to_pure_dict(nnx.state(self)))
+
+    def parts(self) -> Iterator[Part]:
+        """Heads, MLPs and norms of every stored layer, in their order."""
+        yield from parts_of(self.config, self.arrays())
+
+    def map_parts(self, edit: Callable[[Part], Mapping[str, Array]]) -> Transformer:
+        """The model with `edit(part)` as the weights of every part; this one stays as it is.
+
+        Args:
+            edit: gives the weights by the same names and of the same shapes.
+        """
+        arrays = self.arrays()
+        for part in parts_of(self.config, arrays):
+            layer = arrays["segments"][part.segment]["layers"][part.position]
+            if part.kind == "heads":
+                layer["heads"][part.row] = dict(edit(part))
+            else:
+                layer[part.kind] = dict(edit(part))
+        return Transformer(self.config, arrays)
+
+    def layer(self, number: int) -> LayerWeights:
+        """The weights of an applied layer by name: `model.layer(3).head(0).query`, `[row, width]`.
+
+        ValueError for a number that is not in 1..depth.
+        """
+        segment, position, repeat = self.config.stored(number)
+        heads: list[Weights] = []
+        others: dict[str, Weights | None] = {"mlp": None, "norm": None, "mlp_norm": None}
+        for part in self.parts():
+            if (part.segment, part.position) != (segment, position):
+                continue
+            own = {name: a[repeat] for name, a in part.weights.items()}
+            if part.kind != "heads":
+                others[part.kind] = Weights(f"layer {number}, {part.kind}", own)
+                continue
+            for n in range(part.config.heads):  # type: ignore[union-attr]
+                where = f"layer {number}, head {len(heads)}"
+                one = {m: a if m == "output_bias" else a[n] for m, a in own.items()}
+                heads.append(Weights(where, one))
+        return LayerWeights(tuple(heads), **others)
+
+    def with_head(self, number: int, head: int, **weights: Array) -> Transformer:
+        """The model with these weights of one head in the place of its own.
+
+        Args:
+            number, head: the applied layer, from 1, and its head, from 0. Where a layer is stored
+                once for several applications, all of them change.
+            weights: such as `query`, `[row, width]`.
+
+        Raises:
+            ValueError: there is no such head, or a weight has another name or shape.
+        """
+        own, found = self.layer(number).head(head), {}
+        for name, new in weights.items():
+            if name not in dir(own):
+                raise ValueError(f"{name}: a head of layer {number} has {dir(own)}")
+            if jnp.shape(new) != getattr(own, name).shape:
+                wanted = getattr(own, name).shape
+                raise ValueError(f"{name} has shape {jnp.shape(new)}, must be {wanted}")
+            found[name] = jnp.asarray(new)
+        segment, position, repeat = self.config.stored(number)
+
+        def edit(part: Part) -> Mapping[str, Array]:
+            if part.kind != "heads" or (part.segment, part.position) != (segment, position):
+                return part.weights
+            rows = self.config.segments[segment].pattern[position].heads
+            n = head - sum(row.heads for row in rows[: part.row])
+            if not 0 <= n < rows[part.row].heads:
+                return part.weights
+            return part.weights | {
+                name: part.weights[name]
+                .at[(repeat,) if name == "output_bias" else (repeat, n)]
+                .set(a)
+                for name, a in found.items()
+            }
+
+        return self.map_parts(edit)
 
     def run(
         self,

@@ -21,6 +21,7 @@ from jaxtyping import Array
 from constructions.core.compile import compile_program, config_of
 from constructions.core.indices import or_nan
 from constructions.core.transformer import Transformer, randomise
+from constructions.core.weights import Part
 from constructions.family import Construction, Counterpart
 from constructions.inputs import INTEGERS, Input
 from constructions.regression import at_least_one, finite_number
@@ -138,10 +139,11 @@ def aligned(model: Transformer, key: Array, std: float) -> Transformer:
     independent weights one seed in three stays where a direction of the features, or of the codes,
     has the wrong sign: it would have to pass through 0.
     """
-    arrays = randomise(model, key, std).arrays()
-    for segment in arrays["segments"].values():
-        for layer in segment["layers"].values():
-            for heads in layer["heads"].values():
-                heads["key"] = heads["query"]
-                heads["output"] = jnp.swapaxes(heads["value"], -1, -2)
-    return Transformer(model.config, arrays)
+
+    def align(part: Part) -> dict[str, Array]:
+        w = part.weights
+        if part.kind != "heads":
+            return w
+        return w | {"key": w["query"], "output": jnp.swapaxes(w["value"], -1, -2)}
+
+    return randomise(model, key, std).map_parts(align)

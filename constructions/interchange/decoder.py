@@ -237,7 +237,9 @@ def check_auxiliary(model: Any) -> DecoderShape:
         raise ValueError(f"auxiliary: {error}") from error
     wanted = dataclasses.replace(_config(shape), precision=config.precision)
     _same("", asdict(config), asdict(wanted))
-    _check_wiring(shape, model.arrays()["segments"][0]["layers"][0]["heads"][0])
+    for part in model.parts():
+        if part.kind == "heads":
+            _check_wiring(shape, part.weights)
     return shape
 
 

@@ -43,6 +43,7 @@ from constructions.core.layer import ACTIVATIONS
 from constructions.core.program import Head, Layer, Mlp, Program
 from constructions.core.slots import Slots
 from constructions.core.transformer import Transformer, randomise
+from constructions.core.weights import Part
 from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
 from constructions.kernel_descent.paper import FROM_PRIOR_MEAN_CLAIMS, FROM_ZERO_CLAIMS
 from constructions.regression import (
@@ -418,20 +419,24 @@ def _initial(base: Transformer, dim_x: int, reach: float, key: Array) -> Transfo
     positive semidefinite; with independent ones two seeds in five end in poorer optima.
     """
     turn, corner, output, rest = jax.random.split(key, 4)
-    arrays = randomise(base, rest, 0.5).arrays()
-    mlp = arrays["segments"][0]["layers"][0]["mlp"]
-    shape, dtype = mlp["hidden"].shape[:2], mlp["hidden"].dtype
-    direction = jax.random.normal(turn, (*shape, dim_x), dtype)
-    direction /= jnp.linalg.norm(direction, axis=-1, keepdims=True)
     slope = 2 / reach
-    mlp["hidden"] = jnp.zeros_like(mlp["hidden"]).at[..., :dim_x].set(slope * direction)
-    if "hidden_bias" in mlp:
-        mlp["hidden_bias"] = slope * jax.random.uniform(corner, shape, dtype, -reach, reach)
-    scale = 0.1 / np.sqrt(shape[-1])
-    mlp["output"] = scale * jax.random.normal(output, mlp["output"].shape, dtype)
-    for layer in (a for s in list(arrays["segments"].values())[1:] for a in s["layers"].values()):
-        for heads in layer["heads"].values():
-            heads["query"] = heads["query"].at[..., :dim_x].set(0)
-            heads["value"] = heads["value"].at[..., :dim_x].set(0)
-            heads["key"] = heads["query"]
-    return Transformer(base.config, arrays)
+
+    def edit(part: Part) -> dict[str, Array]:
+        w = part.weights
+        if part.kind == "mlp":
+            shape, dtype = w["hidden"].shape[:2], w["hidden"].dtype
+            direction = jax.random.normal(turn, (*shape, dim_x), dtype)
+            direction /= jnp.linalg.norm(direction, axis=-1, keepdims=True)
+            hidden = jnp.zeros_like(w["hidden"]).at[..., :dim_x].set(slope * direction)
+            scale = 0.1 / np.sqrt(shape[-1])
+            new = {"output": scale * jax.random.normal(output, w["output"].shape, dtype)}
+            if "hidden_bias" in w:
+                bias = slope * jax.random.uniform(corner, shape, dtype, -reach, reach)
+                new["hidden_bias"] = bias
+            return w | new | {"hidden": hidden}
+        if part.kind == "heads" and part.segment:
+            query, value = (w[name].at[..., :dim_x].set(0) for name in ("query", "value"))
+            return w | {"query": query, "key": query, "value": value}
+        return w
+
+    return randomise(base, rest, 0.5).map_parts(edit)

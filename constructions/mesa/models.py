@@ -42,6 +42,7 @@ from constructions.core.config import (
 )
 from constructions.core.program import CAUSAL
 from constructions.core.transformer import Transformer
+from constructions.core.weights import Part
 from constructions.mesa.tokens import CLIP, GROUPS, STATE, NextState
 from synthetic.tasks.dynamics import States
 
@@ -144,9 +145,7 @@ def _of_products(key_query: Array, output_value: Array, clip: float | None) -> T
     base = blank(config, CAUSAL, keys=[STATE])
     one = jnp.broadcast_to(jnp.eye(width, dtype=key_query.dtype), key_query.shape)
     weights = {"query": key_query, "key": one, "value": one, "output": output_value}
-    arrays = base.arrays()
-    arrays["segments"][0]["layers"][0]["heads"][0] |= weights
-    return Transformer(base.config, arrays)
+    return base.map_parts(lambda heads: heads.weights | weights)
 
 
 def _spread(scalars: Array, dim: int) -> Array:
@@ -276,13 +275,17 @@ def causal_language_model(
         tokens=TokensConfig(words, words),
         precision="default",
     )
-    arrays = blank(config, CAUSAL).arrays()
-    parts = [arrays["segments"][n]["layers"][0]["heads"] for n in range(2)]
     back = -np.arange(1, heads + 1, dtype=np.int32)
-    parts[0][0]["window"] = jnp.asarray(np.stack([back, back], -1)[None])
-    if mixer == "linear":
-        parts[1][0]["scale"] = parts[1][0]["scale"] / length
-    return Transformer(config, arrays)
+
+    def wire(part: Part) -> dict[str, Array]:
+        w = part.weights
+        if part.kind == "heads" and part.segment == 0:
+            return w | {"window": jnp.asarray(np.stack([back, back], -1)[None])}
+        if part.kind == "heads" and mixer == "linear":
+            return w | {"scale": w["scale"] / length}
+        return w
+
+    return blank(config, CAUSAL).map_parts(wire)
 
 
 def next_token(

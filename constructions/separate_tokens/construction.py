@@ -45,6 +45,7 @@ from constructions.core.compile import compile_program, config_of
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Affine, Slots
 from constructions.core.transformer import Transformer, randomise
+from constructions.core.weights import Part
 from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
 from constructions.regression import (
     Inputs,
@@ -348,9 +349,12 @@ class SeparateTokens(Regression):
 
         As part of the loss it leaves them no gradient: where they start at zero they stay there.
         """
-        arrays = model.arrays()
-        unseen = slice(0, self.program.slots["place"].start)  # content and buffer
-        for heads in arrays["segments"][0]["layers"][0]["heads"].values():
-            for name in ("query", "key"):
-                heads[name] = heads[name].at[..., unseen].set(0)
-        return Transformer(model.config, arrays)
+        seen = jnp.zeros(model.config.width).at[self.program.slots["place"].columns].set(1)
+
+        def by_place(part: Part) -> dict[str, Array]:
+            w = part.weights
+            if part.kind != "heads" or (part.segment, part.position) != (0, 0):
+                return w
+            return w | {name: w[name] * seen.astype(w[name].dtype) for name in ("query", "key")}
+
+        return model.map_parts(by_place)
