@@ -126,7 +126,7 @@ def found(p: Problem, way: str, dtype: Any) -> np.ndarray:
 
 @fuzz(quick=10, share=0.25, problem=problems(), double=st.booleans())
 def test_mesa(problem: Problem, double: bool) -> None:
-    """Within 100 epsilon cond(H + ridge) where that says something; finite everywhere."""
+    """Within 400 epsilon cond(H + ridge) where that says something; finite everywhere."""
     double = double and examples() > 0  # which would compile everything once more
     dtype = np.float64 if double else np.float32
     worst: Counter[str] = Counter()
@@ -146,7 +146,7 @@ def test_mesa(problem: Problem, double: bool) -> None:
             rounding = np.finfo(dtype).eps * conditions
             for t in range(TIME):
                 if rounding[t] <= WORST:
-                    assert error[t] <= 100 * rounding[t], (
+                    assert error[t] <= 400 * rounding[t], (
                         f"{way}, time {t}: relative error {error[t]:.2e} at condition "
                         f"{conditions[t]:.2e}"
                     )
