@@ -1,29 +1,23 @@
 """Hand-built transformers, and the one class that they share with trained ones.
 
-slots, program       a construction as a tableau over named slots of the residual stream
-matrices             what programs read and write with: sums of blocks, mostly of the identity
-checks, compiler     program -> dense weights of the one transformer
-config, transformer  the one transformer: its shape, its weights, its named sites
-blank                a shape to be trained, with no construction behind it
-layer, mixers        one layer, and how scores become attention weights
-symmetries           what leaves a model's function unchanged
-canonical            what is left: the invariants by which weights are compared
-evaluator            the same programs, run slot by slot without dense weights, by stream and maps
-counts               how large a program and its model are
-materials            what a program is made of beyond a plain transformer
-family               what every family offers; `verify`
-claims               statements about trained models that a number decides
-runs                 fits of a family on disk
-soften, softened     linear attention out of softmax heads
-regression           what the constructions on in-context regression share
-gradient_descent     linear attention as gradient descent, and GD++
-separate_tokens      the same where x and y are tokens of their own
-kernel_descent       the same on features of an MLP
-noisy_regression     linear transformers that meet noise of unknown level
-inside_outside       attention between the ends of spans that parses, and masked language models
-mesa                 in-context least squares on sequences; mesa_mixer is the layer that it takes
-tint                 a transformer that trains another one in its forward pass
-hyper_transformer    attention that writes the weights of a classifier
+core               the one transformer, and the compiler of programs into its weights
+mesa_layer         in-context least squares as a layer, usable alone
+inputs             what a model is given, checked once for all families
+claims             statements about trained models that a number decides, and what they need
+certificate        how far a compiled model is from its algorithm
+family             what every family offers
+interchange        models in and out
+regression         what the constructions on in-context regression share
+softened           any construction of linear heads, by softmax heads
+runs               fits of a family on disk
+gradient_descent   linear attention as gradient descent, and GD++
+separate_tokens    the same where x and y are tokens of their own
+kernel_descent     the same on features of an MLP
+noisy_regression   linear transformers that meet noise of unknown level
+inside_outside     attention between the ends of spans that parses, and masked language models
+mesa               in-context least squares on sequences
+tint               a transformer that trains another one in its forward pass
+hyper_transformer  attention that writes the weights of a classifier
 
 `CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it.
 """

@@ -6,7 +6,7 @@ Models that are almost the construction: what its claims must tell from it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,9 +31,6 @@ from constructions.inside_outside.tableau import GROUPS
 from synthetic.fitting.train import Recipe
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
-
-if TYPE_CHECKING:
-    from constructions.inside_outside.construction import InsideOutside
 
 
 def language_model(
@@ -81,7 +78,7 @@ def language_model(
     return blank(config, keys=[group for group in GROUPS if group != "pad"])
 
 
-def counterpart(c: InsideOutside) -> Counterpart:
+def counterpart(c: Any) -> Counterpart:
     """The language model of a construction's sizes, its task, recipe and metric."""
     words = len(c.grammar.vocabulary)
     base = language_model(words, c.max_length, c.layers, c.heads, c.width, c.activation)
@@ -108,11 +105,7 @@ def counterpart(c: InsideOutside) -> Counterpart:
     return Counterpart(lambda key: randomise(base, key, 0.05), task, recipe, None, measure, quick)
 
 
-if TYPE_CHECKING:
-    from constructions.inside_outside.construction import InsideOutside
-
-
-def near_misses(c: InsideOutside) -> dict[str, NearMiss]:
+def near_misses(c: Any) -> dict[str, NearMiss]:
     """Parses by a grammar that is off, or with half of the outside pass."""
     g = c.grammar
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,6 @@ from constructions.core.evaluate import evaluate
 from constructions.core.slots import Slot
 from constructions.core.transformer import shares
 from constructions.inside_outside.tableau import layout, tableau
-
-if TYPE_CHECKING:
-    from constructions.inside_outside.construction import InsideOutside
 
 
 def token_numbers(
@@ -125,7 +122,7 @@ def run_program(
     }
 
 
-def values(c: InsideOutside, given: tuple[Array, ...]) -> dict[str, Array]:
+def values(c: Any, given: tuple[Array, ...]) -> dict[str, Array]:
     """`run_program` of a construction, for any number of sentences, none included."""
     form = None if c.reduction is None else jnp.asarray(c.reduction.products, float)
     arrays = (*c.passed, c.leaves, c.grammar.emission)

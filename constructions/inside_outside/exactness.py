@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -311,9 +311,6 @@ def _apply(equation: str, rules: Array, pairs: Array) -> Array:
     return jnp.einsum(equation, rules, pairs, precision="highest")
 
 
-if TYPE_CHECKING:
-    from constructions.inside_outside.construction import InsideOutside
-
 POSTERIOR, MARGINALS = ("prediction",), ("span_marginals", "tag_marginals")
 
 
@@ -329,7 +326,7 @@ def dtype_of(model: Transformer) -> Any:
 
 
 def settled(
-    c: InsideOutside,
+    c: Any,
     found: Mapping[str, Array],
     given: tuple[Array, ...],
     dtype: Any,
@@ -360,14 +357,15 @@ def settled(
     return kept
 
 
-def known(c: InsideOutside, given: tuple[Array, ...], dtype: Any) -> Exactness:
+def known(c: Any, given: tuple[Array, ...], dtype: Any) -> Exactness:
     """Of which sentences a floating point type holds what the construction computes."""
     (tokens, lengths, mask), dtype = given, np.dtype(dtype)
     emission = c.grammar.emission
     longest = min(c.max_length, tokens.shape[1])
     if not isinstance(lengths, Tracer):
         longest = int(np.asarray(lengths).max())
-    if c.reduction is None and surely_held(*c.passed, c.leaves, emission, longest, dtype):
+    start, passed = c.passed
+    if c.reduction is None and surely_held(start, passed, c.leaves, emission, longest, dtype):
         return Exactness(*jnp.ones((2, len(tokens)), bool))
     numbers = c.numbers(tokens, lengths, mask)[:, 1:-1]
     root, rules, leaves, words = (jnp.asarray(a, dtype) for a in (*c.passed, c.leaves, emission))
@@ -375,7 +373,7 @@ def known(c: InsideOutside, given: tuple[Array, ...], dtype: Any) -> Exactness:
 
 
 def _refuse(
-    c: InsideOutside,
+    c: Any,
     kept: Mapping[str, Array],
     given: tuple[Array, ...],
     held: Exactness,
@@ -400,7 +398,7 @@ def _refuse(
     chart.refuse_unparsed(c.grammar, np.asarray(nothing), given[0], given[1], given[2], what)
 
 
-def refuse_lost(c: InsideOutside, held: np.ndarray, given: tuple[Array, ...], dtype: Any) -> None:
+def refuse_lost(c: Any, held: np.ndarray, given: tuple[Array, ...], dtype: Any) -> None:
     """Raise ValueError that names the first sentence that a type does not hold."""
     if held.all():
         return

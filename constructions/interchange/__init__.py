@@ -1,1 +1,5 @@
-"""."""
+"""Models in and out.
+
+decoder       decoders of GPT-2's and OPT's shape in the one transformer
+huggingface   model folders of Hugging Face's format
+"""

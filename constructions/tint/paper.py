@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,9 +116,6 @@ CLAIMS = (
 )
 
 
-if TYPE_CHECKING:
-    from constructions.tint.construction import Tint
-
 # each entry of a hand-built stack of dozens of layers moves all that is behind it
 RECIPE = Recipe(
     steps=600,
@@ -132,7 +129,7 @@ RECIPE = Recipe(
 QUICK = replace(RECIPE, steps=60, batch=8, chunk=20)
 
 
-def counterpart(c: Tint) -> Counterpart:
+def counterpart(c: Any) -> Counterpart:
     """`Tint.counterpart` where its weights are dense."""
     base = c.compile().model
     std = base.config.width**-0.5
@@ -152,7 +149,7 @@ def counterpart(c: Tint) -> Counterpart:
     )
 
 
-def near_misses(c: Tint) -> dict[str, NearMiss]:
+def near_misses(c: Any) -> dict[str, NearMiss]:
     """`Tint.near_misses` where its weights are dense."""
 
     def other(**changes: Any) -> NearMiss:

@@ -3,7 +3,7 @@
     Z(words) = sum over trees of root[top] * product of rules * product of emissions
 
 and what follows from it: marginals of spans and tags, the posterior of every word given the others,
-also where some words are hidden. `synthetic.charts` holds the parts.
+also where some words are hidden. `tables`, `decode` and `em` hold the parts.
 """
 
 from collections.abc import Sequence
