@@ -167,12 +167,16 @@ axis.set(xlabel=r"noise $\sigma$ of the context", ylabel="slope of predictions o
 axis.legend(frameon=False)
 plt.show()
 # between the noise levels nearest to the lowest and the highest of the task
-falls = shown[2][np.abs(levels - low).argmin()] - shown[2][np.abs(levels - high).argmin()]
-print(f"slope of two layers: {falls:.2f} less at noise {high:g} than at {low:g}")
+first, last = np.abs(levels - low).argmin(), np.abs(levels - high).argmin()
+falls, most = shown[2][first] - shown[2][last], known[first] - known[last]
+print(
+    f"slope of two layers: {falls:.2f} less at noise {high:g} than at {low:g}, of the ridge that "
+    f"knows the noise {most:.2f}"
+)
 assert np.ptp(fixed) < 0.1, f"the slope of a constant ridge should not move: {fixed}"
-assert falls > 0.5 * (known[0] - known[-1]) * (high - low) / (levels[-1] - levels[0]), (
-    "expected that two layers shrink more where there is more noise, at least half as much as the "
-    f"ridge that knows it: {known}, but their slopes are {shown[2]}"
+assert falls > most / 4, (
+    "expected that two layers shrink more where there is more noise, at least a quarter as much as "
+    f"the ridge that knows it: {known}, but their slopes are {shown[2]}"
 )
 
 # %% [markdown]

@@ -102,8 +102,10 @@ def show_certificate(name: str, certificate: Certificate) -> None:
         verdict = marks.get(e.verdict, "[yellow]not certified[/]")
         console.print(
             f"  {e.dtype}: {verdict}, error {relative} (at most {allowed}), absolute {absolute}, "
-            f"worst in {escape(e.worst)}" + (f": {escape(e.reason)}" if e.reason else "")
+            f"worst in {escape(e.worst)}"
         )
+        if e.reason:
+            console.print(f"  not certified in {e.dtype}: {escape(e.reason)}")
     batches = ", ".join(map(str, certificate.batches))
     console.print(f"  compared {', '.join(certificate.compared)} in batches of {batches}")
     sys.stdout.flush()
