@@ -112,9 +112,11 @@ class Softened(Construction):
         """The construction's."""
         return self.construction.subset(kept, *inputs)
 
-    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+    def outside_context(
+        self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any
+    ) -> Any:
         """The construction's."""
-        return self.construction.answers(prediction, kept, *inputs)
+        return self.construction.outside_context(prediction, kept, *inputs)
 
     @property
     def arguments(self) -> tuple[Any, ...]:

@@ -1,12 +1,11 @@
-"""Files that are written as a whole or not at all, and what is asked before the work begins.
+"""Files: written as a whole or not at all, and read as text or JSON by one rule.
 
-Text and JSON out of files, by one rule for grammars, treebanks, corpora and configurations.
-
-A file is UTF-8, with or without a byte-order mark, or UTF-16 with one; the mark is no part of the
-text. Nothing is guessed: what would have to be (Latin-1, UTF-16 without its mark) is refused, since
-a wrong guess makes other words without a word. Lines end at a line feed, a carriage return, or the
-two together, and nowhere else: `str.splitlines` cuts at U+0085 and U+2028 as well, which may stand
-within a word.
+Whether a file can be written is asked before the work begins. Grammars, treebanks, corpora and
+configurations are read alike: a file is UTF-8, with or without a byte-order mark, or UTF-16 with
+one; the mark is no part of the text. Nothing is guessed: what would have to be (Latin-1, UTF-16
+without its mark) is refused, since a wrong guess makes other words without a word. Lines end at a
+line feed, a carriage return, or the two together, and nowhere else: `str.splitlines` cuts at U+0085
+and U+2028 as well, which may stand within a word.
 """
 
 from __future__ import annotations

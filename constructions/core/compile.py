@@ -8,7 +8,7 @@
 A program may also be compiled into a larger `Config` than it needs; the spare heads are zero.
 `soften` rewrites a program of linear heads into one of softmax heads.
 
-A model without a construction: the shape alone, every head wired alike, to be trained.
+`untrained` makes a model without a program: a shape with every head wired alike, to be trained.
 """
 
 from __future__ import annotations
@@ -282,10 +282,10 @@ def _cast(arrays: Any, dtype: Any) -> Any:
     )
 
 
-def blank(
+def untrained(
     config: Config, window: Window = EVERYWHERE, keys: Sequence[str] | None = None
 ) -> Transformer:
-    """A transformer of this shape with every weight 0; `randomise` draws them.
+    """An untrained transformer of this shape: every weight is 0, `randomise` draws them.
 
     Scores of softmax heads are divided by sqrt(key_dim), others are left alone.
 
@@ -306,14 +306,14 @@ def blank(
             raise ValueError(f"keys holds {name!r}, must be some of {groups}")
     low, high = window
     bounds = [-FAR if low is None else low, FAR if high is None else high]
-    seen = [keys is None or group in keys for group in groups]
+    visible = [keys is None or group in keys for group in groups]
 
     def wired(heads: HeadsConfig, shapes: Any) -> dict[str, Array]:
         wiring = {
             "scale": heads.key_dim**-0.5 if heads.mixer == "softmax" else 1.0,
             "window": np.asarray(bounds, np.int32),
             "query_groups": True,
-            "key_groups": np.asarray(seen),
+            "key_groups": np.asarray(visible),
             "sink_groups": False,
         }
         return {

@@ -1,8 +1,8 @@
 """Matrices of affine maps as sums of blocks; a multiple of the identity is one number.
 
-What programs read and write are mostly slots, slices of slots and multiples of them. As blocks
-they cost nothing whatever the size of a slot, and the slot-wise evaluator sees at once where no
-product is needed.
+What programs read and write are mostly slots, slices of slots and multiples of them. As blocks they
+cost nothing whatever the size of a slot, and the slot-wise evaluator sees at once where no product
+is needed.
 """
 
 from __future__ import annotations
@@ -195,7 +195,11 @@ def beside(*parts: Matrix) -> Matrix:
 
 
 def _tidy(blocks: Sequence[Block]) -> list[Block]:
-    """Blocks at the same place summed, identities that go on joined, and zeros left out."""
+    """The same matrix in fewer blocks.
+
+    Blocks of the same rows and columns are added up. A multiple c I that continues another, c I
+    right behind it along the same diagonal, becomes one with it. Blocks of zeros are left out.
+    """
     found: dict[Any, Block] = {}
     for b in blocks:
         same = found.get(b.place)

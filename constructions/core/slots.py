@@ -125,7 +125,7 @@ class Slot(Affine):
 
     @property
     def constant(self) -> np.ndarray:
-        """Zero."""
+        """The affine map's constant part, `[size]`: zeros, as a slot is read as it stands."""
         return _nothing(self.size)
 
     @property

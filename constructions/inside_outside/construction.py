@@ -27,14 +27,6 @@ from constructions.core.slots import Slot
 from constructions.core.transformer import Transformer
 from constructions.family import Compiled, Construction, Counterpart, Place, Tokens
 from constructions.inputs import FLAGS, INTEGERS, Input
-from constructions.inside_outside.counterpart import counterpart, near_misses
-from constructions.inside_outside.evaluation import (
-    defined,
-    marginals,
-    token_numbers,
-    values,
-    word_posterior,
-)
 from constructions.inside_outside.exactness import (
     check_memory,
     check_size,
@@ -46,8 +38,18 @@ from constructions.inside_outside.exactness import (
     typical_scale,
 )
 from constructions.inside_outside.low_rank import LowRank, low_rank
-from constructions.inside_outside.paper import CLAIMS
-from constructions.inside_outside.tableau import Layout, inside_outside, layout, tableau
+from constructions.inside_outside.paper import CLAIMS, counterpart, near_misses
+from constructions.inside_outside.tableau import (
+    Layout,
+    defined,
+    inside_outside,
+    layout,
+    marginals,
+    tableau,
+    token_numbers,
+    values,
+    word_posterior,
+)
 from synthetic.grammar.examples import named
 from synthetic.grammar.grammar import Grammar
 from synthetic.tasks.masked_language import MaskedLanguageTask, as_array, check_sentences
@@ -144,8 +146,8 @@ class InsideOutside(Construction):
     def leaves(self) -> np.ndarray:
         """beta(i, i) at words, MASK, BOS, EOS and PAD, `[words + 4, preterminals]`."""
         emission = self.grammar.emission
-        seen = np.concatenate([emission.T, emission.sum(1)[None]]) * self.factors[:, None]
-        return np.pad(seen, ((0, 3), (0, 0)))
+        visible = np.concatenate([emission.T, emission.sum(1)[None]]) * self.factors[:, None]
+        return np.pad(visible, ((0, 3), (0, 0)))
 
     @cached_property
     def program(self) -> Program:
@@ -212,7 +214,9 @@ class InsideOutside(Construction):
         there = jnp.arange(tokens.shape[1]) < lengths[:, None]
         return tokens, lengths, mask | (there & hidden)
 
-    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+    def outside_context(
+        self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any
+    ) -> Any:
         """The posteriors of the words that are hidden from the start; 0 elsewhere."""
         del kept
         return jnp.where(inputs[2][..., None], prediction, 0)

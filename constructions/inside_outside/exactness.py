@@ -14,16 +14,12 @@ zeros and ones, says what is 0 by the grammar and not by the type; there, nothin
 bounds the loss of the signed run: |p(x + d) - p(x)| <= P(|x| + |d|) - P(|x|) for a polynomial p and
 the one P that has the absolute values of its coefficients.
 
-The units in which the construction holds probabilities, and what they can hold for certain.
+Units. The inside value of a word w is its emission times `scale / max_T emission[T, w]`. Values of
+a span of n words are then multiplied by n such factors, and so is Z: they cancel in every
+probability. `typical_scale` chooses the scale, `surely_held` decides most cases without a run.
 
-A linear layer cannot rescale what it reads, so there is one unit a word: the inside value of a
-word w is its emission times `scale / max_T emission[T, w]`. Values of a span of n words are then
-multiplied by n such factors, and so is Z: they cancel in every probability.
-
-What is said of sentences without a parse, or beyond the range of a floating point type.
-
-A wrong number is worse than none: NaN under `jit` or on demand, and else one line that names the
-sentence.
+Sentences without a parse, or beyond the range of the type, give NaN under `jit` or on demand, and
+else an error that names the sentence (`settled`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Where GPT-2 and OPT keep the numbers of a decoder: names, orders, and settings in words.
-
-A block has the matrices of `weights.MATRICES`, each [out, in] with a vector, and two norms, each a
-gain and an offset. A format says which arrays hold which of them.
-
-Decoders out of local folders of weights in Hugging Face format, and into them.
+"""Decoders read from local folders of weights in Hugging Face's format, and written to them.
 
 A folder has `config.json` and `model.safetensors`, or `model.safetensors.index.json` and the files
 that it lists. Two formats are read, and written:
@@ -11,7 +6,8 @@ that it lists. Two formats are read, and written:
     gpt2   linear maps are stored [in, out]; queries, keys and values are one of them
     opt    linear maps are stored [out, in]; two rows precede the positions and mean nothing
 
-In both a block is what `auxiliary` has; any setting that makes it another is refused by name.
+A `Format` maps names and settings of a folder to the matrices and norms of
+`constructions.interchange.decoder`. A setting that makes a block another one is refused by name.
 Nothing is downloaded and nothing unpickled.
 """
 
@@ -395,7 +391,7 @@ def save_auxiliary(model: Transformer, path: str | PathLike[str], kind: str = "g
 
 
 def _format(file: Path) -> tuple[Format, DecoderShape]:
-    """What a config says; RunError where it cannot be simulated."""
+    """Format and shape of a `config.json`; RunError where it cannot be simulated."""
     fields = _json(file)
     name = fields.get("model_type")
     if name not in list(FORMATS):  # which compares, where a dictionary would hash

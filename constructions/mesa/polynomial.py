@@ -84,7 +84,7 @@ class MesaPolynomial(NextState):
 
     @property
     def contraction(self) -> float:
-        """a."""
+        """a of x <- (I - a H_t) x: `step`, or if that is None one that suits the coefficients."""
         if self.step is not None:
             return float(self.step)
         c = self.coefficients

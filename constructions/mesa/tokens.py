@@ -113,7 +113,9 @@ class NextState(Construction):
         left = states[:, np.append(np.asarray(kept, int), states.shape[1] - 1)]
         return (jnp.pad(left, [(0, 0), (0, states.shape[1] - left.shape[1]), (0, 0)]),)
 
-    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+    def outside_context(
+        self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any
+    ) -> Any:
         """What is predicted from the last state, `[batch, dim]`."""
         del inputs
         return prediction[:, len(kept)]

@@ -200,7 +200,7 @@ class _Units:
         return [P / ratio, Q * ratio]
 
     def outside(self, P: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Back."""
+        """Layers in the task's own units: the inverse of `inside`."""
         outer = np.outer(self.scale, self.scale)
         return P / self.scale[:, None] * self.scale / self.examples, Q * outer
 

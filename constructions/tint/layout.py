@@ -11,7 +11,7 @@ The tokens are, in this order,
 Beside every weight there is a slot for its change, which is zero at first: the layers of a forward
 pass read the sum of the two, so that a small step is not lost in the rounding of a large weight.
 
-What TinT's tokens hold at first, and where the results stand at the end.
+`contents` are the values that the tokens start with, `places` where the results are at the end.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Layout:
         counts = [self.count(group, time) for group in self.groups]
         return np.repeat(np.arange(len(counts)), counts)
 
-    def tokens(self, group: str, time: int) -> range:
+    def positions(self, group: str, time: int) -> range:
         """The tokens of a kind."""
         counts = [self.count(g, time) for g in self.groups]
         n = self.groups.index(group)
@@ -199,7 +199,7 @@ class Layout:
 
     @cached_property
     def train(self) -> Slot:
-        """Whether the auxiliary model is trained on what it says here of the next word: 1 or 0."""
+        """1 where the auxiliary model is trained on the next word, else 0."""
         return self.slots.add("train", 1, tokens=TEXT)
 
     def tape(self, name: str, size: int) -> Slot:
@@ -267,7 +267,7 @@ def token_groups(at: Layout, held: Mapping[str, Array], words: Array) -> list[To
     """What `contents` found, one group of tokens after another; the text is read."""
     time, found = words.shape[1], []
     for group in at.groups:
-        there = at.tokens(group, time)
+        there = at.positions(group, time)
         own = {
             name: value[:, there.start : there.stop]
             for name, value in held.items()
@@ -282,17 +282,17 @@ def places(at: Layout, time: int, finals: Finals, scale: float, depth: int) -> d
     found, layer = {}, np.asarray(depth)
     for name in MATRICES:
         matrices = [at.matrices[name, layer] for layer in range(at.shape.layers)]
-        first = np.array([at.tokens(m.group, time).start for m in matrices])
+        first = np.array([at.positions(m.group, time).start for m in matrices])
         rows, per = np.arange(matrices[0].size), matrices[0].number.size
         slots = np.array([slot.name for slot in matrices[0].changes], object)[rows // per]
         found[name] = Place(slots, first[:, None] + rows % per, layer, scale)
-    norms = np.array([at.tokens(group, time).start for group in at.norms])
+    norms = np.array([at.positions(group, time).start for group in at.norms])
     for name in ("gain", "offset"):
         found[name] = Place(at.norm[f"{name} change"].name, norms, layer, scale)
     for name, slot, tokens in _loose(at, time):
         found[name] = Place.of(slot.name, tokens, depth, scale)
     for name, slot in zip(("before", "after"), finals, strict=True):
-        found[f"final_{name}"] = Place.of(slot.name, at.tokens(TEXT, time), depth)
+        found[f"final_{name}"] = Place.of(slot.name, at.positions(TEXT, time), depth)
     return found
 
 
@@ -307,15 +307,15 @@ def collect(
     found = {}
     for name in MATRICES:
         matrices = [at.matrices[name, layer] for layer in range(at.shape.layers)]
-        rows = [[cut(slot, at.tokens(m.group, time)) for slot in m.changes] for m in matrices]
+        rows = [[cut(slot, at.positions(m.group, time)) for slot in m.changes] for m in matrices]
         found[name] = scale * jnp.stack([jnp.concatenate(parts, 1) for parts in rows], 1)
-    norms = range(at.tokens(at.norms[0], time).start, at.tokens(at.norms[-1], time).stop)
+    norms = range(at.positions(at.norms[0], time).start, at.positions(at.norms[-1], time).stop)
     for name in ("gain", "offset"):
         found[name] = scale * cut(at.norm[f"{name} change"], norms)
     for name, slot, tokens in _loose(at, time):
         found[name] = scale * cut(slot, tokens)
     for name, slot in zip(("before", "after"), finals, strict=True):
-        found[f"final_{name}"] = cut(slot, at.tokens(TEXT, time))
+        found[f"final_{name}"] = cut(slot, at.positions(TEXT, time))
     return found
 
 
@@ -323,5 +323,5 @@ def _loose(at: Layout, time: int) -> list[tuple[str, Slot, range]]:
     """(name, its change, tokens) of words and positions where they are trained."""
     if all(slot.name != "word" for slot in at.slots):
         return []
-    tokens = {"embedding": at.tokens(WORDS, time), "position": at.tokens(TEXT, time)}
+    tokens = {"embedding": at.positions(WORDS, time), "position": at.positions(TEXT, time)}
     return [(name, at.trainable[f"{name} change"], own) for name, own in tokens.items()]

@@ -61,7 +61,7 @@ class Distilled:
 
     @property
     def outcome(self) -> Outcome:
-        """The task's."""
+        """The loss of the task, with the teacher's predictions as targets."""
         return outcome(self.task)
 
     def sample(self, key: Array, batch: int) -> Batch:

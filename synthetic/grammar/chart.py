@@ -3,7 +3,7 @@
     Z(words) = sum over trees of root[top] * product of rules * product of emissions
 
 and what follows from it: marginals of spans and tags, the posterior of every word given the others,
-also where some words are hidden. `tables`, `decode` and `em` hold the parts.
+also where some words are hidden. `tables` and `decode` hold the parts.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from synthetic.grammar import decode, tables
-from synthetic.grammar import em as reestimate
 from synthetic.grammar.decode import labelled_recall_trees, viterbi_trees
 from synthetic.grammar.grammar import Grammar, Weights
 from synthetic.grammar.tables import log_of, power_of_two
@@ -148,7 +147,7 @@ def em_step(
     """One step of re-estimation: the new weights, and the log-likelihood of the old ones."""
     weights, *data = _checked(g, tokens, lengths, mask)
     counts, value = _expected_counts(weights, *data)
-    return reestimate.proper(counts, weights), value
+    return tables.proper(counts, weights), value
 
 
 def em(
@@ -157,7 +156,7 @@ def em(
     lengths: Any,
     mask: Any = None,
     steps: int = 10,
-) -> reestimate.Fit:
+) -> tables.Fit:
     """`steps` of re-estimation: weights, and the log-likelihood before and after every step."""
     if steps < 0:
         raise ValueError(f"steps is {steps}, must not be negative")
@@ -225,10 +224,10 @@ def binarisation_symbols(grammar: Grammar) -> list[int]:
     return [n for n, name in enumerate(grammar.nonterminals) if name.startswith("@")]
 
 
-_log_z = jax.jit(reestimate.log_z)
-_expected_counts = jax.jit(reestimate.expected_counts)
-_em = jax.jit(reestimate.em, static_argnames="steps")
-_entropy = jax.jit(reestimate.entropy)
+_log_z = jax.jit(tables.log_z)
+_expected_counts = jax.jit(tables.expected_counts)
+_em = jax.jit(tables.em, static_argnames="steps")
+_entropy = jax.jit(tables.entropy)
 
 
 @jax.jit

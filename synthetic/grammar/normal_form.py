@@ -25,11 +25,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from nltk.tree import Tree
 
+from synthetic.grammar.parts import MAX_BYTES, ROOT, NormalForm
 from synthetic.grammar.productions import (
     GrammarError,
     Production,
@@ -47,27 +47,8 @@ from synthetic.grammar.productions import (
 from synthetic.grammar.trees import check, unfold
 
 CHAIN, LEXICAL, REST, JOIN, WORD = "+", "/lex", "@", "&", "="
-MAX_BYTES = 4 * 2**30
-"""Arrays of a larger grammar are refused by name before they fill the memory."""
-
 # Of n nonterminals the rules alone take 8 n (n + 1)^2 bytes or more.
 MOST_NONTERMINALS, MOST_CHAINS = 1000, 2**15
-ROOT = "@root"  # a start symbol that only spells out a distribution over the symbols at the root
-
-
-@dataclass
-class NormalForm:
-    """Rules in Chomsky normal form with their probabilities, by name.
-
-    Attributes:
-        root: of each symbol that a tree may start with.
-        rules: of each pair of children, by nonterminal.
-        emission: of each word, by pre-terminal.
-    """
-
-    root: dict[str, float] = field(default_factory=dict)
-    rules: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
-    emission: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def convert(

@@ -1,6 +1,7 @@
 """Text of which the front part is learnt from and the rest is to be predicted.
 
-Classification as text: words and their labels by turns, and what the labels mean is to be found.
+`WordLabels` is classification as text: words and their labels by turns, where the meaning of the
+labels has to be found.
 
     w_1 l_1 w_2 l_2 .. w_n l_n w        and the label of w is asked for
 

@@ -99,7 +99,7 @@ class Gaussian:
 
     @property
     def mean(self) -> float:
-        """0."""
+        """Of every coordinate: 0."""
         return 0.0
 
     @property
