@@ -167,3 +167,16 @@ def parse_json_text(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("values are nested too deeply") from None
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; RunError names a file that cannot be read or holds none."""
+    try:
+        data = parse_json(file.read_bytes())
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RunError(f"{file}: no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise RunError(f"{file}: must be a JSON object")
+    return data

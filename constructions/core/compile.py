@@ -120,13 +120,13 @@ def _mlp_config(mlp: Mlp) -> MlpConfig:
     parts = [mlp.hidden] + ([mlp.gate] if mlp.gate is not None else [])
     bias = any(part.constant.any() for part in parts)
     return MlpConfig(
-        mlp.hidden.size, mlp.activation, mlp.gate is not None, bias, token_names(mlp.tokens)
+        mlp.hidden.size, mlp.activation, mlp.gate is not None, bias, token_names(mlp.token_groups)
     )
 
 
 def _norm_config(norm: Norm) -> NormConfig:
     read, write = ((s.start, s.start + s.size) for s in (norm.read, norm.write))
-    return NormConfig(norm.kind, norm.eps, False, read, write, token_names(norm.tokens))
+    return NormConfig(norm.kind, norm.eps, False, read, write, token_names(norm.token_groups))
 
 
 def fill(program: Program, config: Config) -> dict[str, Any]:

@@ -108,10 +108,10 @@ def evaluate(
     if isinstance(values, Mapping):
         blocks: Blocks = {}
         for slot in slots:
-            at = machine.at(slot.tokens)
+            at = machine.at(slot.token_groups)
             value = jnp.asarray(values[slot.name])
             value = value[:, index(at.positions, value.shape[1])]
-            stream.add(blocks, at, slot.start, machine.only(slot.tokens, value))
+            stream.add(blocks, at, slot.start, machine.only(slot.token_groups, value))
     else:
         blocks = stream.cut(first)
     blocks = machine.run(blocks)
@@ -173,11 +173,11 @@ class _Machine:
 
     def layer(self, layer: Layer, blocks: Blocks) -> Blocks:
         if layer.norm is not None:
-            at, blocks = self.at(layer.norm.tokens), dict(blocks)
+            at, blocks = self.at(layer.norm.token_groups), dict(blocks)
             v = self.stream.slot(blocks, at, layer.norm.read)
             v = v - v.mean(-1, keepdims=True) if layer.norm.kind == "layer" else v
             v = v * jax.lax.rsqrt(jnp.square(v).mean(-1, keepdims=True) + layer.norm.eps)
-            v = self.only(layer.norm.tokens, v)
+            v = self.only(layer.norm.token_groups, v)
             self.stream.add(blocks, at, layer.norm.write.start, v)
         alike: dict[Any, list[Head]] = {}
         single = [head for head in layer.heads if isinstance(head, Head)]
@@ -192,10 +192,10 @@ class _Machine:
                 self.attend_family(part, blocks, after)
         if layer.mlp is None:
             return after
-        mlp, at = layer.mlp, self.at(layer.mlp.tokens)
+        mlp, at = layer.mlp, self.at(layer.mlp.token_groups)
         u = ACTIVATIONS[mlp.activation](affine(self.stream, after, at, [mlp.hidden]))
         u = u if mlp.gate is None else u * affine(self.stream, after, at, [mlp.gate])
-        u = self.only(mlp.tokens, u[:, :, 0])[:, :, None]
+        u = self.only(mlp.token_groups, u[:, :, 0])[:, :, None]
         blocks, after = after, dict(after)
         for slot, m in mlp.write.items():
             write(self.stream, after, at, slot, u, [m])

@@ -234,7 +234,7 @@ def _all(inside: Any) -> bool:
 
 
 def _lives(slot: Slot, name: str | None) -> bool:
-    return slot.tokens is None or name is None or name in slot.tokens
+    return slot.token_groups is None or name is None or name in slot.token_groups
 
 
 def index(tokens: np.ndarray, size: int) -> Any:

@@ -37,11 +37,6 @@ def scale_error(e: Evidence) -> float:
     return abs(float(jnp.vdot(theirs, ours) / jnp.vdot(theirs, theirs)) - 1)
 
 
-def common_share(e: Evidence) -> float:
-    """Share of the logits' mean square that is common to all classes; 1/C for independent ones."""
-    return float(1 - jnp.mean(centred(e.prediction) ** 2) / jnp.mean(e.prediction**2))
-
-
 def accuracy_gap(e: Evidence) -> float:
     """|accuracy - accuracy of the construction|, on the same queries."""
     found = (e.construction.task.accuracy(p, e.examples).mean() for p in (e.prediction, e.expected))

@@ -148,17 +148,27 @@ class HyperPrototypes(FewShot):
         examples = ("labelled", "unlabelled")
         features = slots.add("features", self.dim, meaning="e_j; the mean so far; q")
         label = slots.add(
-            "label", self.classes, tokens=(*examples, "class"), accumulates=True, meaning="y_j; 1_c"
+            "label",
+            self.classes,
+            token_groups=(*examples, "class"),
+            accumulates=True,
+            meaning="y_j; 1_c",
         )
         last = 3 if self.unlabelled else 2
         logits = slots.add(
-            "logits", self.classes, tokens="query", born=last, meaning="of the classes"
+            "logits", self.classes, token_groups="query", born=last, meaning="of the classes"
         )
-        one = slots.add("constant", 1, tokens=("class", "query"), meaning="1")
-        count = slots.add("log_count", 1, tokens=(*examples, "class"), meaning="log N, or 0")
-        empty = slots.add("empty", 1, tokens=(*examples, "class"), meaning="1 where N = 0, else 0")
-        weights = slots.add("weights", self.dim, tokens="class", born=last - 1, meaning="mu_c")
-        bias = slots.add("bias", 1, tokens="class", born=last - 1, meaning="-kappa |mu_c|^2 / 2")
+        one = slots.add("constant", 1, token_groups=("class", "query"), meaning="1")
+        count = slots.add("log_count", 1, token_groups=(*examples, "class"), meaning="log N, or 0")
+        empty = slots.add(
+            "empty", 1, token_groups=(*examples, "class"), meaning="1 where N = 0, else 0"
+        )
+        weights = slots.add(
+            "weights", self.dim, token_groups="class", born=last - 1, meaning="mu_c"
+        )
+        bias = slots.add(
+            "bias", 1, token_groups="class", born=last - 1, meaning="-kappa |mu_c|^2 / 2"
+        )
         guess = Head(
             query=features,
             key=features,
@@ -185,7 +195,7 @@ class HyperPrototypes(FewShot):
             gate=weights,
             write={bias: np.full((1, self.dim), -self.shrinkage / 2)},
             activation="identity",
-            tokens="class",
+            token_groups="class",
             name="norm",
         )
         read = Head(

@@ -67,8 +67,7 @@ class InsideOutside(Construction):
 
     Attributes:
         grammar: a `Grammar`, its JSON form, or the name of one in `synthetic.grammar.examples`. It
-        need
-            not be proper: a grammar restricted to some of its symbols also compiles.
+            need not be proper: a grammar restricted to some of its symbols also compiles.
         max_length: words of the longest sentence, at least 2.
         scale: factor on what a word's token holds, which cancels in every probability; None takes
             one at which sentences of the grammar have a Z of about 1
@@ -114,18 +113,9 @@ class InsideOutside(Construction):
             raise ValueError(f"scale is {self.scale!r}, must be finite and above 0")
         if self.activation not in ("gelu", "relu"):
             raise ValueError(f"activation is {self.activation!r}, must be 'gelu' or 'relu'")
-        reduction, labels = self.reduction, len(grammar.nonterminals)
-        if isinstance(reduction, Mapping):
-            reduction = LowRank.from_json(reduction)
-            object.__setattr__(self, "reduction", reduction)
-        if not isinstance(reduction, LowRank | None):
-            raise ValueError(
-                f"reduction is {reduction!r}, must be a LowRank, its JSON form or None"
-            )
-        if reduction is not None and len(reduction.decode) != labels:
-            raise ValueError(
-                f"reduction is of {len(reduction.decode)} nonterminals, the grammar has {labels}"
-            )
+        if self.reduction is not None:
+            labels = len(grammar.nonterminals)
+            object.__setattr__(self, "reduction", LowRank.given(self.reduction, labels))
 
     @property
     def task(self) -> MaskedLanguageTask:
@@ -427,10 +417,9 @@ class InsideOutside(Construction):
         return jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask)
 
     def counterpart(self) -> Counterpart:
-        """A masked language model; its metric is the KL divergence of the exact posterior from it.
+        """A masked language model without any part of the algorithm, see `language_model`.
 
-        Nothing of the algorithm is in it: softmax heads that see the whole sentence, MLPs, norms,
-        learned embeddings and positions.
+        Its metric is the KL divergence of the exact posterior from it.
         """
         return counterpart(self)
 

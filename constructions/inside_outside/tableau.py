@@ -132,7 +132,7 @@ def layout(nonterminals: int, preterminals: int, length: int, labels: int | None
 
     def add(name: str, n: int, born: int, meaning: str, symbols: int = nonterminals) -> Slot:
         size = symbols if n > 1 else preterminals
-        return slots.add(f"{name} {n}", size, tokens="word", born=born, meaning=meaning)
+        return slots.add(f"{name} {n}", size, token_groups="word", born=born, meaning=meaning)
 
     spans, parts = range(2, length + 1), range(1, length)
     word = {1: add("inside", 1, 0, "beta(i, i)")}
@@ -150,7 +150,7 @@ def layout(nonterminals: int, preterminals: int, length: int, labels: int | None
             for n in (1, *spans)
         },
         *(
-            slots.add(name, 1, tokens="word", born=1, meaning=f"1 at the {name} word")
+            slots.add(name, 1, token_groups="word", born=1, meaning=f"1 at the {name} word")
             for name in ("first", "last")
         ),
     )

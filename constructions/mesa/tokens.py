@@ -159,11 +159,11 @@ class NextState(Construction):
         slots.add("state", self.dim, meaning="s_t")
         if self.tokens == "raw":
             slots.add("code", CODE, meaning="p_t")
-        slots.add("previous", self.dim, tokens=STATE, born=first - 1, meaning="z_t = s_{t-1}")
+        slots.add("previous", self.dim, token_groups=STATE, born=first - 1, meaning="z_t = s_{t-1}")
         slots.add(
             "prediction",
             self.dim,
-            tokens=STATE,
+            token_groups=STATE,
             born=first,
             accumulates=True,
             meaning="of s_{t+1}",

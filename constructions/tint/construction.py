@@ -321,12 +321,7 @@ class Tint(Construction):
         dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
         return Compiled(SlotBySlot(self.program, dtype), self)
 
-    def run(
-        self,
-        model: Model | None,
-        tokens: Any,
-        train_mask: Any,
-    ) -> Outcome:
+    def run(self, model: Model | None, tokens: Any, train_mask: Any) -> Outcome:
         """Train the auxiliary model on each sequence, in one pass.
 
         Args:
@@ -381,11 +376,7 @@ class Tint(Construction):
         return counterpart(self)
 
     def near_misses(self) -> dict[str, NearMiss]:
-        """Simulators with another step, or another gradient.
-
-        Raises:
-            ValueError: as `counterpart`.
-        """
+        """Simulators with another step, or another gradient; ValueError as for `counterpart`."""
         self._be_dense()
         return near_misses(self)
 
@@ -399,7 +390,7 @@ class Tint(Construction):
 
     @property
     def examples(self) -> int:
-        """Few: dense weights, nearly all zero, take their time."""
+        """Few: dense weights, nearly all zero, are slow."""
         return 64
 
     @property

@@ -132,7 +132,7 @@ class Layout:
             for name in MATRICES
         }
         number = self.slots.add(
-            "number", self.per_matrix, tokens=(*owners.values(),), meaning="e_k at token k"
+            "number", self.per_matrix, token_groups=(*owners.values(),), meaning="e_k at token k"
         )
         rows: dict[tuple[str, int], Slot] = {}
 
@@ -152,7 +152,7 @@ class Layout:
                     rows[key] = self.slots.add(
                         f"{kind} {n} of {width}",
                         width + 1,
-                        tokens=tokens,
+                        token_groups=tokens,
                         accumulates=kind == "change",
                         meaning=f"row {n} K + k of [W b] at token k"
                         + (", how much it was changed" if kind == "change" else ""),
@@ -170,7 +170,7 @@ class Layout:
         """gain, offset and their changes, at the tokens of the LayerNorms."""
         return {
             name: self.slots.add(
-                name, self.shape.width, tokens=self.norms, accumulates="change" in name
+                name, self.shape.width, token_groups=self.norms, accumulates="change" in name
             )
             for name in ("gain", "offset", "gain change", "offset change")
         }
@@ -178,12 +178,12 @@ class Layout:
     @cached_property
     def embedding(self) -> Slot:
         """Of a word, at its token and wherever it stands in the text."""
-        return self.slots.add("embedding", self.shape.width, tokens=(WORDS, TEXT))
+        return self.slots.add("embedding", self.shape.width, token_groups=(WORDS, TEXT))
 
     @cached_property
     def position(self) -> Slot:
         """Of a place in the text."""
-        return self.slots.add("position", self.shape.width, tokens=TEXT)
+        return self.slots.add("position", self.shape.width, token_groups=TEXT)
 
     @cached_property
     def trainable(self) -> Mapping[str, Slot]:
@@ -191,20 +191,22 @@ class Layout:
         d, both = self.shape.width, (WORDS, TEXT)
         return {
             "embedding change": self.slots.add(
-                "embedding change", d, tokens=WORDS, accumulates=True
+                "embedding change", d, token_groups=WORDS, accumulates=True
             ),
-            "position change": self.slots.add("position change", d, tokens=TEXT, accumulates=True),
-            "word": self.slots.add("word", self.shape.words, tokens=both, meaning="one-hot"),
+            "position change": self.slots.add(
+                "position change", d, token_groups=TEXT, accumulates=True
+            ),
+            "word": self.slots.add("word", self.shape.words, token_groups=both, meaning="one-hot"),
         }
 
     @cached_property
     def train(self) -> Slot:
         """1 where the auxiliary model is trained on the next word, else 0."""
-        return self.slots.add("train", 1, tokens=TEXT)
+        return self.slots.add("train", 1, token_groups=TEXT)
 
     def tape(self, name: str, size: int) -> Slot:
         """A new slot for an activation at the tokens of the text, kept to the end."""
-        return self.slots.add(name, size, tokens=TEXT, born=1, accumulates=True)
+        return self.slots.add(name, size, token_groups=TEXT, born=1, accumulates=True)
 
 
 class Tape:
@@ -271,7 +273,7 @@ def token_groups(at: Layout, held: Mapping[str, Array], words: Array) -> list[To
         own = {
             name: value[:, there.start : there.stop]
             for name, value in held.items()
-            if group in (at.slots[name].tokens or at.groups)
+            if group in (at.slots[name].token_groups or at.groups)
         }
         found.append(Tokens(group, own, read=group == TEXT))
     return found

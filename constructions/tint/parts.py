@@ -54,7 +54,7 @@ def times(a: Affine, b: Affine, write: dict[Any, Any], name: str) -> Mlp:
 
 def direction(read: Slot, write: Slot) -> Norm:
     """A vector over its root mean square; 0 stays 0."""
-    return Norm(read, write, "rms", 1e-24, tokens=TEXT)
+    return Norm(read, write, "rms", 1e-24, token_groups=TEXT)
 
 
 LATER: Window = (0, None)
@@ -233,7 +233,7 @@ class LayerNorms:
         kind = ("layer", self.eps)
         if self.backward.norm == "exact":
             kind = ("rms", self.eps * d / (2 * (d + 1)))
-        act = Norm(before, tape("normal", before.size, norm), *kind, tokens=TEXT)
+        act = Norm(before, tape("normal", before.size, norm), *kind, token_groups=TEXT)
         gain, normed = tape("gain", d, norm), tape("normed", d, norm)
         group = self.layout.norms[norm]
         heads = [
@@ -290,7 +290,7 @@ class LayerNorms:
         normal, back = self.normal(tape, norm), tape("d normal", d, norm)
         if self.backward.norm == "finite-difference":
             moved, after = (tape(n, d, norm) for n in ("moved", "normal, moved"))
-            act = Norm(moved, after, "layer", self.eps, tokens=TEXT)
+            act = Norm(moved, after, "layer", self.eps, token_groups=TEXT)
             heads.append(itself((1 / self.backward.step) * (after - normal), down, "difference"))
             yield Layer(heads, norm=act, name=name)
             return
@@ -328,7 +328,7 @@ class LayerNorms:
         ]
         yield Layer(heads, norm=direction(back, along), name=name)
         first, second = (
-            Norm(slot, found, "layer", self.eps, tokens=TEXT)
+            Norm(slot, found, "layer", self.eps, token_groups=TEXT)
             for slot, found in zip(moved, after, strict=True)
         )
         yield Layer(norm=first, name=name)

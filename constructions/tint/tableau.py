@@ -283,7 +283,7 @@ class Tableau:
             yield self.norms.normalise(tape, 2 * layer + 1)
             read = tape("normed", d, 2 * layer + 1)
             hidden, active = (tape(n, self.shape.hidden, layer) for n in ("hidden", "active"))
-            act = Mlp(hidden, {active: 1.0}, activation=self.shape.activation, tokens=TEXT)
+            act = Mlp(hidden, {active: 1.0}, activation=self.shape.activation, token_groups=TEXT)
             heads = matrix["hidden"].apply(read, hidden)
             yield Layer(heads, act, name=f"hidden {layer}")
             heads = matrix["back"].apply(active, stream)

@@ -101,7 +101,7 @@ def test_random_layouts_never_overlap():
             born = int(rng.integers(0, 5))
             dies = None if rng.random() < 0.3 else born + int(rng.integers(0, 4))
             tokens = [None, "u", "v", ("u", "v")][rng.integers(4)]
-            slots.add(str(n), int(rng.integers(1, 4)), born=born, dies=dies, tokens=tokens)
+            slots.add(str(n), int(rng.integers(1, 4)), born=born, dies=dies, token_groups=tokens)
         for a in slots:
             for b in slots:
                 apart = a.columns.stop <= b.start or b.columns.stop <= a.start
