@@ -72,7 +72,7 @@ def remove(path: Path) -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still take, None where the system does not say."""
+    """Bytes that this process can still take, None where the system does not report it."""
     found = []
     with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -97,7 +97,7 @@ _UTF_32 = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")
 
 
 class TextError(ValueError):
-    """Bytes that are no text; the message says where."""
+    """Bytes that are no text; the message names the place."""
 
 
 def decode(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""A construction as a tableau: plain data that says what each head reads and writes.
+"""A construction as a tableau: plain data on what each head reads and writes.
 
 A `Program` is to the `Transformer` what a Butcher tableau is to a Runge-Kutta integrator. A
 gradient-descent layer, for example, is

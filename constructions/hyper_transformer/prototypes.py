@@ -5,7 +5,7 @@ The algorithm, on examples e_j with labels y_j, one-hot, or guessed, y_j >= 0 wi
     mu_c = sum_j a_cj e_j,    a_cj ~ N_j exp(beta y_jc),    sum_j a_cj = 1,
     logit_c(q) = tau (mu_c . q - kappa |mu_c|^2 / 2).
 
-N_j says how many examples token j stands for. For a labelled example that is 1. A class token holds
+N_j is the number of examples that token j stands for, 1 for a labelled one. A class token holds
 the mean of the examples of its class that were seen before, and N_c is how many: it takes part as
 one more example of its class, so that mu_c is the running mean over all tasks so far. What this
 task shows of other classes leaves mu_c as it is.

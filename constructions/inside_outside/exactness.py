@@ -9,7 +9,7 @@ layer cannot rescale what it reads. In float32 a value below 2^-126 is then lost
 
 All numbers are sums of products of numbers that are not negative, so that both runs are monotone
 and the true value lies between them: where lower and upper agree, nothing was lost. A third run, of
-zeros and ones, says what is 0 by the grammar and not by the type; there, nothing is added. Of a
+zeros and ones, finds what is 0 by the grammar and not by the type; there, nothing is added. Of a
 `LowRank` reduction, whose numbers have signs, both runs take absolute values, and their difference
 bounds the loss of the signed run: |p(x + d) - p(x)| <= P(|x| + |d|) - P(|x|) for a polynomial p and
 the one P that has the absolute values of its coefficients.

@@ -191,7 +191,7 @@ def low_rank(
 
     Args:
         evaluate: of an exact construction, from tokens and lengths.
-        tokens, lengths: `[batch, time]` and `[batch]`; sentences without a parse say nothing.
+        tokens, lengths: `[batch, time]` and `[batch]`; sentences without a parse are ignored.
         rank: 1 to the number of nonterminals.
 
     Raises:

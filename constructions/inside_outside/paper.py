@@ -76,7 +76,7 @@ def same_word(e: Evidence) -> float:
 CLAIMS = (
     Claim(
         "the posterior",
-        "At hidden words the model is within 0.1 nats of what inside-outside says.",
+        "At hidden words the model is within 0.1 nats of the inside-outside posterior.",
         from_posterior,
         0.1,
         "<=",

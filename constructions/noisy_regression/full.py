@@ -3,7 +3,7 @@
 A FULL layer adds `sum_k P_k G Q_k e_i` to every token, `P_k, Q_k` `[d + 1, d + 1]` of any entries.
 The task looks the same in every basis, and DIAG layers are those that do too; hence the gradient
 at the best DIAG layers vanishes for FULL ones as well. They may still be a saddle: a fit leaves it
-from a small push of all entries, and the losses of both on the same contexts say what was gained.
+from a small push of all entries, and the losses of both on the same contexts show what was gained.
 
 Given its context and sigma, w has the oracle's ridge weights as its mean. So the loss less the
 oracle's is, in expectation, `1/2 |w^L - w_oracle|^2`, which is what is fitted and reported: w

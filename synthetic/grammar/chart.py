@@ -42,7 +42,7 @@ MOST_BYTES = 64 * 2**30
 
 
 class InsideOutside(NamedTuple):
-    """What a grammar says of a batch of sentences; zeros beyond the end of each.
+    """Likelihoods, marginals and posteriors of a batch of sentences; zeros beyond the end of each.
 
     A probability given words that have probability 0 is 0/0, and NaN here: marginals of a sentence
     without a parse, and the posterior at a word whose others have no parse whatever it is.

@@ -12,7 +12,7 @@ the grammar given that a sentence has at most `max_length` words.
 
 Choices come from alias tables (Walker, "An efficient method for generating discrete random
 variables with general distributions", 1977): with the choices padded to 2^k, the upper k bits of a
-uniform word pick a cell, the others say whether the cell's own choice or its alias is taken.
+uniform word pick a cell, the others decide whether the cell's own choice or its alias is taken.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ einsum = partial(jnp.einsum, precision="highest")
 
 
 class Leaves(NamedTuple):
-    """What words say, `[word, batch, ...]`.
+    """The emissions of words, `[word, batch, ...]`.
 
     Attributes:
         values: P(word | T), or its sum over all words where the word is hidden, scaled.

@@ -30,7 +30,7 @@ from synthetic.tasks.text import Corpus, NextToken, TextTask, cross_entropy
 
 @dataclass(frozen=True)
 class AdaptationTask:
-    """Windows of text; a model may be trained on what it says at the first positions. A `Task`.
+    """Windows of text; a model may be trained on its predictions at the first positions. A `Task`.
 
     Attributes:
         corpus: the text.
@@ -168,8 +168,8 @@ class WordLabels(NextToken):
         ).all(1)
         kinds = tokens[:, ::2] // self.words
         label = tokens[:, 1::2] - self.labels.start
-        says = jnp.asarray(orders)[:, kinds]  # [assignment, batch, word]
-        weight = jnp.asarray(prior)[:, None] * (says[..., :-1] == label).all(-1)
-        chosen = jax.nn.one_hot(says[..., -1], self.classes)
+        meant = jnp.asarray(orders)[:, kinds]  # [assignment, batch, word]
+        weight = jnp.asarray(prior)[:, None] * (meant[..., :-1] == label).all(-1)
+        chosen = jax.nn.one_hot(meant[..., -1], self.classes)
         mass = jnp.einsum("sb,sbl->bl", weight, chosen, precision="highest")
         return mass / mass.sum(1, keepdims=True)

@@ -247,7 +247,8 @@ class BigramTask(NextToken):
     Attributes:
         words: size of the vocabulary.
         length: words that are seen, and as many that are predicted: the same, one place further.
-        concentration: of the Dirichlet distribution of every row; small for laws that say much.
+        concentration: of the Dirichlet distribution of every row; small ones give laws that are
+            nearly deterministic.
 
     Raises:
         ValueError: a number out of range.

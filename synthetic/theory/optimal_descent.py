@@ -158,7 +158,7 @@ def _density(key: Array, values: Array, p: int, m: int, draws: int) -> Array:
 
 
 class _Sample(NamedTuple):
-    """Contexts, and what they say of the eigenvalues that few of them have."""
+    """Sampled contexts, and the mass of the rare eigenvalues that few of them have."""
 
     eigenvalues: Array  # [context, dim_x]
     common: Array  # which of them the contexts stand for, the same shape
