@@ -4,6 +4,9 @@
 
 and what follows from it: marginals of spans and tags, the posterior of every word given the others,
 also where some words are hidden. `tables` and `decode` hold the parts.
+
+For use as a library, since no command calls them: `em`, `em_step`, `expected_counts`, `entropy`,
+`viterbi`, `labelled_recall` and `binarisation_symbols`.
 """
 
 from collections.abc import Sequence

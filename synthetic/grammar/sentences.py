@@ -286,7 +286,9 @@ def ends(starts: Int32[Array, "batch nodes"]) -> Int32[Array, "batch nodes"]:
 
 
 def trees(grammar: Grammar, sentences: Sentences) -> list[Tree]:
-    """The trees, of symbols of this grammar; `grammar.restore` makes those of the one before."""
+    """The trees in symbols of this grammar, for use as a library; `grammar.restore` undoes the
+    conversion to normal form.
+    """
     tokens, lengths, tags, nonterminals, starts = map(np.asarray, sentences)
     found = []
     for row, length in enumerate(lengths):

@@ -17,6 +17,8 @@ step size / N and curvature `gamma`, both from the old values,
     rho <- rho (1 - r lambda),   lambda <- lambda (1 - gamma lambda)^2
 
 (Vladymyrov et al. 2024, section 5, Theorem 5.1). Gradient descent has `gamma = 0`.
+
+For use as a library: `descent_losses`, `ridge_losses` and `oracle_losses`; no command calls them.
 """
 
 from collections.abc import Sequence

@@ -66,10 +66,10 @@ def test_arithmetic_that_does_not_fit_is_named(slots):
         ({"dies": 2}, {"born": 3}, True),
         ({"born": 2, "dies": 2}, {"born": 2, "dies": 2}, False),
         ({"born": 2, "dies": 2}, {"born": 2}, False),
-        ({"tokens": "u"}, {"tokens": "v"}, True),
-        ({"tokens": "u"}, {"tokens": ("u", "v")}, False),
-        ({"tokens": "u"}, {}, False),
-        ({"tokens": "u", "dies": 1}, {"born": 1}, True),
+        ({"token_groups": "u"}, {"token_groups": "v"}, True),
+        ({"token_groups": "u"}, {"token_groups": ("u", "v")}, False),
+        ({"token_groups": "u"}, {}, False),
+        ({"token_groups": "u", "dies": 1}, {"born": 1}, True),
     ],
 )
 def test_columns_are_shared_only_by_values_that_no_token_needs_together(first, second, shared):
