@@ -31,7 +31,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from constructions import CATALOGUE
-from constructions.core.compile import compile_program, soften
+from constructions.core.compile import compile_program
+from constructions.core.softmax import soften
 from constructions.softened import Softened
 from synthetic.theory.optimal_descent import optimal_descent
 from synthetic.theory.spectral import descent_filter

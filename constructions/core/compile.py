@@ -6,7 +6,7 @@
     Transformer(shape, weights)
 
 A program may also be compiled into a larger `Config` than it needs; the spare heads are zero.
-`soften` rewrites a program of linear heads into one of softmax heads.
+`constructions.core.softmax.soften` rewrites a program of linear heads into one of softmax heads.
 
 `untrained` makes a model without a program: a shape with every head wired alike, to be trained.
 """
@@ -44,10 +44,9 @@ from constructions.core.program import (
     token_names,
 )
 from constructions.core.slots import Affine
-from constructions.core.softmax import soften
 from constructions.core.transformer import Transformer
 
-__all__ = ["ProgramError", "compile_program", "config_of", "fill", "soften"]
+__all__ = ["ProgramError", "compile_program", "config_of", "fill", "untrained"]
 
 FAR = 2**30  # a window bound that no sequence reaches
 

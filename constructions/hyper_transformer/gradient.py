@@ -203,10 +203,10 @@ class HyperGradient(FewShot):
         """
         if depth % 2:
             raise ValueError(f"depth is {depth}, must be even: a step and what reads it by turns")
-        classes, asked = self.tokens(support, queries)
+        classes, asking = self.positions(support, queries)
         found = {
             "weight": Place.of("weights", classes, [0, *range(1, depth, 2)]),
-            "prediction": Place.of("logits", asked, depth),
+            "prediction": Place.of("logits", asking, depth),
         }
         if self.steps > 1:
             found["guess"] = Place.of("guess", range(labels.shape[1]), range(2, depth - 1, 2))

@@ -64,10 +64,10 @@ def _held(construction: Any, model: Transformer, *inputs: Array) -> tuple[Array,
     """What the class tokens hold before the last layer, and the weights of the algorithm."""
     stream, groups, _ = construction.stream(model, *inputs)
     found = model.run(stream, groups, sites=("residual",))[1]["residual"][-2]
-    tokens = construction.tokens(inputs[0], inputs[2])[0]
+    classes = construction.positions(inputs[0], inputs[2])[0]
     weight = construction.trace(*inputs)["weight"]
     weight = weight[:, -1] if weight.ndim == 4 else weight  # the last step's
-    return found[:, tokens.start : tokens.stop], weight
+    return found[:, classes.start : classes.stop], weight
 
 
 def _explained(e: Evidence, together: bool) -> float:

@@ -290,11 +290,11 @@ class HyperPrototypes(FewShot):
             if not isinstance(given[1], Tracer) and (np.asarray(given[1]) < 0).any():
                 raise ValueError(f"memory.count holds {given[1].min()}, must be at least 0")
         if complete and not any(isinstance(a, Tracer) for a in (labels, *given[1:])):
-            seen = (np.asarray(labels)[..., None] == np.arange(self.classes)).sum(1)
+            labelled = (np.asarray(labels)[..., None] == np.arange(self.classes)).sum(1)
             if given:
-                seen = seen + np.asarray(given[1])
-            if not seen.all():
-                episode, missing = np.argwhere(seen == 0)[0]
+                labelled = labelled + np.asarray(given[1])
+            if not labelled.all():
+                episode, missing = np.argwhere(labelled == 0)[0]
                 raise ValueError(
                     f"labels of episode {episode} have no example of class {missing}, and no "
                     "memory of it was given: it has no prototype"
@@ -330,16 +330,16 @@ class HyperPrototypes(FewShot):
         assert self.scale is not None and self.shrinkage is not None
         einsum = partial(jnp.einsum, precision="highest")
         known, found = labels.shape[1], {}
-        seen, label = support[:, :known], self.one_hot(labels, support)
+        examples, label = support[:, :known], self.one_hot(labels, support)
         if self.unlabelled:
-            likeness = einsum("bud,bnd->bun", support[:, known:], seen)
+            likeness = einsum("bud,bnd->bun", support[:, known:], examples)
             guess = einsum("bun,bnc->buc", jax.nn.softmax(self.similarity * likeness), label)
-            seen, label = support, jnp.concatenate([label, guess], 1)
+            examples, label = support, jnp.concatenate([label, guess], 1)
             found["label"] = guess
         mean, log_count, empty = self._entering(support, mean, count)
         codes = self.codes(support)
-        tokens = jnp.concatenate([seen, mean], 1)
-        log = jnp.pad((log_count - FAR * empty)[..., 0], [(0, 0), (seen.shape[1], 0)])
+        tokens = jnp.concatenate([examples, mean], 1)
+        log = jnp.pad((log_count - FAR * empty)[..., 0], [(0, 0), (examples.shape[1], 0)])
         score = self.sharpness * jnp.concatenate([label, codes], 1) + log[..., None]
         mu = einsum("bjc,bjd->bcd", jax.nn.softmax(score, 1), tokens)
         bias = -self.shrinkage / 2 * (mu**2).sum(-1, keepdims=True)
@@ -370,11 +370,11 @@ class HyperPrototypes(FewShot):
         self, depth: int, support: Support, labels: Labels, queries: Queries, *memory: Any
     ) -> dict[str, Place]:
         """Guesses stand in the examples, prototypes in the class tokens, logits in the queries."""
-        classes, asked = self.tokens(support, queries)
+        classes, asking = self.positions(support, queries)
         found = {
             "weight": Place.of("weights", classes, depth - 1),
             "bias": Place.of("bias", classes, depth - 1),
-            "prediction": Place.of("logits", asked, depth),
+            "prediction": Place.of("logits", asking, depth),
         }
         if self.unlabelled:
             others = range(labels.shape[1], support.shape[1])

@@ -97,12 +97,12 @@ def typical_scale(grammar: Grammar, longest: int) -> float:
     g, inner = grammar, len(grammar.nonterminals)
     best = g.emission.max(0)
     relative = g.emission / np.where(best > 0, best, 1)
-    reached, seen = g.root, g.root.copy()
+    reached, expected = g.root, g.root.copy()
     for _ in range(longest):
         reached = reached[:inner] @ g.expected_children
         reached = reached / max(reached.sum(), 1)
-        seen += reached
-    often = seen[inner:] @ g.emission
+        expected += reached
+    often = expected[inner:] @ g.emission
     often = often / often.sum() if often.any() else np.where(best > 0, 1, 0) / len(best)
     values, logs = np.zeros((longest + 1, len(g.root))), np.full(longest + 1, -np.inf)
     rules = g.rules.reshape(inner, -1)

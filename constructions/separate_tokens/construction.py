@@ -126,8 +126,8 @@ class SeparateTokens(Regression):
         return self.step_size
 
     @property
-    def tokens(self) -> int:
-        """T on the task: two a pair, the queries, the dump token."""
+    def num_tokens(self) -> int:
+        """T, the number of tokens on the task: two a pair, the queries, the dump token."""
         return 2 * self.num_examples + self.queries + 1
 
     @property
@@ -272,7 +272,7 @@ class SeparateTokens(Regression):
         """Weight that a softmax head of the copying layer gives to all wrong tokens together."""
         if self.mixer == "linear":
             return 0.0
-        wrong = (self.tokens - 1) * np.exp(-self.score_scale)
+        wrong = (self.num_tokens - 1) * np.exp(-self.score_scale)
         return float(wrong / (1 + wrong))
 
     def tolerance(self, dtype: str) -> float:
@@ -287,7 +287,7 @@ class SeparateTokens(Regression):
     def conditions(self, dtype: str) -> str:
         """The leak, and the score scale that would do."""
         room = LARGEST_TOLERANCE - super().tolerance(dtype)
-        enough = np.ceil(np.log(16 * (self.steps + 1) * (self.tokens - 1) / room))
+        enough = np.ceil(np.log(16 * (self.steps + 1) * (self.num_tokens - 1) / room))
         return (
             f"score_scale is {self.score_scale:g}, with a leak of {self.leak:.1e} to wrong tokens; "
             f"at least {enough:.0f} is needed"
