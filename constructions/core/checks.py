@@ -151,7 +151,7 @@ class _Checker:
 
 
 def _rivals(program: Program) -> Mapping[Slot, list[Slot]]:
-    """Of each slot the others that share a column with it at some token."""
+    """{slot: the others that share a column with it at some token}."""
     slots = list(program.slots)
     starts = np.array([s.start for s in slots])
     stops = np.array([s.start + s.size for s in slots])

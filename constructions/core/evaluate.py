@@ -347,7 +347,7 @@ def _mix(
 
 
 def _weights(mixer: str, scores: Array, mask: Array | None) -> Array:
-    """Of scores `[..., query, key]`; without a mask all keys are visible."""
+    """Attention weights of scores `[..., query, key]`; without a mask all keys are visible."""
     if mask is not None:
         shape = np.broadcast_shapes(scores.shape, mask.shape)
         return MIXERS[mixer](jnp.broadcast_to(scores, shape), jnp.broadcast_to(mask, shape))
@@ -387,6 +387,6 @@ def _axis(visible: Any, axis: int) -> Any:
 
 
 def _wiring(head: Head) -> Any:
-    """What heads that run as one batch have in common."""
+    """The wiring that heads must share to run as one batch."""
     sizes = (head.key.size, head.value.size, head.factor_dim, tuple(head.write), head.erases)
     return head.mixer, head.queries, head.keys, head.window, head.sinks, sizes

@@ -119,7 +119,7 @@ class Matrix:
                 dense[block.row + steps, block.column + steps] += block.content
 
     def placed(self, rows: int, row: int) -> Matrix:
-        """It as the rows from `row` on of a matrix of `rows` rows, the others zero."""
+        """A matrix of `rows` rows that holds this one from row `row` on and is zero elsewhere."""
         shape = (rows, self.shape[1])
         return Matrix(shape, [replace(b, row=b.row + row) for b in self.blocks])
 
@@ -227,7 +227,7 @@ def _goes_on(last: Block, b: Block) -> bool:
 
 
 def _cut(b: Block, start: int, stop: int) -> Block | None:
-    """What is left of a block in rows start to stop, counted from start."""
+    """The part of a block in rows start to stop, with rows counted from start."""
     low, high = max(b.row, start), min(b.row + b.shape[0], stop)
     if low >= high:
         return None

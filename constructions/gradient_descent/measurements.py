@@ -190,7 +190,7 @@ class FixedTasks:
         return jax.tree.map(lambda a: a[chosen], stored)
 
     def loss(self, prediction: Any, batch: Batch) -> Array:
-        """That of the task."""
+        """The task's loss."""
         return self.task.loss(prediction, batch)
 
 

@@ -71,7 +71,7 @@ FAR = 1000.0
 
 
 class Memory(NamedTuple):
-    """What is kept of all tasks so far.
+    """Memory of all tasks so far.
 
     Attributes:
         mean: mu_c, of all examples so far, `[batch, class, dim]`.

@@ -172,7 +172,7 @@ class InsideOutside(Construction):
 
     @property
     def layout(self) -> Layout:
-        """Where the values of spans are."""
+        """Slots of the values of spans."""
         g = self.grammar
         return layout(self.rank, len(g.preterminals), self.max_length, len(g.nonterminals))
 
@@ -429,7 +429,7 @@ class InsideOutside(Construction):
 
     @property
     def examples(self) -> int:
-        """Few: a divergence scatters little, and hundreds of heads take their time."""
+        """Few: a divergence has little variance, and hundreds of heads are slow."""
         return int(np.clip(2**32 // counts(self.program).dense, 2**8, 2**11))
 
     @property

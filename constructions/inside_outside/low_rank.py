@@ -106,7 +106,7 @@ class LowRank:
         return np.einsum("xa,ay->axy", self.encode, self.decode)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """A dictionary of nested lists; `from_json` is the inverse."""
         return {"encode": self.encode.tolist(), "decode": self.decode.tolist()}
 
     @classmethod

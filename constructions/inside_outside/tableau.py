@@ -245,7 +245,7 @@ def tableau(
 
 
 def _kind(n: int) -> str:
-    """Of the symbols of spans of n words: pre-terminals or nonterminals."""
+    """The kind of symbols that spans of n words have: "P"re-terminals or "N"onterminals."""
     return "P" if n == 1 else "N"
 
 
@@ -283,7 +283,7 @@ def token_numbers(
 
 
 def within(time: int, lengths: Int[Array, " batch"]) -> Bool[Array, "batch time"]:
-    """Where there are words."""
+    """True at words, False behind the end of a sentence."""
     return jnp.arange(time) < lengths[:, None]
 
 

@@ -272,7 +272,7 @@ def _diag_losses(table: np.ndarray, moments: Moments) -> np.ndarray:
 
 
 def _losses(layers: Sequence[ArrayLike], turned: Turned) -> np.ndarray:
-    """The same of FULL layers, in the units of what they are given."""
+    """Losses of FULL layers, in the units of their inputs."""
     return np.asarray(_losses_of(*(jnp.asarray(a) for a in layers), turned))
 
 

@@ -61,7 +61,7 @@ _READ = ("query", "key", "value", "d mixed", "d query")
 
 
 class Hardness(NamedTuple):
-    """Of every query of every head, `[sequence, layer, head, position]` each.
+    """How hard attention is, for every query of every head, `[sequence, layer, head, position]`.
 
     Attributes:
         softness: eps, 1 less the largest weight of attention.
@@ -233,7 +233,7 @@ class Sizes:
 
     @property
     def stored(self) -> int:
-        """All that our structured form stores."""
+        """Numbers that our structured form stores: the program's and the prefix tokens'."""
         return self.program + self.prefix
 
     @property

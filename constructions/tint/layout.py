@@ -177,12 +177,12 @@ class Layout:
 
     @cached_property
     def embedding(self) -> Slot:
-        """Of a word, at its token and wherever it stands in the text."""
+        """The slot of a word's embedding, at the word's own token and in the text."""
         return self.slots.add("embedding", self.shape.width, token_groups=(WORDS, TEXT))
 
     @cached_property
     def position(self) -> Slot:
-        """Of a place in the text."""
+        """The slot of the position embedding."""
         return self.slots.add("position", self.shape.width, token_groups=TEXT)
 
     @cached_property
@@ -229,7 +229,7 @@ Finals = tuple[Slot, Slot]
 
 
 def contents(at: Layout, weights: Weights, tokens: Array, train_mask: Array) -> dict[str, Array]:
-    """What the tokens hold at first, `{slot: [batch or 1, token, size]}`.
+    """The values that the tokens start with, `{slot: [batch or 1, token, size]}`.
 
     The batch axis is 1 where all sequences hold the same; entries are 0 at tokens that do not own
     the slot. The mask of the last position counts as 0.

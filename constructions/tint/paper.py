@@ -28,7 +28,7 @@ _SOURCE = "construction of Panigrahi et al. 2023, arXiv 2307.01189; trained furt
 
 
 class Alignment(NamedTuple):
-    """How like gradient descent a change of weights is: medians over sequences.
+    """Agreement of an update with gradient descent's, as medians over sequences.
 
     Attributes:
         cosine: of the change with that of gradient descent, all weights as one vector.

@@ -187,7 +187,7 @@ class LayerNorms:
 
     @property
     def eps(self) -> float:
-        """What the auxiliary model adds to variances."""
+        """eps of the auxiliary model's norms."""
         return self.layout.shape.eps
 
     @property

@@ -227,7 +227,7 @@ class Tableau:
 
     @property
     def shape(self) -> DecoderShape:
-        """Of the auxiliary model."""
+        """The shape of the auxiliary model."""
         return self.layout.shape
 
     @cached_property
@@ -307,7 +307,7 @@ class Tableau:
             yield Layer(self.words.enter_back(tape("d stream", d)), name="embeddings back")
 
     def mlp_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
-        """Back through norm, hidden layer and activation."""
+        """Backward pass through norm, hidden layer and activation."""
         d, size, norm = self.shape.width, self.shape.hidden, 2 * layer + 1
         matrix, down = self.matrix(layer), tape("d stream", d)
         hidden, active = (tape(n, size, layer) for n in ("hidden", "active"))
@@ -330,7 +330,7 @@ class Tableau:
         yield from self.norms.norm_back(tape, norm)
 
     def attention_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
-        """Back through norm, projections and attention."""
+        """Backward pass through norm, projections and attention."""
         d, norm = self.shape.width, 2 * layer
         matrix, down = self.matrix(layer), tape("d stream", d)
         names = ("value",) if self.backward.attention == "value-only" else ("query", "key", "value")
@@ -355,7 +355,7 @@ class Tableau:
         yield from self.norms.norm_back(tape, norm)
 
     def mixing_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
-        """Back from what attention mixes to values, queries and keys."""
+        """Backward pass from attention's output to values, queries and keys."""
         d, shape, name = self.shape.width, self.shape, f"attention {layer}, back"
         q, k, v = (tape(n, d, layer) for n in ("query", "key", "value"))
         dy, dv = (tape(n, d, layer) for n in ("d mixed", "d value"))

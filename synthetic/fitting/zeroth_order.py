@@ -144,7 +144,7 @@ def _replay(params: Any, key: Array, slopes: Array, rate: Any) -> Any:
 
 
 def _keys(key: Array, step: Array) -> Array:
-    """Of the direction of a step, and of its data."""
+    """Keys of a step's direction, and of its data."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 

@@ -233,7 +233,7 @@ def normalise(tree: Tree, preterminals: Collection[str]) -> Tree:
     check(tree, tagged=False)
 
     def one(seed: Tree | Word | tuple[Tree | Word, ...]) -> tuple[list[str], list[Any]]:
-        """Of a node, of a word in a longer rule, and of the rest of one."""
+        """Label and children of a node, of a word in a longer rule, or of a rule's rest."""
         if isinstance(seed, Word):
             return [WORD + seed.text], [seed.text]
         if isinstance(seed, Tree):

@@ -157,7 +157,7 @@ def sample(source: Grammar | Sampler, key: Array, batch: Any, max_length: Any) -
 
 @lru_cache(maxsize=256)
 def _share(grammar: Grammar, max_length: int) -> float:
-    """Of sentences that are not longer."""
+    """Probability of a sentence of at most `max_length` words."""
     return float(grammar.length_probabilities(max_length).sum())
 
 

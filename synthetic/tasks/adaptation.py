@@ -158,7 +158,7 @@ class WordLabels(NextToken):
         return jnp.broadcast_to((place % 2 == 0) & (place < self.length - 1), tokens.shape)
 
     def posterior(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch label"]:
-        """What is best for the word that is asked for: the module's equation.
+        """The posterior of the last word's label: the module's equation.
 
         Where no assignment agrees, which samples never have, entries are nan.
         """

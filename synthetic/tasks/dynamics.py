@@ -162,7 +162,7 @@ class LinearDynamics(Dynamics):
 
 
 def half_squared_distance(prediction: Array, target: Array) -> Array:
-    """Of vectors, the last axis; ValueError for shapes that differ."""
+    """|prediction - target|^2 / 2 along the last axis; ValueError for shapes that differ."""
     if prediction.shape != target.shape:
         raise ValueError(f"prediction must have shape {target.shape}, got {prediction.shape}")
     return jnp.square(prediction - target).sum(-1) / 2

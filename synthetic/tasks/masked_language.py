@@ -223,7 +223,7 @@ class ArcTask:
         return len(self.headed.grammar.vocabulary)
 
     def sample(self, key: Array, batch: int) -> Batch:
-        """As at the end of a fit."""
+        """`sample_during` at the end of a fit."""
         return self.sample_during(key, batch, jnp.asarray(1.0))
 
     def sample_during(self, key: Array, batch: int, progress: Float[Array, ""]) -> Batch:
