@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from constructions.claims import NearMiss as NearMiss
     from constructions.core.compile import compile_program as compile_program
     from constructions.core.evaluate import evaluate as evaluate
-    from constructions.core.layer import mesa as mesa
     from constructions.core.program import Head as Head
     from constructions.core.program import Layer as Layer
     from constructions.core.program import Mlp as Mlp
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from constructions.family import Place as Place
     from constructions.family import Tokens as Tokens
     from constructions.family import verify as verify
+    from constructions.mesa_layer import mesa as mesa
     from constructions.runs import Run as Run
     from constructions.runs import fit_family as fit_family
     from constructions.runs import load_checkpoints as load_checkpoints
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from probes.tools import TOOLS as TOOLS
     from synthetic.fitting.recipe import Recipe as Recipe
     from synthetic.fitting.train import fit as fit
+    from synthetic.grammar import chart as chart
     from synthetic.grammar.grammar import Grammar as Grammar
     from synthetic.tasks.task import Batch as Batch
     from synthetic.tasks.task import Task as Task
@@ -69,8 +70,8 @@ HOMES = {
     "constructions.core.compile": "compile_program",
     "constructions.core.evaluate": "evaluate",
     "constructions.family": "Certificate Construction Counterpart Family Place Tokens verify",
-    "constructions.core.layer": "mesa",
     "constructions.core.program": "Head Layer Mlp Norm Program",
+    "constructions.mesa_layer": "mesa",
     "constructions.runs": "Run fit_family load_checkpoints load_run",
     "constructions.core.slots": "Slots",
     "constructions.core.softmax": "soften",
@@ -81,7 +82,7 @@ HOMES = {
     "probes.ledger": "ledger",
     "probes.report": "write_report",
     "probes.tools": "TOOLS",
-    "synthetic": "chart",
+    "synthetic.grammar": "chart",
     "synthetic.grammar.grammar": "Grammar",
     "synthetic.fitting.recipe": "Recipe",
     "synthetic.tasks.task": "Batch Task",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import report
 
-from constructions.core.compile import blank
+from constructions.core.compile import untrained
 from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentConfig
 from constructions.core.program import CAUSAL
 from constructions.core.transformer import Transformer, randomise
@@ -99,7 +99,7 @@ def few_shot(construction: NextState, model: Transformer, seed: int) -> dict[str
 
 def main() -> None:
     began = time.perf_counter()
-    base = blank(shape(), CAUSAL)
+    base = untrained(shape(), CAUSAL)
     trained = fit(
         lambda key: randomise(base, key, 0.1),
         RAW.task,

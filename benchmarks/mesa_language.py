@@ -112,10 +112,10 @@ def test_losses(model: Transformer, tokens: jax.Array, target: jax.Array) -> jax
 
 def fitted(text: Text, words: int, mixer: str | None, gates: bool) -> dict[str, Any]:
     """Held-out losses of all seeds, fitted at once."""
-    blank = causal_language_model(words, mixer, gates=gates, length=LENGTH, **SIZE)
+    untrained = causal_language_model(words, mixer, gates=gates, length=LENGTH, **SIZE)
     laps: list[float] = []
     found = fit(
-        lambda key: randomise(blank, key, STD),
+        lambda key: randomise(untrained, key, STD),
         text.task,
         RECIPE,
         predict=next_token,
@@ -126,7 +126,7 @@ def fitted(text: Text, words: int, mixer: str | None, gates: bool) -> dict[str, 
     losses = [test_losses(model, *batch.inputs, batch.target) for model in found.models]
     each = [by_position(loss) for loss in losses]
     return {
-        "parameters": sum(a.size for a in jax.tree.leaves(nnx.state(blank, nnx.Param))),
+        "parameters": sum(a.size for a in jax.tree.leaves(nnx.state(untrained, nnx.Param))),
         "seconds a step and seed": (laps[-1] - laps[0])
         / (RECIPE.steps - RECIPE.chunk)
         / len(SEEDS),

@@ -54,8 +54,8 @@ def measure(
     layers: int = 2, width: int = 96, time: int = 64, batch: int = 1, mode: str = "exact"
 ) -> dict[str, Any]:
     """One comparison."""
-    blank = decoder(WORDS, positions=time, layers=layers, heads=HEADS, width=width)
-    c = Tint(randomise(blank, jax.random.key(0), 0.02), mode, learning_rate=RATE)
+    untrained = decoder(WORDS, positions=time, layers=layers, heads=HEADS, width=width)
+    c = Tint(randomise(untrained, jax.random.key(0), 0.02), mode, learning_rate=RATE)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(WORDS, size=(batch, time), dtype=np.int32))
     train = jnp.broadcast_to(jnp.arange(time) < time // 2, tokens.shape)

@@ -3,7 +3,7 @@
 Auxiliary models are fitted to text of the English-like grammar and adapted to text with its words
 exchanged; three seeds each, two of the deep ones. Reported are the loss of the words that are not
 trained on, as the model is, after gradient descent by autograd at the same rate, and as the
-simulator predicts them, by the share of the text and by steps; the fidelity of what it writes, one
+simulator predicts them, by the share of the text and by steps; the error of its updates, one
 approximation at a time, by depth, for fitted models and random ones; how hard attention is and what
 value-only attention drops; and classification by tuning on labels. Rates are chosen on other
 sequences, by gradient descent. Means come with their standard errors over sequences.
@@ -22,18 +22,18 @@ from common import report
 from constructions.core.transformer import Transformer, randomise
 from constructions.interchange.decoder import from_arrays
 from constructions.tint import MODES, Tint, TrainedAuxiliary
-from constructions.tint.experiments import answers, fitted, hardness
+from constructions.tint.experiments import fitted, hardness, label_accuracy
 from constructions.tint.measurements import (
     ABLATION,
     Adaptation,
-    Fidelity,
+    UpdateError,
     ablation,
     adaptation,
     by_matrix,
-    descended,
-    downhill,
+    descent_logits,
+    gradient_update,
     mean,
-    written,
+    simulated_update,
 )
 from synthetic.tasks.adaptation import AdaptationTask, WordLabels
 from synthetic.tasks.task import Batch
@@ -90,7 +90,7 @@ def best_rate(task: AdaptationTask, c: Tint, models: Sequence[Mapping], tasks: S
             batch = own.sample(jax.random.key(1), SEQUENCES)
             tokens, train = batch.inputs
             scores = [
-                descended(weights, tokens, train, r, c.shape, c.steps, c.trained)
+                descent_logits(weights, tokens, train, r, c.shape, c.steps, c.trained)
                 for r in (0.0, rate)
             ]
             before, after = (task.loss(jax.nn.softmax(s), batch) for s in scores)
@@ -152,11 +152,11 @@ def _own_loss(settings: TrainedAuxiliary, weights: Mapping) -> np.ndarray:
     task = AdaptationTask(settings.text(jax.random.key(77)), settings.length)
     batch = task.sample(jax.random.key(78), SEQUENCES)
     tokens, train = batch.inputs
-    scores = descended(weights, tokens, train, 0.0, settings.shape, 1, ())
+    scores = descent_logits(weights, tokens, train, 0.0, settings.shape, 1, ())
     return np.asarray(task.loss(jax.nn.softmax(scores), batch))
 
 
-# Fidelity
+# Errors of the updates
 
 
 def faithful(layers: int, approximations: Mapping[str, Any] = ABLATION) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def faithful(layers: int, approximations: Mapping[str, Any] = ABLATION) -> dict[
     return table
 
 
-def _pooled(found: Mapping[str, Fidelity], kind: str) -> dict[str, Any]:
+def _pooled(found: Mapping[str, UpdateError], kind: str) -> dict[str, Any]:
     each = [f for name, f in found.items() if name.startswith(kind)]
     return {
         "cosine": mean(np.concatenate([f.cosine for f in each])),
@@ -196,8 +196,8 @@ def inside(layers: int) -> dict[str, Any]:
     random = randomise(model, jax.random.key(100), RANDOM_STD)
     paper, exact = Tint(model, "paper"), Tint(model, "exact")
     for kind, weights in (("fitted", weights_of(model)), ("random", weights_of(random))):
-        wanted = downhill(weights, tokens, train, exact.shape)
-        parts = by_matrix(written(paper, tokens, train, weights), wanted)
+        wanted = gradient_update(weights, tokens, train, exact.shape)
+        parts = by_matrix(simulated_update(paper, tokens, train, weights), wanted)
         square = {
             name: np.square(np.asarray(a)).reshape(len(a), -1).sum(1) for name, a in wanted.items()
         }
@@ -269,7 +269,9 @@ def labelled() -> dict[str, Any]:
             c = Tint(models[0], mode, steps, rate)
             for everywhere in (False, True):
                 each = [
-                    answers(c, task, test.sample(jax.random.key(5), 2 * SEQUENCES), w, everywhere)
+                    label_accuracy(
+                        c, task, test.sample(jax.random.key(5), 2 * SEQUENCES), w, everywhere
+                    )
                     for w in weights
                 ]
                 name = f"{mode}, trained on {'every word' if everywhere else 'labels'}"
@@ -288,7 +290,7 @@ def _descent_accuracy(
     (tokens,), wanted = batch.inputs, batch.target[:, -1] - task.labels.start
     train, right = task.before_labels(tokens), []
     for weights in models:
-        scores = descended(weights, tokens, train, rate, c.shape, c.steps, c.trained)
+        scores = descent_logits(weights, tokens, train, rate, c.shape, c.steps, c.trained)
         right.append(np.asarray(scores[:, -1, task.labels].argmax(-1) == wanted).mean())
     return float(np.mean(right))
 

@@ -1,8 +1,8 @@
 """How far a compiled model is from its algorithm: certificates, and `verify`, which makes them.
 
-A certificate compares every named value of `Construction.trace` that a model keeps, and says which
-those are. Its tolerance is a promise of at most `LARGEST_TOLERANCE`; where rounding alone may
-exceed it, the certificate reads "not certified" in that dtype and says why.
+A certificate compares every named value of `Construction.trace` that a model keeps, and lists
+which those are. Its tolerance is a promise of at most `LARGEST_TOLERANCE`; where rounding alone may
+exceed it, the certificate reads "not certified" in that dtype and gives the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-#: Above this relative error a certificate would say nothing, whatever the rounding error is.
+#: Above this relative error a certificate would be worthless, whatever the rounding error is.
 LARGEST_TOLERANCE = 1e-2
 #: Sizes of the batches that are compared besides the one asked for.
 SMALL_BATCHES = (1, 7)

@@ -5,7 +5,7 @@ theory or a fit of its own reproduces, beside ours.
 
 What claims need of a model and of their settings: asked before anything is measured.
 
-A need is a function of the `Evidence` that says in one phrase what is missing, "" where nothing is.
+A need is a function of the `Evidence` that returns one phrase naming what is missing, else "".
 A claim on a model that lacks something is not applicable to it, which is no verdict on the model.
 """
 
@@ -89,8 +89,8 @@ class Claim:
         gauge: what the statistic does under the symmetries of the weights.
         note: what a reader of the published value should know.
         needs: what the statistic assumes of a model and of the settings, besides what a statistic
-            of `STATISTICS` assumes anyway: functions that say in one phrase what is missing, "" for
-            nothing. See `constructions.claims`.
+            of `STATISTICS` assumes anyway: functions that name what is missing in one phrase, ""
+            for nothing. See `constructions.claims`.
 
     Raises:
         ValueError: one of these is something else, named.

@@ -231,10 +231,12 @@ class Construction(ABC):
         del kept
         raise ValueError(f"{type(self).__name__}: its inputs have no examples to leave out")
 
-    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
-        """What of a prediction is about no example of the context; the rest is removed or 0.
+    def outside_context(
+        self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any
+    ) -> Any:
+        """The part of a prediction at positions outside the context; the rest is removed or 0.
 
-        Of one shape for all subsets of the inputs.
+        It has one shape for all subsets of the inputs, so that predictions can be compared.
 
         Args:
             prediction: for `subset(kept, *inputs)`.

@@ -1,13 +1,13 @@
 """Runs of a family: fit its counterpart into a run directory, and read one back.
 
-`config.json` of such a run says, beside what every fit keeps,
+`config.json` of such a run holds, beside what every fit keeps,
 
     {"family": name in CATALOGUE, "settings": {...}, "dtype": of the weights}
 
 which is all that is needed to rebuild the construction and the structure of the model; the file
 of weights is then checked against that structure, name by name.
 
-Families by name and their settings as plain data.
+Families are named as in the catalogue, and their settings are plain data.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Softened(Construction):
 
     @property
     def unplaced(self) -> tuple[str, ...]:
-        """The construction's."""
+        """Values of the algorithm that the construction keeps nowhere."""
         return self.construction.unplaced
 
     @property
@@ -105,20 +105,22 @@ class Softened(Construction):
         return self.construction.places(depth, *inputs)
 
     def context_size(self, *inputs: Any) -> int:
-        """The construction's."""
+        """Examples of the construction that can be left out."""
         return self.construction.context_size(*inputs)
 
     def subset(self, kept: Sequence[int] | np.ndarray, *inputs: Any) -> tuple[Any, ...]:
-        """The construction's."""
+        """The inputs with some of the examples only, as for the construction."""
         return self.construction.subset(kept, *inputs)
 
-    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
-        """The construction's."""
-        return self.construction.answers(prediction, kept, *inputs)
+    def outside_context(
+        self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any
+    ) -> Any:
+        """The part of a prediction outside the context, as for the construction."""
+        return self.construction.outside_context(prediction, kept, *inputs)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The construction's."""
+        """Inputs of the construction."""
         return self.construction.arguments
 
     def check(self, *inputs: Any) -> None:

@@ -31,9 +31,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from constructions import CATALOGUE
-from constructions.core.compile import compile_program, soften
+from constructions.core.compile import compile_program
+from constructions.core.softmax import soften
 from constructions.softened import Softened
-from synthetic.theory.spectral import descent_filter, optimal_descent
+from synthetic.theory.optimal_descent import optimal_descent
+from synthetic.theory.spectral import descent_filter
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"

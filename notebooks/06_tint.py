@@ -34,7 +34,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from constructions.core.inventory import counts, materials
+from constructions.core.inventory import components, counts
 from constructions.core.transformer import randomise
 from constructions.interchange.decoder import from_arrays
 from constructions.tint import MODES, Tint, TrainedAuxiliary
@@ -44,11 +44,11 @@ from constructions.tint.measurements import (
     ablation,
     adaptation,
     by_matrix,
-    descended,
-    downhill,
-    fidelity,
+    descent_logits,
+    gradient_update,
     mean,
-    written,
+    simulated_update,
+    update_error,
 )
 from synthetic.tasks.adaptation import AdaptationTask
 
@@ -72,8 +72,8 @@ def auxiliary(layers):
 # The auxiliary model is a decoder of GPT-2's shape, fitted to text of a grammar. Each matrix
 # $[W\, b]$ has tokens of its own, one for each row. A linear layer is then a linear head from the
 # text to those tokens, without a softmax: the score of a token of the text with a row is an entry
-# of $W x + b$, and a one-hot number written in the row's token says where to put it. Going back,
-# keys and values change places, and to descend, rows look at the text.
+# of $W x + b$, and a one-hot number written in the row's token says where to put it. In the
+# backward pass keys and values change places, and to descend, rows look at the text.
 
 # %%
 c = Tint(auxiliary(layers), "exact", learning_rate=rate)
@@ -82,8 +82,8 @@ for layer in passes.values():
     if layer.name in ("output 0", "output 0, back"):
         for head in layer.single_heads:
             print(f"{head.name:26} {head.mixer}, from {head.queries[0]} to {head.keys[0]}")
-print(materials(c.program).markdown())
-print(f"{materials(c.program).plain:.0%} of the heads are such as GPT-2 has")
+print(components(c.program).markdown())
+print(f"{components(c.program).plain:.0%} of the heads are such as GPT-2 has")
 print(counts(c.program))
 print(f"the auxiliary model has {c.shape.parameters} parameters")
 
@@ -108,9 +108,9 @@ print(table("exact", ("GPT-2",) if QUICK else tuple(PUBLISHED)))
 # %%
 sequences = 64 if QUICK else 256
 tokens, train = c.task.sample(jax.random.key(0), sequences).inputs
-true = downhill(c.weights, tokens, train, c.shape)
+true = gradient_update(c.weights, tokens, train, c.shape)
 simulators = {mode: Tint(c.auxiliary, mode, learning_rate=rate) for mode in MODES}
-wrote = {mode: written(s, tokens, train) for mode, s in simulators.items()}
+wrote = {mode: simulated_update(s, tokens, train) for mode, s in simulators.items()}
 errors = {mode: by_matrix(found, true) for mode, found in wrote.items()}
 
 figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -127,7 +127,7 @@ axis.set_xticks(range(len(names)), names)
 axis.set_xlabel("weights; a mark for each layer")
 axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 plt.show()
-whole = {mode: fidelity(found, true) for mode, found in wrote.items()}
+whole = {mode: update_error(found, true) for mode, found in wrote.items()}
 for mode, f in whole.items():
     print(f"{mode}: cosine {f.cosine.mean():.7f}, relative error {np.median(f.relative):.1e}")
 assert whole["exact"].relative.max() < 1e-4
@@ -205,7 +205,7 @@ alone = []
 for share in shares:
     batch = replace(c.task, share=share).sample(jax.random.key(3), sequences)
     words, mask = batch.inputs
-    scores = descended(c.weights, words, mask, rate, c.shape, 1, ("gain", "offset"))
+    scores = descent_logits(c.weights, words, mask, rate, c.shape, 1, ("gain", "offset"))
     loss = c.task.loss(jax.nn.softmax(scores), batch)
     alone.append(mean(loss - gains["exact", share].before).mean)
 axis.plot(at, alone, "--", color=GREY, label="autograd, gains and offsets alone")

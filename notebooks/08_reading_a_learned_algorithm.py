@@ -55,15 +55,15 @@ COLOURS = (ORANGE, BLUE, GREEN)
 # algorithm.
 
 # %%
-players = 6 if QUICK else 10
+examples = 6 if QUICK else 10
 with jax.enable_x64(True):
-    sizes = {"dim_x": 4, "num_examples": players, "step_size": 0.6}
+    sizes = {"dim_x": 4, "num_examples": examples, "step_size": 0.6}
     built = {
         "1 step": CATALOGUE["gradient-descent"](**sizes),
         "2 steps": CATALOGUE["gradient-descent"](steps=2, **sizes),
         "3 steps": CATALOGUE["gradient-descent"](steps=3, **sizes),
         "GD++, 2 layers": CATALOGUE["gd-plus-plus"](
-            dim_x=4, num_examples=players, steps=2, step_size=1.2, curvature=0.1
+            dim_x=4, num_examples=examples, steps=2, step_size=1.2, curvature=0.1
         ),
     }
     inputs = built["1 step"].sample(jax.random.key(0), 16)
@@ -73,7 +73,7 @@ with jax.enable_x64(True):
 
 def on_subsets(algorithm):
     """Answers of an algorithm for every subset of the examples, written out."""
-    subsets = np.arange(2**players)[:, None] >> np.arange(players) & 1
+    subsets = np.arange(2**examples)[:, None] >> np.arange(examples) & 1
     contexts = list(zip(x, y[..., 0], query[:, 0], strict=True))
     return np.array([[algorithm(u[s], v[s], q) for u, v, q in contexts] for s in subsets == 1])
 
@@ -96,13 +96,13 @@ figure, axis = plt.subplots(figsize=(7, 4))
 for name, found in spectra.items():
     shares = np.maximum(found.shares[1:], 1e-34)
     axis.semilogy(
-        np.arange(1, players + 1), shares, "o-" if name in built else "s--", label=name, ms=4
+        np.arange(1, examples + 1), shares, "o-" if name in built else "s--", label=name, ms=4
     )
 axis.axhline(1e-28, color=GREY, lw=0.8)
-axis.text(players, 2e-28, "rounding", ha="right", color=GREY)
+axis.text(examples, 2e-28, "rounding", ha="right", color=GREY)
 axis.set_xlabel("degree")
 axis.set_ylabel("share of the variance")
-axis.set_xticks(range(1, players + 1))
+axis.set_xticks(range(1, examples + 1))
 axis.legend(fontsize=8, loc="center right")
 plt.show()
 {name: (found.degree, f"{found.above(1):.2g}") for name, found in spectra.items()}

@@ -61,7 +61,7 @@ def answers(
         rows = [np.concatenate(arrays) for arrays in zip(*(cut[n] for n in numbers), strict=True)]
         predictions = np.split(_predict(construction, model, rows), len(numbers))
         for n, prediction in zip(numbers, predictions, strict=True):
-            found[n] = np.asarray(construction.answers(prediction, kept[n], *inputs[n]))
+            found[n] = np.asarray(construction.outside_context(prediction, kept[n], *inputs[n]))
     return np.stack([found[n] for n in range(len(found))])
 
 

@@ -1,12 +1,11 @@
-"""Files that are written as a whole or not at all, and what is asked before the work begins.
+"""Files: written as a whole or not at all, and read as text or JSON by one rule.
 
-Text and JSON out of files, by one rule for grammars, treebanks, corpora and configurations.
-
-A file is UTF-8, with or without a byte-order mark, or UTF-16 with one; the mark is no part of the
-text. Nothing is guessed: what would have to be (Latin-1, UTF-16 without its mark) is refused, since
-a wrong guess makes other words without a word. Lines end at a line feed, a carriage return, or the
-two together, and nowhere else: `str.splitlines` cuts at U+0085 and U+2028 as well, which may stand
-within a word.
+Whether a file can be written is asked before the work begins. Grammars, treebanks, corpora and
+configurations are read alike: a file is UTF-8, with or without a byte-order mark, or UTF-16 with
+one; the mark is no part of the text. Nothing is guessed: what would have to be (Latin-1, UTF-16
+without its mark) is refused, since a wrong guess makes other words without a word. Lines end at a
+line feed, a carriage return, or the two together, and nowhere else: `str.splitlines` cuts at U+0085
+and U+2028 as well, which may stand within a word.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def remove(path: Path) -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still take, None where the system does not say."""
+    """Bytes that this process can still take, None where the system does not report it."""
     found = []
     with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -98,7 +97,7 @@ _UTF_32 = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")
 
 
 class TextError(ValueError):
-    """Bytes that are no text; the message says where."""
+    """Bytes that are no text; the message names the place."""
 
 
 def decode(data: bytes) -> str:
@@ -168,3 +167,16 @@ def parse_json_text(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("values are nested too deeply") from None
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; RunError names a file that cannot be read or holds none."""
+    try:
+        data = parse_json(file.read_bytes())
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RunError(f"{file}: no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise RunError(f"{file}: must be a JSON object")
+    return data

@@ -212,7 +212,7 @@ def interpret(program, values, groups, sizes=None):
                 [
                     [
                         normalise(norm.kind, norm.eps, v)
-                        * (norm.tokens is None or k in norm.tokens)
+                        * (norm.token_groups is None or k in norm.token_groups)
                         for v, k in zip(h, kinds, strict=True)
                     ]
                     for h, kinds in zip(state[norm.read], names, strict=True)
@@ -251,7 +251,10 @@ def interpret(program, values, groups, sizes=None):
             after = {slot: value.copy() for slot, value in state.items()}
             for b in range(batch):
                 for i in range(tokens):
-                    if layer.mlp.tokens is not None and names[b][i] not in layer.mlp.tokens:
+                    if (
+                        layer.mlp.token_groups is not None
+                        and names[b][i] not in layer.mlp.token_groups
+                    ):
                         continue
                     u = evaluate(layer.mlp.hidden, state, b, i)
                     u = ACTIVATIONS[layer.mlp.activation](u)

@@ -285,7 +285,7 @@ def test_inputs_of_any_number_type(dtype: str, x64: bool) -> None:
 
 def test_two_heads_must_not_write_over_each_other() -> None:
     slots = Slots()
-    x, y = slots.add("x", 2), slots.add("y", 2, tokens="query", born=1)
+    x, y = slots.add("x", 2), slots.add("y", 2, token_groups="query", born=1)
     to_y = Head(query=x, key=x, value=x, write={y: 1.0}, name="spill")
     with pytest.raises(ValueError, match=r"'spill': writes outside slot 'y'.*query"):
         compile_program(Program(slots, [Layer([to_y])], token_groups=("context", "query")))

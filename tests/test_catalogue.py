@@ -86,7 +86,7 @@ def test_slot_by_slot_equals_dense(construction, x64):
     for slot in construction.program.slots:
         if slot.name in values:
             names = construction.program.token_groups
-            owners = [slot.tokens is None or name in slot.tokens for name in names]
+            owners = [slot.token_groups is None or name in slot.token_groups for name in names]
             owned = np.broadcast_to(np.asarray(owners)[kinds], out.shape[:2])
             found, expected = values[slot.name][owned], out[owned][:, slot.columns]
             np.testing.assert_allclose(found, expected, atol=1e-12)

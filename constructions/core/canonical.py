@@ -18,7 +18,7 @@ two equal functions may differ in it.
 
 Masks enter kind by kind: what tokens of kind p take from keys of kind q is the sum of T over the
 heads that let p see q, and this is what two models are compared in. Tokens that are read enter the
-first layer as `Gauge` says, so that heads which see them as keys too (the query among the keys)
+first layer as in `Gauge`, so that heads which see them as keys too (the query among the keys)
 differ from heads which do not by what those keys add, and by nothing where they add nothing.
 """
 

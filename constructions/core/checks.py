@@ -24,7 +24,7 @@ def check(program: Program) -> None:
         label = f"layer {number}" + (f" ({layer.name})" if layer.name else "")
         if layer.norm is not None:  # acts before the heads, which see what it wrote
             where = f"{label}, norm"
-            groups = layer.norm.tokens
+            groups = layer.norm.token_groups
             checker.read(layer.norm.read, groups, number, where)
             checker.write([(layer.norm.write, where, groups)], set(), number)
         erased = checker.erased(layer, label)
@@ -52,8 +52,8 @@ def check(program: Program) -> None:
                 )
             parts = [layer.mlp.hidden] + ([layer.mlp.gate] if layer.mlp.gate is not None else [])
             for slot in {slot: None for part in parts for slot in part.terms}:
-                checker.read(slot, layer.mlp.tokens, number, where)
-            writes = [(slot, where, layer.mlp.tokens) for slot in layer.mlp.write]
+                checker.read(slot, layer.mlp.token_groups, number, where)
+            writes = [(slot, where, layer.mlp.token_groups) for slot in layer.mlp.write]
             checker.write(writes, set(), number)
 
 
@@ -81,7 +81,7 @@ class _Checker:
             if head.window != SELF or any(m.any() for m in left.terms.values()):
                 raise ProgramError(f"{where} erases nothing; see `program.erase`")
             seen.add(slot)
-            if set(slot.tokens or self.groups).issubset(head.queries or self.groups):
+            if set(slot.token_groups or self.groups).issubset(head.queries or self.groups):
                 whole.add(slot)
         return whole
 
@@ -95,7 +95,7 @@ class _Checker:
         if self.outside(slot, groups):
             raise ProgramError(
                 f"{where}: {slot} is read at tokens {groups or self.program.token_groups}, "
-                f"it lives on {slot.tokens}"
+                f"it lives on {slot.token_groups}"
             )
 
     def write(
@@ -110,7 +110,8 @@ class _Checker:
             self.declared(slot, groups, where)
             if self.outside(slot, groups):
                 raise ProgramError(
-                    f"{where}: writes outside {slot}, which lives on tokens {slot.tokens} only"
+                    f"{where}: writes outside {slot}, which lives on token groups "
+                    f"{slot.token_groups} only"
                 )
             if layer < slot.born or (slot.dies is not None and layer > slot.dies):
                 raise ProgramError(
@@ -133,13 +134,15 @@ class _Checker:
 
     def outside(self, slot: Slot, groups: Groups) -> bool:
         """Whether some token of these kinds does not own the slot."""
-        return slot.tokens is not None and not set(slot.tokens).issuperset(groups or self.groups)
+        return slot.token_groups is not None and not set(slot.token_groups).issuperset(
+            groups or self.groups
+        )
 
     def declared(self, slot: Slot, groups: Groups, where: str) -> None:
         """A slot of this program, at kinds of tokens that it has."""
         if slot not in self.program.slots:
             raise ProgramError(f"{where}: {slot} is not a slot of this program")
-        for group in (*(groups or ()), *(slot.tokens or ())):
+        for group in (*(groups or ()), *(slot.token_groups or ())):
             if group not in self.groups:
                 raise ProgramError(
                     f"{where}: unknown token group '{group}', must be one of "
@@ -148,7 +151,7 @@ class _Checker:
 
 
 def _rivals(program: Program) -> Mapping[Slot, list[Slot]]:
-    """Of each slot the others that share a column with it at some token."""
+    """{slot: the others that share a column with it at some token}."""
     slots = list(program.slots)
     starts = np.array([s.start for s in slots])
     stops = np.array([s.start + s.size for s in slots])

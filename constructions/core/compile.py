@@ -6,9 +6,9 @@
     Transformer(shape, weights)
 
 A program may also be compiled into a larger `Config` than it needs; the spare heads are zero.
-`soften` rewrites a program of linear heads into one of softmax heads.
+`constructions.core.softmax.soften` rewrites a program of linear heads into one of softmax heads.
 
-A model without a construction: the shape alone, every head wired alike, to be trained.
+`untrained` makes a model without a program: a shape with every head wired alike, to be trained.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ from constructions.core.program import (
     token_names,
 )
 from constructions.core.slots import Affine
-from constructions.core.softmax import soften
 from constructions.core.transformer import Transformer
 
-__all__ = ["ProgramError", "compile_program", "config_of", "fill", "soften"]
+__all__ = ["ProgramError", "compile_program", "config_of", "fill", "untrained"]
 
 FAR = 2**30  # a window bound that no sequence reaches
 
@@ -120,13 +119,13 @@ def _mlp_config(mlp: Mlp) -> MlpConfig:
     parts = [mlp.hidden] + ([mlp.gate] if mlp.gate is not None else [])
     bias = any(part.constant.any() for part in parts)
     return MlpConfig(
-        mlp.hidden.size, mlp.activation, mlp.gate is not None, bias, token_names(mlp.tokens)
+        mlp.hidden.size, mlp.activation, mlp.gate is not None, bias, token_names(mlp.token_groups)
     )
 
 
 def _norm_config(norm: Norm) -> NormConfig:
     read, write = ((s.start, s.start + s.size) for s in (norm.read, norm.write))
-    return NormConfig(norm.kind, norm.eps, False, read, write, token_names(norm.tokens))
+    return NormConfig(norm.kind, norm.eps, False, read, write, token_names(norm.token_groups))
 
 
 def fill(program: Program, config: Config) -> dict[str, Any]:
@@ -282,10 +281,10 @@ def _cast(arrays: Any, dtype: Any) -> Any:
     )
 
 
-def blank(
+def untrained(
     config: Config, window: Window = EVERYWHERE, keys: Sequence[str] | None = None
 ) -> Transformer:
-    """A transformer of this shape with every weight 0; `randomise` draws them.
+    """An untrained transformer of this shape: every weight is 0, `randomise` draws them.
 
     Scores of softmax heads are divided by sqrt(key_dim), others are left alone.
 
@@ -306,14 +305,14 @@ def blank(
             raise ValueError(f"keys holds {name!r}, must be some of {groups}")
     low, high = window
     bounds = [-FAR if low is None else low, FAR if high is None else high]
-    seen = [keys is None or group in keys for group in groups]
+    visible = [keys is None or group in keys for group in groups]
 
     def wired(heads: HeadsConfig, shapes: Any) -> dict[str, Array]:
         wiring = {
             "scale": heads.key_dim**-0.5 if heads.mixer == "softmax" else 1.0,
             "window": np.asarray(bounds, np.int32),
             "query_groups": True,
-            "key_groups": np.asarray(seen),
+            "key_groups": np.asarray(visible),
             "sink_groups": False,
         }
         return {

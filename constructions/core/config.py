@@ -1,6 +1,6 @@
 """The shape of a transformer, as frozen data: everything but the weights.
 
-A `Config` says which arrays a `Transformer` has and how large they are (`Config.shapes`), so that
+A `Config` fixes which arrays a `Transformer` has and their shapes (`Config.shapes`), so that
 parameters can be counted, saved and loaded without building anything.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 Shapes = dict[str, Any]
 
-#: Arrays that say how a head is wired; part of the model, but no training touches them.
+#: Arrays that hold the wiring of a head; part of the model, but no training touches them.
 WIRING = ("scale", "window", "query_groups", "key_groups", "sink_groups")
 
 

@@ -1,7 +1,7 @@
 """How named values enter the residual stream, and where they are found in it.
 
-A program speaks of slots by name. What surrounds it does too: a family says which `Tokens` its
-inputs become and where (`Place`) a compiled model keeps the values of the algorithm; columns of
+A program refers to slots by name, and so does what surrounds it: a family defines which `Tokens`
+its inputs become and where (`Place`) a compiled model keeps the values of the algorithm; columns of
 the stream are known here and in the compiler alone.
 """
 
@@ -195,7 +195,7 @@ class Gauge:
     Only `read @ stream` is read from the tokens that are read, `[rows, width]`, and those tokens
     enter the model as `query @ (their free values)`, `[width, values]`. Weights that these two
     maps annihilate have no effect, so comparisons of weights leave them out. `kinds` are the token
-    groups of the tokens that are read, None where it is not said; no other token enters through
+    groups of the tokens that are read, None where that is not known; no other token enters through
     `query`, and nobody sees what the last layer writes to tokens of other kinds.
     """
 

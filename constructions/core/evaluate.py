@@ -108,10 +108,10 @@ def evaluate(
     if isinstance(values, Mapping):
         blocks: Blocks = {}
         for slot in slots:
-            at = machine.at(slot.tokens)
+            at = machine.at(slot.token_groups)
             value = jnp.asarray(values[slot.name])
-            value = value[:, index(at.tokens, value.shape[1])]
-            stream.add(blocks, at, slot.start, machine.only(slot.tokens, value))
+            value = value[:, index(at.positions, value.shape[1])]
+            stream.add(blocks, at, slot.start, machine.only(slot.token_groups, value))
     else:
         blocks = stream.cut(first)
     blocks = machine.run(blocks)
@@ -173,11 +173,11 @@ class _Machine:
 
     def layer(self, layer: Layer, blocks: Blocks) -> Blocks:
         if layer.norm is not None:
-            at, blocks = self.at(layer.norm.tokens), dict(blocks)
+            at, blocks = self.at(layer.norm.token_groups), dict(blocks)
             v = self.stream.slot(blocks, at, layer.norm.read)
             v = v - v.mean(-1, keepdims=True) if layer.norm.kind == "layer" else v
             v = v * jax.lax.rsqrt(jnp.square(v).mean(-1, keepdims=True) + layer.norm.eps)
-            v = self.only(layer.norm.tokens, v)
+            v = self.only(layer.norm.token_groups, v)
             self.stream.add(blocks, at, layer.norm.write.start, v)
         alike: dict[Any, list[Head]] = {}
         single = [head for head in layer.heads if isinstance(head, Head)]
@@ -192,10 +192,10 @@ class _Machine:
                 self.attend_family(part, blocks, after)
         if layer.mlp is None:
             return after
-        mlp, at = layer.mlp, self.at(layer.mlp.tokens)
+        mlp, at = layer.mlp, self.at(layer.mlp.token_groups)
         u = ACTIVATIONS[mlp.activation](affine(self.stream, after, at, [mlp.hidden]))
         u = u if mlp.gate is None else u * affine(self.stream, after, at, [mlp.gate])
-        u = self.only(mlp.tokens, u[:, :, 0])[:, :, None]
+        u = self.only(mlp.token_groups, u[:, :, 0])[:, :, None]
         blocks, after = after, dict(after)
         for slot, m in mlp.write.items():
             write(self.stream, after, at, slot, u, [m])
@@ -205,8 +205,8 @@ class _Machine:
         """Tokens that a head may look from and at; one by one (True) if it sees one offset only."""
         low, high = head.window
         single = low is not None and low == high and not head.sinks
-        queries = self.at(head.queries).tokens
-        keys = self.at(None if head.keys is None else (*head.keys, *head.sinks)).tokens
+        queries = self.at(head.queries).positions
+        keys = self.at(None if head.keys is None else (*head.keys, *head.sinks)).positions
         if single:
             queries = queries[np.isin(queries + low, keys)]
             keys = queries + low
@@ -215,7 +215,7 @@ class _Machine:
     def mask(self, head: Head | HeadFamily, queries: At, keys: At) -> Array | None:
         """Which keys a query sees, `[batch or 1, query or 1, key or 1]`; None: all of them."""
         low, high = head.window
-        q, k = queries.tokens, keys.tokens
+        q, k = queries.positions, keys.positions
         sees = None
         if low is not None and k.min() - q.max() < low:
             sees = k[None, :] - q[:, None] >= jnp.asarray(low)
@@ -237,8 +237,8 @@ class _Machine:
         for term in family.terms:
             shared.setdefault(id(term[2]), []).append(term)
         if single:
-            seen = _both(*(
-                None if self.known else self.member(names, at.tokens)
+            visible = _both(*(
+                None if self.known else self.member(names, at.positions)
                 for names, at in ((family.queries, queries), (family.keys, keys))
             ))  # fmt: skip
         else:
@@ -249,7 +249,7 @@ class _Machine:
                 for at, slots in ((queries, [t[0] for t in terms]), (keys, [t[1] for t in terms]))
             )
             if single:
-                right = right if seen is None else jnp.where(seen[..., None, None], right, 0)
+                right = right if visible is None else jnp.where(visible[..., None, None], right, 0)
             elif mask is None:
                 right = right.sum(1, keepdims=True)
             else:
@@ -294,14 +294,16 @@ class _Machine:
     ) -> Array:
         """Weights of the only key that a query sees, `[batch or 1, token or 1, head or 1, 1]`."""
         s = (q * k).sum(-1)[..., None, None]
-        seen = None
+        visible = None
         if not self.known:
-            seen = _both(self.member(head.queries, qs.tokens), self.member(head.keys, ks.tokens))
-        if seen is not None:
-            seen = (seen if seen.ndim == 2 else seen[None])[..., None, None, None]
-            shape = np.broadcast_shapes(s.shape, seen.shape)
-            s, seen = jnp.broadcast_to(s, shape), jnp.broadcast_to(seen, shape)
-        weights = _weights(head.mixer, s, seen)[..., 0]
+            visible = _both(
+                self.member(head.queries, qs.positions), self.member(head.keys, ks.positions)
+            )
+        if visible is not None:
+            visible = (visible if visible.ndim == 2 else visible[None])[..., None, None, None]
+            shape = np.broadcast_shapes(s.shape, visible.shape)
+            s, visible = jnp.broadcast_to(s, shape), jnp.broadcast_to(visible, shape)
+        weights = _weights(head.mixer, s, visible)[..., 0]
         if factor is not None:
             weights = weights * (factor[0] * factor[1]).sum(-1, keepdims=True)
         return weights
@@ -345,7 +347,7 @@ def _mix(
 
 
 def _weights(mixer: str, scores: Array, mask: Array | None) -> Array:
-    """Of scores `[..., query, key]`; without a mask all keys are seen."""
+    """Attention weights of scores `[..., query, key]`; without a mask all keys are visible."""
     if mask is not None:
         shape = np.broadcast_shapes(scores.shape, mask.shape)
         return MIXERS[mixer](jnp.broadcast_to(scores, shape), jnp.broadcast_to(mask, shape))
@@ -358,10 +360,10 @@ def _weights(mixer: str, scores: Array, mask: Array | None) -> Array:
     return MIXERS[mixer](scores, jnp.ones(scores.shape, bool))
 
 
-def _precondition(heads: list[Head], q: Array, k: Array, seen: Array) -> Array:
+def _precondition(heads: list[Head], q: Array, k: Array, visible: Array) -> Array:
     """Queries of mesa heads times (sum k k^T + regularization)^-1, each Gram matrix written out."""
-    k = jnp.broadcast_to(k, (k.shape[0], seen.shape[2], *k.shape[2:]))
-    gram = times("bqt,btnkl->bqnkl", seen.astype(q.dtype), k[..., :, None] * k[..., None, :])
+    k = jnp.broadcast_to(k, (k.shape[0], visible.shape[2], *k.shape[2:]))
+    gram = times("bqt,btnkl->bqnkl", visible.astype(q.dtype), k[..., :, None] * k[..., None, :])
     each = np.array([h.regularization for h in heads], float)[:, None, None]
     gram = gram + jnp.asarray(each * np.eye(k.shape[-1]), q.dtype)
     shape = np.broadcast_shapes(gram.shape[:-1], q.shape)
@@ -380,11 +382,11 @@ def _both(a: Any, b: Any) -> Any:
     return b if a is None else a if b is None else a & b
 
 
-def _axis(seen: Any, axis: int) -> Any:
-    return None if seen is None else jnp.expand_dims(jnp.asarray(seen), axis)
+def _axis(visible: Any, axis: int) -> Any:
+    return None if visible is None else jnp.expand_dims(jnp.asarray(visible), axis)
 
 
 def _wiring(head: Head) -> Any:
-    """What heads that run as one batch have in common."""
+    """The wiring that heads must share to run as one batch."""
     sizes = (head.key.size, head.value.size, head.factor_dim, tuple(head.write), head.erases)
     return head.mixer, head.queries, head.keys, head.window, head.sinks, sizes

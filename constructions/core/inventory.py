@@ -1,10 +1,9 @@
-"""How large a program and the model that it compiles to are; nothing is built.
+"""The size of a program and of its compiled model, and the components that GPT-2 does not have.
 
-What a program is made of, and what of it no plain transformer has.
-
-Plain is what GPT-2 is built of: softmax heads that look back, MLPs with one activation and no gate.
-Everything else that a program uses is one of `EXTRAS`; norms are counted as such where they write
-into a slot, since a plain one only stands in front of heads or MLP.
+`counts` gives sizes without building the model. `components` lists the heads, MLPs and norms of a
+program and which of them are non-standard. Standard components are those of GPT-2: causal softmax
+heads, MLPs with one activation and no gate, and norms in front of heads, MLP or readout. Everything
+else is one of `NON_STANDARD`, norms included that write into a slot of their own.
 """
 
 from __future__ import annotations
@@ -80,8 +79,8 @@ def _entries(shapes: Any) -> int:
     return sum(_entries(value) for name, value in shapes.items() if name not in WIRING)
 
 
-#: name -> what it means.
-EXTRAS = {
+#: Components that no standard transformer has: name -> what it is.
+NON_STANDARD = {
     "linear attention": "scores without a softmax, between different tokens",
     "self-attention of a token": "a linear or bilinear map of one token, as a head",
     "looks ahead": "a head that sees tokens behind its own, by its window or by kinds of tokens",
@@ -97,57 +96,57 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Part:
-    """Layers that have a name in common, up to numbers.
+    """Layers whose names differ only in numbers.
 
     Attributes:
         name: of the layers, without numbers.
         layers, heads: how many.
-        plain_heads: of the heads, those that a plain transformer has.
-        extras: what is used beyond one, {name in `EXTRAS`: how many heads, MLPs or norms}.
+        plain_heads: how many of the heads are standard ones.
+        non_standard: {name in `NON_STANDARD`: how many heads, MLPs or norms}.
     """
 
     name: str
     layers: int
     heads: int
     plain_heads: int
-    extras: dict[str, int]
+    non_standard: dict[str, int]
 
 
 @dataclass(frozen=True)
-class Materials:
-    """The parts of a program in the order of their first layers."""
+class Components:
+    """What a program is made of: its parts, in the order of their first layers."""
 
     parts: tuple[Part, ...]
 
     @property
-    def extras(self) -> dict[str, int]:
-        """All that is used beyond a plain transformer."""
+    def non_standard(self) -> dict[str, int]:
+        """Non-standard components of all parts: {name in `NON_STANDARD`: how many}."""
         total: dict[str, int] = {}
         for part in self.parts:
-            for name, count in part.extras.items():
+            for name, count in part.non_standard.items():
                 total[name] = total.get(name, 0) + count
         return total
 
     @property
     def plain(self) -> float:
-        """The share of the heads that a plain transformer has."""
+        """The share of the heads that are standard ones."""
         heads = sum(part.heads for part in self.parts)
         return sum(part.plain_heads for part in self.parts) / heads if heads else 1.0
 
     def markdown(self) -> str:
         """The table as text."""
         lines = [
-            "| part | layers | heads | plain | beyond a plain transformer |",
+            "| part | layers | heads | plain | non-standard components |",
             "|---|---|---|---|---|",
         ]
         for p in self.parts:
-            extras = ", ".join(f"{name} ({count})" for name, count in p.extras.items())
+            extras = ", ".join(f"{name} ({count})" for name, count in p.non_standard.items())
             lines.append(f"| {p.name} | {p.layers} | {p.heads} | {p.plain_heads} | {extras} |")
         return "\n".join(lines)
 
 
-def materials(program: Program) -> Materials:
-    """What the layers of a program are made of; a looped layer counts once."""
+def components(program: Program) -> Components:
+    """Heads, MLPs and norms of a program, part by part; a looped layer counts once."""
     found: dict[str, list[Layer]] = {}
     for layer in program.layers:
         found.setdefault(re.sub(r"\s*\d+", "", layer.name) or "layer", []).append(layer)
@@ -166,7 +165,7 @@ def materials(program: Program) -> Materials:
             for extra in _around(layer):
                 extras[extra] = extras.get(extra, 0) + 1
         parts.append(Part(name, len(layers), heads, plain, extras))
-    return Materials(tuple(parts))
+    return Components(tuple(parts))
 
 
 def _beyond(program: Program, head: Head | HeadFamily) -> Iterator[str]:
@@ -180,9 +179,9 @@ def _beyond(program: Program, head: Head | HeadFamily) -> Iterator[str]:
         yield "factor"
     if head.window[1] is None:
         order = program.token_groups
-        asks = [order.index(group) for group in head.queries or order]
-        seen = [order.index(group) for group in head.keys or order]
-        ahead = max(seen) > min(asks) or max(seen) == min(asks)
+        queries = [order.index(group) for group in head.queries or order]
+        visible = [order.index(group) for group in head.keys or order]
+        ahead = max(visible) >= min(queries)
     else:
         ahead = head.window[1] > 0
     if ahead:

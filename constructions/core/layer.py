@@ -1,12 +1,11 @@
 """One layer of the transformer, as functions of its weights; see `constructions.core.transformer`.
 
-Token mixers: how scores between tokens become the weights of an average.
-
-A mixer maps scores `[..., query, key]` and a mask of the same shape (True where a query may look)
-to attention weights a_ij; the head's output is sum_j a_ij v_j. A query that may look nowhere gets
-zero. A mesa head is a linear one whose queries were multiplied by the inverse Gram matrix of the
-keys so far, `constructions.mesa_layer`. A transposed mixer normalises over queries and so needs all
-of them. New mixers are added to `MIXERS` under their field's name.
+A token mixer turns scores between tokens into the weights of an average. It maps scores `[...,
+query, key]` and a mask of the same shape (True where a query may look) to attention weights a_ij;
+the head's output is sum_j a_ij v_j. A query that may look nowhere gets zero. A mesa head is a
+linear one whose queries were multiplied by the inverse Gram matrix of the keys so far,
+`constructions.mesa_layer`. A transposed mixer normalises over queries and so needs all of them. New
+mixers are added to `MIXERS` under their field's name.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def transposed_softmax(scores: Scores, mask: Mask) -> Scores:
     """a_ij = exp(s_ij) / sum_i exp(s_ij) over the queries that may look at key j.
 
     With the roles of queries and keys of a softmax head exchanged it has that head's weights,
-    transposed: what a gradient takes to go back along attention.
+    transposed: as the backward pass of attention needs them.
     """
     swapped = softmax(jnp.swapaxes(scores, -1, -2), jnp.swapaxes(mask, -1, -2))
     return jnp.swapaxes(swapped, -1, -2)
@@ -268,8 +267,8 @@ def _systems(
         _affine(einsum, "bth,nkh->btnk", x, w[name], w.get(f"{name}_bias"))
         for name in ("query", "key")
     )
-    seen = jnp.moveaxis(w["key_groups"][:, groups], 0, -1)  # [(batch,) token, head]
-    key, ridge = jnp.where(seen[..., None], key, 0), jnp.exp(w["log_regularization"])
+    visible = jnp.moveaxis(w["key_groups"][:, groups], 0, -1)  # [(batch,) token, head]
+    key, ridge = jnp.where(visible[..., None], key, 0), jnp.exp(w["log_regularization"])
     if "input_gate" not in w:
         return query, key, ridge, {}
     enters, keeps = (
@@ -277,7 +276,7 @@ def _systems(
         for name in ("input_gate", "forget_gate")
     )
     keeps = jnp.maximum(keeps, jnp.finfo(keeps.dtype).tiny)  # the sigmoid may round to 0
-    return query, key, ridge, {"input_gate": enters, "forget_gate": jnp.where(seen, keeps, 1)}
+    return query, key, ridge, {"input_gate": enters, "forget_gate": jnp.where(visible, keeps, 1)}
 
 
 def _mask(w: Mapping[str, Array], groups: Array, chosen: slice) -> Array:
@@ -287,8 +286,8 @@ def _mask(w: Mapping[str, Array], groups: Array, chosen: slice) -> Array:
     low, high = w["window"][:, 0, None, None], w["window"][:, 1, None, None]
     near = (low <= offset) & (offset <= high)
     acts = jnp.moveaxis(w["query_groups"][:, groups[..., chosen]], 0, -2)
-    seen, sinks = (jnp.moveaxis(w[g][:, groups], 0, -2) for g in ("key_groups", "sink_groups"))
-    return acts[..., :, None] & (near & seen[..., None, :] | sinks[..., None, :])
+    visible, sinks = (jnp.moveaxis(w[g][:, groups], 0, -2) for g in ("key_groups", "sink_groups"))
+    return acts[..., :, None] & (near & visible[..., None, :] | sinks[..., None, :])
 
 
 def _mlp(mlp: MlpConfig, config: Config, w: Mapping[str, Array], x: Array, tap: Tap) -> Array:

@@ -1,8 +1,8 @@
 """Matrices of affine maps as sums of blocks; a multiple of the identity is one number.
 
-What programs read and write are mostly slots, slices of slots and multiples of them. As blocks
-they cost nothing whatever the size of a slot, and the slot-wise evaluator sees at once where no
-product is needed.
+What programs read and write are mostly slots, slices of slots and multiples of them. As blocks they
+cost nothing whatever the size of a slot, and the slot-wise evaluator sees at once where no product
+is needed.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Matrix:
                 dense[block.row + steps, block.column + steps] += block.content
 
     def placed(self, rows: int, row: int) -> Matrix:
-        """It as the rows from `row` on of a matrix of `rows` rows, the others zero."""
+        """A matrix of `rows` rows that holds this one from row `row` on and is zero elsewhere."""
         shape = (rows, self.shape[1])
         return Matrix(shape, [replace(b, row=b.row + row) for b in self.blocks])
 
@@ -195,7 +195,11 @@ def beside(*parts: Matrix) -> Matrix:
 
 
 def _tidy(blocks: Sequence[Block]) -> list[Block]:
-    """Blocks at the same place summed, identities that go on joined, and zeros left out."""
+    """The same matrix in fewer blocks.
+
+    Blocks of the same rows and columns are added up. A multiple c I that continues another, c I
+    right behind it along the same diagonal, becomes one with it. Blocks of zeros are left out.
+    """
     found: dict[Any, Block] = {}
     for b in blocks:
         same = found.get(b.place)
@@ -223,7 +227,7 @@ def _goes_on(last: Block, b: Block) -> bool:
 
 
 def _cut(b: Block, start: int, stop: int) -> Block | None:
-    """What is left of a block in rows start to stop, counted from start."""
+    """The part of a block in rows start to stop, with rows counted from start."""
     low, high = max(b.row, start), min(b.row + b.shape[0], stop)
     if low >= high:
         return None

@@ -1,4 +1,4 @@
-"""A construction as a tableau: plain data that says what each head reads and writes.
+"""A construction as a tableau: plain data on what each head reads and writes.
 
 A `Program` is to the `Transformer` what a Butcher tableau is to a Runge-Kutta integrator. A
 gradient-descent layer, for example, is
@@ -250,8 +250,8 @@ def erase(slot: Slot, *, queries: str | Sequence[str] | None = None) -> Head:
         value=-slot,
         write={slot: 1.0},
         window=SELF,
-        queries=queries if queries is not None else slot.tokens,
-        keys=slot.tokens,
+        queries=queries if queries is not None else slot.token_groups,
+        keys=slot.token_groups,
         erases=slot,
         name=f"erase {slot.name}",
     )
@@ -266,7 +266,7 @@ class Mlp:
         write: {slot: matrix [slot.size, rows] or a scalar times the identity}; slices as in `Head`.
         activation: a name in `constructions.core.layer.ACTIVATIONS`; "identity" with a gate is a
             bilinear layer.
-        tokens: token groups at which it acts; None: all.
+        token_groups: those at which it acts; None: all.
         name: for messages.
     """
 
@@ -274,7 +274,7 @@ class Mlp:
     write: Mapping[Any, Any]
     gate: Affine | None = None
     activation: str = "relu"
-    tokens: str | Sequence[str] | None = None
+    token_groups: str | Sequence[str] | None = None
     name: str = "mlp"
 
     def __post_init__(self) -> None:
@@ -283,25 +283,25 @@ class Mlp:
                 f"{self.name}: hidden has {self.hidden.size} rows, gate {self.gate.size}"
             )
         object.__setattr__(self, "write", _matrices(self.write, self.hidden.size, self.name))
-        object.__setattr__(self, "tokens", token_names(self.tokens))
+        object.__setattr__(self, "token_groups", token_names(self.token_groups))
 
 
 @dataclass(frozen=True)
 class Norm:
     """slot `write` += normalised slot `read`, before the heads of the layer read the stream.
 
-    kind "layer": (v - mean v) / sqrt(var v + eps); kind "rms": v / sqrt(mean v^2 + eps). `tokens`
-    are the token groups at which it acts, None all of them.
+    kind "layer": (v - mean v) / sqrt(var v + eps); kind "rms": v / sqrt(mean v^2 + eps). It acts at
+    `token_groups`, at all where that is None.
     """
 
     read: Slot
     write: Slot
     kind: str = "layer"
     eps: float = 1e-5
-    tokens: str | Sequence[str] | None = None
+    token_groups: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", token_names(self.tokens))
+        object.__setattr__(self, "token_groups", token_names(self.token_groups))
         if self.read.size != self.write.size:
             raise ValueError(
                 f"norm reads {self.read} ({self.read.size}) and writes {self.write} "

@@ -101,7 +101,7 @@ class Slot(Affine):
         name: unique within a program.
         size: number of columns, at least 1.
         start: first column.
-        tokens: names of the token groups that own the value; None means every token. Slots of
+        token_groups: names of those that own the value; None means every token. Slots of
             disjoint token groups may share columns (weights in prefix tokens, say).
         born: 0 if the embedding writes it, else the first layer (counted from 1) that does.
         dies: the last layer that reads it, where erasing is reading; None: it lives to the end.
@@ -112,7 +112,7 @@ class Slot(Affine):
     name: str
     size: int
     start: int
-    tokens: tuple[str, ...] | None = None
+    token_groups: tuple[str, ...] | None = None
     born: int = 0
     dies: int | None = None
     accumulates: bool = False
@@ -125,7 +125,7 @@ class Slot(Affine):
 
     @property
     def constant(self) -> np.ndarray:
-        """Zero."""
+        """The affine map's constant part, `[size]`: zeros, as a slot is read as it stands."""
         return _nothing(self.size)
 
     @property
@@ -142,9 +142,9 @@ class Slot(Affine):
 
     def meets(self, other: Slot) -> bool:
         """Whether some token owns both."""
-        if self.tokens is None or other.tokens is None:
+        if self.token_groups is None or other.token_groups is None:
             return True
-        return not set(self.tokens).isdisjoint(other.tokens)
+        return not set(self.token_groups).isdisjoint(other.token_groups)
 
     def __str__(self) -> str:
         return f"slot '{self.name}'"
@@ -210,7 +210,7 @@ class Slots:
         name: str,
         size: int,
         *,
-        tokens: str | tuple[str, ...] | None = None,
+        token_groups: str | tuple[str, ...] | None = None,
         born: int = 0,
         dies: int | None = None,
         accumulates: bool = False,
@@ -223,15 +223,15 @@ class Slots:
             raise ValueError(f"size of slot '{name}' is {size}, must be at least 1")
         if born < 0 or (dies is not None and dies < born):
             raise ValueError(f"slot '{name}' is born at layer {born} and dies at layer {dies}")
-        tokens = (tokens,) if isinstance(tokens, str) else tokens
-        slot = Slot(name, size, 0, tokens, born, dies, accumulates, meaning)
+        groups = (token_groups,) if isinstance(token_groups, str) else token_groups
+        slot = Slot(name, size, 0, groups, born, dies, accumulates, meaning)
         taken = sorted((s.start, s.start + s.size) for s in self if slot.lives_with(s))
         start = 0
         for low, high in taken:
             if low - start >= size:
                 break
             start = max(start, high)
-        slot = Slot(name, size, start, tokens, born, dies, accumulates, meaning)
+        slot = Slot(name, size, start, groups, born, dies, accumulates, meaning)
         self._slots[name] = slot
         return slot
 

@@ -101,7 +101,11 @@ def _with_null(
     own = program.token_groups
 
     def limit(part: Any) -> Any:
-        return part if part is None or part.tokens is not None else replace(part, tokens=own)
+        return (
+            part
+            if part is None or part.token_groups is not None
+            else replace(part, token_groups=own)
+        )
 
     heads = []
     for head in layer.single_heads:

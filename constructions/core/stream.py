@@ -1,14 +1,14 @@
-"""The residual stream of the slot-wise evaluator: blocks of columns at the tokens of one kind.
+"""The residual stream of the slot-wise evaluator, stored sparsely, and affine maps on it.
 
-A cell is all tokens of one group, where the groups are known before the program runs, else all
-tokens. In each cell the columns are cut where a slot that lives there begins or ends, so that slots
-that share columns see the same numbers as in the compiled model, and a slot costs memory only
-where it lives. A block that nobody has written yet is left out; it is zero.
+The compiled model has a dense stream `[batch, token, width]`. Most of it is zero: a slot belongs to
+some token groups only. Here the stream is a dictionary of blocks. A *cell* is all tokens of one
+group (all tokens, where the groups are known only when the program runs). The columns of each cell
+are cut wherever a slot of that group begins or ends, and a block is one such range of columns at
+one cell. Slots that share columns therefore see the same numbers as in the compiled model, and a
+slot takes memory at its own groups only. A block that is not in the dictionary is zero.
 
-Affine maps and writes of programs on the stream of the slot-wise evaluator.
-
-Blocks of a matrix that are multiples of the identity become slices: the heads of softmax attention
-read and write disjoint slices of a slot by changing its shape. Only dense blocks cost a product.
+Affine maps read and write these blocks. A block of a matrix that is a multiple of the identity is a
+slice of the stream; only dense blocks cost a product.
 """
 
 from __future__ import annotations
@@ -34,34 +34,53 @@ Blocks = dict[tuple[int, int, int], Array]
 
 @dataclass(frozen=True)
 class At:
-    """Some tokens, found cell by cell.
+    """Positions of a sequence, and where the blocks of a `Stream` hold them.
+
+    Values are gathered one cell after the other, then put into the order of `positions`.
 
     Attributes:
-        tokens: their places in the sequence, in the order in which values are read.
-        parts: (cell, which of its tokens, where they are found cell by cell).
-        order: from cell by cell to the order of `tokens`; None where that is the same.
+        positions: in the sequence, in the order in which values are wanted.
+        parts: for each cell that has some of them: (the cell, which of its tokens they are, the
+            slice that they fill when the cells' tokens are concatenated).
+        order: `concatenated[order]` is in the order of `positions`; None where it already is.
     """
 
-    tokens: np.ndarray
+    positions: np.ndarray
     parts: tuple[tuple[int, Any, slice], ...]
     order: np.ndarray | None
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.positions)
 
 
 class Stream:
-    """Where everything is in the blocks of a program's stream; holds no values itself."""
+    """The index of a program's stream: which block holds which columns of which tokens.
+
+    Holds no values: its methods read and write the `Blocks` that they are given, all of one batch
+    and one dtype.
+
+    Args:
+        program: its slots.
+        groups: the token group of every position, as numbers in `program.token_groups`; None where
+            they are not known before the program runs.
+        num_tokens: of a sequence.
+        batch, dtype: of the values.
+    """
 
     def __init__(
-        self, program: Program, groups: np.ndarray | None, tokens: int, batch: int, dtype: DTypeLike
+        self,
+        program: Program,
+        groups: np.ndarray | None,
+        num_tokens: int,
+        batch: int,
+        dtype: DTypeLike,
     ) -> None:
         self.batch, self.dtype = batch, dtype
-        kinds = np.zeros(tokens, int) if groups is None else groups
+        kinds = np.zeros(num_tokens, int) if groups is None else groups
         found, firsts = np.unique(kinds, return_index=True)
         found = found[np.argsort(firsts)]  # consecutive groups then cover the tokens in order
         self.cells = [np.flatnonzero(kinds == kind) for kind in found]
-        self._cell, self._rank = np.zeros(tokens, int), np.zeros(tokens, int)
+        self._cell, self._rank = np.zeros(num_tokens, int), np.zeros(num_tokens, int)
         for n, cell in enumerate(self.cells):
             self._cell[cell], self._rank[cell] = n, np.arange(len(cell))
         names = [None if groups is None else program.token_groups[kind] for kind in found]
@@ -79,9 +98,9 @@ class Stream:
             self._used.append([(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if held[a]])
         self._names = names
 
-    def at(self, tokens: np.ndarray) -> At:
-        """These tokens, in this order."""
-        cells, ranks = self._cell[tokens], self._rank[tokens]
+    def at(self, positions: np.ndarray) -> At:
+        """Where the tokens at these positions are."""
+        cells, ranks = self._cell[positions], self._rank[positions]
         order = np.argsort(cells, kind="stable")
         parts, start = [], 0
         for cell in np.unique(cells).tolist():
@@ -90,11 +109,11 @@ class Stream:
             parts.append((cell, index(inside, len(self.cells[cell])), where))
             start = where.stop
         same = (order == np.arange(len(order))).all()
-        return At(tokens, tuple(parts), None if same else np.argsort(order))
+        return At(positions, tuple(parts), None if same else np.argsort(order))
 
-    def cell_by_cell(self, tokens: np.ndarray) -> np.ndarray:
-        """These tokens in the order in which they can be written."""
-        return tokens[np.argsort(self._cell[tokens], kind="stable")]
+    def cell_by_cell(self, positions: np.ndarray) -> np.ndarray:
+        """The same positions sorted by cell, the order in which `add` takes them."""
+        return positions[np.argsort(self._cell[positions], kind="stable")]
 
     def read(self, blocks: Blocks, at: At, start: int, stop: int) -> Array:
         """Columns start to stop of these tokens, `[batch or 1, token, column]`."""
@@ -215,7 +234,7 @@ def _all(inside: Any) -> bool:
 
 
 def _lives(slot: Slot, name: str | None) -> bool:
-    return slot.tokens is None or name is None or name in slot.tokens
+    return slot.token_groups is None or name is None or name in slot.token_groups
 
 
 def index(tokens: np.ndarray, size: int) -> Any:

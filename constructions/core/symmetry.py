@@ -8,6 +8,8 @@ attention layer depends on its heads through these products alone, whatever the 
 change nothing. Linear and centred attention also allow A -> s A, B -> B / s for s != 0, negative s
 included; linear attention, antisymmetric parts of A x B in the Gram indices; and the ends of a
 model, whatever they do not read. `constructions.core.canonical` has what is left: the invariants.
+
+The functions are for use as a library: a statistic that claims to be invariant is tested with them.
 """
 
 from __future__ import annotations

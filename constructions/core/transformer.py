@@ -116,7 +116,7 @@ class Transformer(nnx.Module):
         return jnp.einsum("bth,wh->btw", stream, readout, precision=self.config.precision)
 
     def word_probabilities(self, stream: Stream) -> Float[Array, "batch token word"]:
-        """What a language model says of the word at every token, from its final stream."""
+        """Scores of every word at every token of a language model, from its final stream."""
         scores = self.word_scores(stream)
         soft = self.config.tokens is not None and self.config.tokens.probabilities == "softmax"
         return jax.nn.softmax(scores) if soft else shares(scores)

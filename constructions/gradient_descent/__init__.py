@@ -1,25 +1,13 @@
 """Linear attention as gradient descent (von Oswald et al. 2022, arXiv 2212.07677).
 
 construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
-claims          the paper's statements about trained models
-measurements    its published numbers that need none
-variants        one layer with softmax, with LayerNorm, on few tasks
+paper           the paper's statements about trained models, as claims
+measurements    its published numbers beside ours
 """
 
-from collections.abc import Iterator
-
-from constructions.claims import Measurement
 from constructions.family import Family
-from constructions.gradient_descent import paper as measurements
-from constructions.gradient_descent import variants
 from constructions.gradient_descent.construction import GradientDescent
-
-
-def _measure(quick: bool, seed: int) -> Iterator[Measurement]:
-    yield from measurements.measure(quick, seed)
-    if not quick:
-        yield from variants.measure(seed)
-
+from constructions.gradient_descent.measurements import measure
 
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
@@ -27,7 +15,7 @@ GRADIENT_DESCENT = Family(
     settings={"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1},
     about="linear self-attention runs gradient descent on in-context linear regression",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 1",
-    measure=_measure,
+    measure=measure,
 )
 
 GD_PLUS_PLUS = Family(

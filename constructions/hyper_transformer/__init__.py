@@ -3,7 +3,7 @@
 episodes        what its constructions share: examples, class tokens, queries
 gradient        gradient descent on cross-entropy, by linear attention
 prototypes      class means by softmax attention; guessed labels, and memory of earlier tasks
-claims          statements about trained models
+paper           statements about trained models
 measurements    what examples without labels are worth
 """
 

@@ -95,8 +95,8 @@ class FewShot(Construction):
         one = jnp.eye(self.classes, dtype=like.dtype)
         return jnp.broadcast_to(one, (len(like), *one.shape))
 
-    def tokens(self, support: Support, queries: Queries) -> tuple[range, range]:
-        """Which tokens are the classes', which are the queries'."""
+    def positions(self, support: Support, queries: Queries) -> tuple[range, range]:
+        """Positions of the class tokens, and of the queries."""
         first = support.shape[1]
         last = first + self.classes
         return range(first, last), range(last, last + queries.shape[1])

@@ -103,16 +103,20 @@ class HyperGradient(FewShot):
         """
         slots, codes = Slots(), np.eye(self.classes)
         shown = ("labelled", "unlabelled", "query")
-        features = slots.add("features", self.dim, tokens=shown, meaning="e_i, e")
-        one = slots.add("constant", 1, tokens=shown, meaning="1")
+        features = slots.add("features", self.dim, token_groups=shown, meaning="e_i, e")
+        one = slots.add("constant", 1, token_groups=shown, meaning="1")
         weights = slots.add(
-            "weights", self.dim + 1, tokens="class", accumulates=True, meaning="W_c, bias last"
+            "weights",
+            self.dim + 1,
+            token_groups="class",
+            accumulates=True,
+            meaning="W_c, bias last",
         )
         label = slots.add(
-            "label", self.classes, tokens=("labelled", "class"), meaning="y_i; the code 1_c"
+            "label", self.classes, token_groups=("labelled", "class"), meaning="y_i; the code 1_c"
         )
         logits = slots.add(
-            "logits", self.classes, tokens="query", born=2 * self.steps, meaning="W_c e"
+            "logits", self.classes, token_groups="query", born=2 * self.steps, meaning="W_c e"
         )
         example = concatenate(features, one)
         zero = codes - centre / self.classes
@@ -130,7 +134,7 @@ class HyperGradient(FewShot):
         layers = [Layer([first])]
         if self.steps > 1:
             guess = slots.add(
-                "guess", self.classes, tokens="labelled", accumulates=True, meaning="p_i"
+                "guess", self.classes, token_groups="labelled", accumulates=True, meaning="p_i"
             )
             softmax = Head(
                 query=example,
@@ -199,10 +203,10 @@ class HyperGradient(FewShot):
         """
         if depth % 2:
             raise ValueError(f"depth is {depth}, must be even: a step and what reads it by turns")
-        classes, asked = self.tokens(support, queries)
+        classes, asking = self.positions(support, queries)
         found = {
             "weight": Place.of("weights", classes, [0, *range(1, depth, 2)]),
-            "prediction": Place.of("logits", asked, depth),
+            "prediction": Place.of("logits", asking, depth),
         }
         if self.steps > 1:
             found["guess"] = Place.of("guess", range(labels.shape[1]), range(2, depth - 1, 2))

@@ -37,11 +37,6 @@ def scale_error(e: Evidence) -> float:
     return abs(float(jnp.vdot(theirs, ours) / jnp.vdot(theirs, theirs)) - 1)
 
 
-def common_share(e: Evidence) -> float:
-    """Share of the logits' mean square that is common to all classes; 1/C for independent ones."""
-    return float(1 - jnp.mean(centred(e.prediction) ** 2) / jnp.mean(e.prediction**2))
-
-
 def accuracy_gap(e: Evidence) -> float:
     """|accuracy - accuracy of the construction|, on the same queries."""
     found = (e.construction.task.accuracy(p, e.examples).mean() for p in (e.prediction, e.expected))
@@ -69,10 +64,10 @@ def _held(construction: Any, model: Transformer, *inputs: Array) -> tuple[Array,
     """What the class tokens hold before the last layer, and the weights of the algorithm."""
     stream, groups, _ = construction.stream(model, *inputs)
     found = model.run(stream, groups, sites=("residual",))[1]["residual"][-2]
-    tokens = construction.tokens(inputs[0], inputs[2])[0]
+    classes = construction.positions(inputs[0], inputs[2])[0]
     weight = construction.trace(*inputs)["weight"]
     weight = weight[:, -1] if weight.ndim == 4 else weight  # the last step's
-    return found[:, tokens.start : tokens.stop], weight
+    return found[:, classes.start : classes.stop], weight
 
 
 def _explained(e: Evidence, together: bool) -> float:

@@ -5,7 +5,7 @@ The algorithm, on examples e_j with labels y_j, one-hot, or guessed, y_j >= 0 wi
     mu_c = sum_j a_cj e_j,    a_cj ~ N_j exp(beta y_jc),    sum_j a_cj = 1,
     logit_c(q) = tau (mu_c . q - kappa |mu_c|^2 / 2).
 
-N_j says how many examples token j stands for. For a labelled example that is 1. A class token holds
+N_j is the number of examples that token j stands for, 1 for a labelled one. A class token holds
 the mean of the examples of its class that were seen before, and N_c is how many: it takes part as
 one more example of its class, so that mu_c is the running mean over all tasks so far. What this
 task shows of other classes leaves mu_c as it is.
@@ -71,7 +71,7 @@ FAR = 1000.0
 
 
 class Memory(NamedTuple):
-    """What is kept of all tasks so far.
+    """Memory of all tasks so far.
 
     Attributes:
         mean: mu_c, of all examples so far, `[batch, class, dim]`.
@@ -148,17 +148,27 @@ class HyperPrototypes(FewShot):
         examples = ("labelled", "unlabelled")
         features = slots.add("features", self.dim, meaning="e_j; the mean so far; q")
         label = slots.add(
-            "label", self.classes, tokens=(*examples, "class"), accumulates=True, meaning="y_j; 1_c"
+            "label",
+            self.classes,
+            token_groups=(*examples, "class"),
+            accumulates=True,
+            meaning="y_j; 1_c",
         )
         last = 3 if self.unlabelled else 2
         logits = slots.add(
-            "logits", self.classes, tokens="query", born=last, meaning="of the classes"
+            "logits", self.classes, token_groups="query", born=last, meaning="of the classes"
         )
-        one = slots.add("constant", 1, tokens=("class", "query"), meaning="1")
-        count = slots.add("log_count", 1, tokens=(*examples, "class"), meaning="log N, or 0")
-        empty = slots.add("empty", 1, tokens=(*examples, "class"), meaning="1 where N = 0, else 0")
-        weights = slots.add("weights", self.dim, tokens="class", born=last - 1, meaning="mu_c")
-        bias = slots.add("bias", 1, tokens="class", born=last - 1, meaning="-kappa |mu_c|^2 / 2")
+        one = slots.add("constant", 1, token_groups=("class", "query"), meaning="1")
+        count = slots.add("log_count", 1, token_groups=(*examples, "class"), meaning="log N, or 0")
+        empty = slots.add(
+            "empty", 1, token_groups=(*examples, "class"), meaning="1 where N = 0, else 0"
+        )
+        weights = slots.add(
+            "weights", self.dim, token_groups="class", born=last - 1, meaning="mu_c"
+        )
+        bias = slots.add(
+            "bias", 1, token_groups="class", born=last - 1, meaning="-kappa |mu_c|^2 / 2"
+        )
         guess = Head(
             query=features,
             key=features,
@@ -185,7 +195,7 @@ class HyperPrototypes(FewShot):
             gate=weights,
             write={bias: np.full((1, self.dim), -self.shrinkage / 2)},
             activation="identity",
-            tokens="class",
+            token_groups="class",
             name="norm",
         )
         read = Head(
@@ -280,11 +290,11 @@ class HyperPrototypes(FewShot):
             if not isinstance(given[1], Tracer) and (np.asarray(given[1]) < 0).any():
                 raise ValueError(f"memory.count holds {given[1].min()}, must be at least 0")
         if complete and not any(isinstance(a, Tracer) for a in (labels, *given[1:])):
-            seen = (np.asarray(labels)[..., None] == np.arange(self.classes)).sum(1)
+            labelled = (np.asarray(labels)[..., None] == np.arange(self.classes)).sum(1)
             if given:
-                seen = seen + np.asarray(given[1])
-            if not seen.all():
-                episode, missing = np.argwhere(seen == 0)[0]
+                labelled = labelled + np.asarray(given[1])
+            if not labelled.all():
+                episode, missing = np.argwhere(labelled == 0)[0]
                 raise ValueError(
                     f"labels of episode {episode} have no example of class {missing}, and no "
                     "memory of it was given: it has no prototype"
@@ -320,16 +330,16 @@ class HyperPrototypes(FewShot):
         assert self.scale is not None and self.shrinkage is not None
         einsum = partial(jnp.einsum, precision="highest")
         known, found = labels.shape[1], {}
-        seen, label = support[:, :known], self.one_hot(labels, support)
+        examples, label = support[:, :known], self.one_hot(labels, support)
         if self.unlabelled:
-            likeness = einsum("bud,bnd->bun", support[:, known:], seen)
+            likeness = einsum("bud,bnd->bun", support[:, known:], examples)
             guess = einsum("bun,bnc->buc", jax.nn.softmax(self.similarity * likeness), label)
-            seen, label = support, jnp.concatenate([label, guess], 1)
+            examples, label = support, jnp.concatenate([label, guess], 1)
             found["label"] = guess
         mean, log_count, empty = self._entering(support, mean, count)
         codes = self.codes(support)
-        tokens = jnp.concatenate([seen, mean], 1)
-        log = jnp.pad((log_count - FAR * empty)[..., 0], [(0, 0), (seen.shape[1], 0)])
+        tokens = jnp.concatenate([examples, mean], 1)
+        log = jnp.pad((log_count - FAR * empty)[..., 0], [(0, 0), (examples.shape[1], 0)])
         score = self.sharpness * jnp.concatenate([label, codes], 1) + log[..., None]
         mu = einsum("bjc,bjd->bcd", jax.nn.softmax(score, 1), tokens)
         bias = -self.shrinkage / 2 * (mu**2).sum(-1, keepdims=True)
@@ -360,11 +370,11 @@ class HyperPrototypes(FewShot):
         self, depth: int, support: Support, labels: Labels, queries: Queries, *memory: Any
     ) -> dict[str, Place]:
         """Guesses stand in the examples, prototypes in the class tokens, logits in the queries."""
-        classes, asked = self.tokens(support, queries)
+        classes, asking = self.positions(support, queries)
         found = {
             "weight": Place.of("weights", classes, depth - 1),
             "bias": Place.of("bias", classes, depth - 1),
-            "prediction": Place.of("logits", asked, depth),
+            "prediction": Place.of("logits", asking, depth),
         }
         if self.unlabelled:
             others = range(labels.shape[1], support.shape[1])

@@ -1,12 +1,11 @@
 """Inside-Outside in a transformer, and masked language models (Zhao et al. 2023, arXiv 2303.08117).
 
-algorithm       the two recursions, as plain array code
-tableau         the hand-built weights: one layer for each length of span
-construction    both together, with what a user asks of them
-low_rank        fewer heads: a projection of what spans pass on
-language_model  the shape of the trained counterpart
-claims          the paper's statements about it
-measurements    its statements about sizes, and ours
+tableau         the algorithm as array code, its program, and the program run without dense weights
+construction    both together, and what is asked of a parser: posteriors and marginals
+low_rank        fewer heads: a projection of the inside vectors
+exactness       which sentences a floating point type can hold
+paper           the paper's statements about masked language models, the counterpart, near-misses
+measurements    its statements about sizes beside ours
 """
 
 from constructions.family import Family

@@ -27,14 +27,6 @@ from constructions.core.slots import Slot
 from constructions.core.transformer import Transformer
 from constructions.family import Compiled, Construction, Counterpart, Place, Tokens
 from constructions.inputs import FLAGS, INTEGERS, Input
-from constructions.inside_outside.counterpart import counterpart, near_misses
-from constructions.inside_outside.evaluation import (
-    defined,
-    marginals,
-    token_numbers,
-    values,
-    word_posterior,
-)
 from constructions.inside_outside.exactness import (
     check_memory,
     check_size,
@@ -46,8 +38,18 @@ from constructions.inside_outside.exactness import (
     typical_scale,
 )
 from constructions.inside_outside.low_rank import LowRank, low_rank
-from constructions.inside_outside.paper import CLAIMS
-from constructions.inside_outside.tableau import Layout, inside_outside, layout, tableau
+from constructions.inside_outside.paper import CLAIMS, counterpart, near_misses
+from constructions.inside_outside.tableau import (
+    Layout,
+    defined,
+    inside_outside,
+    layout,
+    marginals,
+    tableau,
+    token_numbers,
+    values,
+    word_posterior,
+)
 from synthetic.grammar.examples import named
 from synthetic.grammar.grammar import Grammar
 from synthetic.tasks.masked_language import MaskedLanguageTask, as_array, check_sentences
@@ -65,8 +67,7 @@ class InsideOutside(Construction):
 
     Attributes:
         grammar: a `Grammar`, its JSON form, or the name of one in `synthetic.grammar.examples`. It
-        need
-            not be proper: a grammar restricted to some of its symbols also compiles.
+            need not be proper: a grammar restricted to some of its symbols also compiles.
         max_length: words of the longest sentence, at least 2.
         scale: factor on what a word's token holds, which cancels in every probability; None takes
             one at which sentences of the grammar have a Z of about 1
@@ -112,18 +113,9 @@ class InsideOutside(Construction):
             raise ValueError(f"scale is {self.scale!r}, must be finite and above 0")
         if self.activation not in ("gelu", "relu"):
             raise ValueError(f"activation is {self.activation!r}, must be 'gelu' or 'relu'")
-        reduction, labels = self.reduction, len(grammar.nonterminals)
-        if isinstance(reduction, Mapping):
-            reduction = LowRank.from_json(reduction)
-            object.__setattr__(self, "reduction", reduction)
-        if not isinstance(reduction, LowRank | None):
-            raise ValueError(
-                f"reduction is {reduction!r}, must be a LowRank, its JSON form or None"
-            )
-        if reduction is not None and len(reduction.decode) != labels:
-            raise ValueError(
-                f"reduction is of {len(reduction.decode)} nonterminals, the grammar has {labels}"
-            )
+        if self.reduction is not None:
+            labels = len(grammar.nonterminals)
+            object.__setattr__(self, "reduction", LowRank.given(self.reduction, labels))
 
     @property
     def task(self) -> MaskedLanguageTask:
@@ -144,8 +136,8 @@ class InsideOutside(Construction):
     def leaves(self) -> np.ndarray:
         """beta(i, i) at words, MASK, BOS, EOS and PAD, `[words + 4, preterminals]`."""
         emission = self.grammar.emission
-        seen = np.concatenate([emission.T, emission.sum(1)[None]]) * self.factors[:, None]
-        return np.pad(seen, ((0, 3), (0, 0)))
+        visible = np.concatenate([emission.T, emission.sum(1)[None]]) * self.factors[:, None]
+        return np.pad(visible, ((0, 3), (0, 0)))
 
     @cached_property
     def program(self) -> Program:
@@ -180,7 +172,7 @@ class InsideOutside(Construction):
 
     @property
     def layout(self) -> Layout:
-        """Where the values of spans are."""
+        """Slots of the values of spans."""
         g = self.grammar
         return layout(self.rank, len(g.preterminals), self.max_length, len(g.nonterminals))
 
@@ -212,7 +204,9 @@ class InsideOutside(Construction):
         there = jnp.arange(tokens.shape[1]) < lengths[:, None]
         return tokens, lengths, mask | (there & hidden)
 
-    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+    def outside_context(
+        self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any
+    ) -> Any:
         """The posteriors of the words that are hidden from the start; 0 elsewhere."""
         del kept
         return jnp.where(inputs[2][..., None], prediction, 0)
@@ -423,10 +417,9 @@ class InsideOutside(Construction):
         return jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(mask)
 
     def counterpart(self) -> Counterpart:
-        """A masked language model; its metric is the KL divergence of the exact posterior from it.
+        """A masked language model without any part of the algorithm, see `language_model`.
 
-        Nothing of the algorithm is in it: softmax heads that see the whole sentence, MLPs, norms,
-        learned embeddings and positions.
+        Its metric is the KL divergence of the exact posterior from it.
         """
         return counterpart(self)
 
@@ -436,7 +429,7 @@ class InsideOutside(Construction):
 
     @property
     def examples(self) -> int:
-        """Few: a divergence scatters little, and hundreds of heads take their time."""
+        """Few: a divergence has little variance, and hundreds of heads are slow."""
         return int(np.clip(2**32 // counts(self.program).dense, 2**8, 2**11))
 
     @property

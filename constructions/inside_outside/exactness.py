@@ -9,21 +9,17 @@ layer cannot rescale what it reads. In float32 a value below 2^-126 is then lost
 
 All numbers are sums of products of numbers that are not negative, so that both runs are monotone
 and the true value lies between them: where lower and upper agree, nothing was lost. A third run, of
-zeros and ones, says what is 0 by the grammar and not by the type; there, nothing is added. Of a
+zeros and ones, finds what is 0 by the grammar and not by the type; there, nothing is added. Of a
 `LowRank` reduction, whose numbers have signs, both runs take absolute values, and their difference
 bounds the loss of the signed run: |p(x + d) - p(x)| <= P(|x| + |d|) - P(|x|) for a polynomial p and
 the one P that has the absolute values of its coefficients.
 
-The units in which the construction holds probabilities, and what they can hold for certain.
+Units. The inside value of a word w is its emission times `scale / max_T emission[T, w]`. Values of
+a span of n words are then multiplied by n such factors, and so is Z: they cancel in every
+probability. `typical_scale` chooses the scale, `surely_held` decides most cases without a run.
 
-A linear layer cannot rescale what it reads, so there is one unit a word: the inside value of a
-word w is its emission times `scale / max_T emission[T, w]`. Values of a span of n words are then
-multiplied by n such factors, and so is Z: they cancel in every probability.
-
-What is said of sentences without a parse, or beyond the range of a floating point type.
-
-A wrong number is worse than none: NaN under `jit` or on demand, and else one line that names the
-sentence.
+Sentences without a parse, or beyond the range of the type, give NaN under `jit` or on demand, and
+else an error that names the sentence (`settled`).
 """
 
 from __future__ import annotations
@@ -101,12 +97,12 @@ def typical_scale(grammar: Grammar, longest: int) -> float:
     g, inner = grammar, len(grammar.nonterminals)
     best = g.emission.max(0)
     relative = g.emission / np.where(best > 0, best, 1)
-    reached, seen = g.root, g.root.copy()
+    reached, expected = g.root, g.root.copy()
     for _ in range(longest):
         reached = reached[:inner] @ g.expected_children
         reached = reached / max(reached.sum(), 1)
-        seen += reached
-    often = seen[inner:] @ g.emission
+        expected += reached
+    often = expected[inner:] @ g.emission
     often = often / often.sum() if often.any() else np.where(best > 0, 1, 0) / len(best)
     values, logs = np.zeros((longest + 1, len(g.root))), np.full(longest + 1, -np.inf)
     rules = g.rules.reshape(inner, -1)

@@ -1,4 +1,4 @@
-"""Fewer heads for the spans of a grammar: a projection of what one span tells of itself.
+"""Fewer heads for the spans of a grammar: a low-rank projection of their inside vectors.
 
 A span of two words or more is known to the rest of its sentence by its inside vector beta [N]
 alone, and what the rest asks of it is its outside vector alpha [N]. A projection of rank r,
@@ -106,15 +106,30 @@ class LowRank:
         return np.einsum("xa,ay->axy", self.encode, self.decode)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """A dictionary of nested lists; `from_json` is the inverse."""
         return {"encode": self.encode.tolist(), "decode": self.decode.tolist()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LowRank:
-        """What `to_json` gave; ValueError if it is something else."""
+        """The inverse of `to_json`; ValueError for other fields."""
         if set(data) != {"encode", "decode"}:
             raise ValueError(f"reduction has {sorted(data)}, must have decode and encode")
         return cls(*(np.array(data[name], float) for name in ("encode", "decode")))
+
+    @classmethod
+    def given(cls, reduction: Any, labels: int) -> LowRank:
+        """A reduction of so many nonterminals, or its JSON form; ValueError for anything else."""
+        if isinstance(reduction, Mapping):
+            reduction = cls.from_json(reduction)
+        if not isinstance(reduction, LowRank):
+            raise ValueError(
+                f"reduction is {reduction!r}, must be a LowRank, its JSON form or None"
+            )
+        if len(reduction.decode) != labels:
+            raise ValueError(
+                f"reduction is of {len(reduction.decode)} nonterminals, the grammar has {labels}"
+            )
+        return reduction
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LowRank):
@@ -176,7 +191,7 @@ def low_rank(
 
     Args:
         evaluate: of an exact construction, from tokens and lengths.
-        tokens, lengths: `[batch, time]` and `[batch]`; sentences without a parse say nothing.
+        tokens, lengths: `[batch, time]` and `[batch]`; sentences without a parse are ignored.
         rank: 1 to the number of nonterminals.
 
     Raises:

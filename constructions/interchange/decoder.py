@@ -1,11 +1,4 @@
-"""The weights of a decoder by the names that TinT has for them, out of a model's arrays and back.
-
-query, key, value, output, hidden, back   [W b], `[layer, rows, columns + 1]`
-gain, offset                              of the norms, `[2 layers + 1, width]`: in front of
-                                          attention and MLP of every layer, then the final one
-embedding, position                       `[words, width]`, `[positions, width]`
-
-The auxiliary model of TinT: a decoder in the shape of GPT-2 and OPT, of the one class.
+"""Decoders in the shape of GPT-2 and OPT, of the one class: the auxiliary models of TinT.
 
 With d = width / heads, E the embedding, P the positions and LN a norm with gain and offset,
 
@@ -15,7 +8,15 @@ With d = width / heads, E the embedding, P the positions and LN a norm with gain
     score =  E LN(h)
 
 (Radford et al. 2019; Zhang et al. 2022, arXiv 2205.01068). Linear maps have biases; the readout is
-the embedding. Weights are fitted here to text of a grammar, or read by `checkpoint`.
+the embedding. Weights are fitted here to text of a grammar, or read from a folder by
+`constructions.interchange.huggingface`. `from_arrays` and `to_arrays` convert a model's arrays to
+and from these names:
+
+    query, key, value, output, hidden, back   [W b], `[layer, rows, columns + 1]`; W_1 is "hidden",
+                                              W_2 "back"
+    gain, offset                              of the norms, `[2 layers + 1, width]`: in front of
+                                              attention and MLP of every layer, then the final one
+    embedding, position                       `[words, width]`, `[positions, width]`
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from constructions.core.compile import blank
+from constructions.core.compile import untrained
 from constructions.core.config import (
     WIRING,
     Config,
@@ -182,7 +183,7 @@ def decoder(
     """
     hidden = 4 * width if hidden is None else hidden
     shape = DecoderShape(words, positions, layers, heads, width, hidden, activation, eps)
-    return blank(_config(shape), CAUSAL)
+    return untrained(_config(shape), CAUSAL)
 
 
 def _config(shape: DecoderShape) -> Config:

@@ -1,9 +1,4 @@
-"""Where GPT-2 and OPT keep the numbers of a decoder: names, orders, and settings in words.
-
-A block has the matrices of `weights.MATRICES`, each [out, in] with a vector, and two norms, each a
-gain and an offset. A format says which arrays hold which of them.
-
-Decoders out of local folders of weights in Hugging Face format, and into them.
+"""Decoders read from local folders of weights in Hugging Face's format, and written to them.
 
 A folder has `config.json` and `model.safetensors`, or `model.safetensors.index.json` and the files
 that it lists. Two formats are read, and written:
@@ -11,7 +6,8 @@ that it lists. Two formats are read, and written:
     gpt2   linear maps are stored [in, out]; queries, keys and values are one of them
     opt    linear maps are stored [out, in]; two rows precede the positions and mean nothing
 
-In both a block is what `auxiliary` has; any setting that makes it another is refused by name.
+A `Format` maps names and settings of a folder to the matrices and norms of
+`constructions.interchange.decoder`. A setting that makes a block another one is refused by name.
 Nothing is downloaded and nothing unpickled.
 """
 
@@ -42,7 +38,7 @@ from constructions.interchange.decoder import (
     to_arrays,
     with_parameters,
 )
-from synthetic.files import RunError, atomic, parse_json
+from synthetic.files import RunError, atomic, json_object
 from synthetic.fitting.weights_file import check_numbers, read_safetensors
 
 #: What both formats call our activations; their "gelu" is another, with the error function.
@@ -55,9 +51,9 @@ class Format:
 
     Attributes:
         architecture: the class that reads it.
-        sizes: name in `DecoderShape` -> setting.
-        defaults: what a setting that is absent or null stands for, as the class has it; a hidden
-            size of None is four times the width.
+        sizes: name in `DecoderShape` -> (setting, what it stands for where it is absent or null, as
+            the class has it); a hidden size of None is four times the width.
+        activation: what an absent or null `activation_function` stands for.
         aliases: other name of a setting -> setting.
         fixed: setting -> (the only value that is simulated, also its default; what another means).
         eps: the setting of the norms' eps, None where it is always 1e-5.
@@ -72,8 +68,8 @@ class Format:
     """
 
     architecture: str
-    sizes: Mapping[str, str]
-    defaults: Mapping[str, int | str | None]
+    sizes: Mapping[str, tuple[str, int | None]]
+    activation: str
     aliases: Mapping[str, str]
     fixed: Mapping[str, tuple[bool, str]]
     eps: str | None
@@ -150,12 +146,12 @@ class Format:
         if fields.get("quantization_config") is not None:
             raise ValueError("quantization_config: present, quantised weights are not read")
         width = self._size(fields, "width")
-        free = self._setting(fields, self.sizes["hidden"]) is None
+        free = self._setting(fields, *self.sizes["hidden"]) is None
         sizes = {name: self._size(fields, name) for name in self.sizes if name != "hidden"}
         if width % sizes["heads"]:
             raise ValueError(
-                f"{self.sizes['heads']}: {sizes['heads']}, must divide "
-                f"{self.sizes['width']}={width}"
+                f"{self.sizes['heads'][0]}: {sizes['heads']}, must divide "
+                f"{self.sizes['width'][0]}={width}"
             )
         narrow = fields.get("word_embed_proj_dim")
         if narrow not in (None, width):
@@ -174,7 +170,7 @@ class Format:
         """The inverse of `shape`; ValueError where the format has another eps."""
         if self.eps is None and shape.eps != EPS:
             raise ValueError(f"eps is {shape.eps}, must be {EPS} in this format")
-        fields: dict[str, Any] = {field: getattr(shape, n) for n, field in self.sizes.items()}
+        fields: dict[str, Any] = {field: getattr(shape, n) for n, (field, _) in self.sizes.items()}
         fields |= {name: wanted for name, (wanted, _) in {**_FIXED, **self.fixed}.items()}
         fields |= {} if self.eps is None else {self.eps: shape.eps}
         names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
@@ -187,19 +183,18 @@ class Format:
                 raise ValueError(f"{other}: {fields[other]!r}, must be {name}={fields[name]!r}")
         return dict(fields) | {name: fields[o] for o, name in self.aliases.items() if o in fields}
 
-    def _setting(self, fields: Mapping[str, Any], name: str) -> Any:
-        found = fields.get(name)
-        return self.defaults[name] if found is None else found
+    def _setting(self, fields: Mapping[str, Any], name: str, default: Any) -> Any:
+        return default if (found := fields.get(name)) is None else found
 
     def _size(self, fields: Mapping[str, Any], name: str) -> int:
-        field = self.sizes[name]
-        size = self._setting(fields, field)
+        field, default = self.sizes[name]
+        size = self._setting(fields, field, default)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{field}: {size!r}, must be an integer above 0")
         return size
 
     def _activation(self, fields: Mapping[str, Any]) -> str:
-        name = self._setting(fields, "activation_function")
+        name = self._setting(fields, "activation_function", self.activation)
         if name not in list(ACTIVATIONS):
             note = ", which has the error function" if name == "gelu" else ""
             raise ValueError(
@@ -224,22 +219,14 @@ FORMATS = {
     "gpt2": Format(
         architecture="GPT2LMHeadModel",
         sizes={
-            "words": "vocab_size",
-            "positions": "n_positions",
-            "layers": "n_layer",
-            "heads": "n_head",
-            "width": "n_embd",
-            "hidden": "n_inner",
+            "words": ("vocab_size", 50257),
+            "positions": ("n_positions", 1024),
+            "layers": ("n_layer", 12),
+            "heads": ("n_head", 12),
+            "width": ("n_embd", 768),
+            "hidden": ("n_inner", None),
         },
-        defaults={
-            "vocab_size": 50257,
-            "n_positions": 1024,
-            "n_layer": 12,
-            "n_head": 12,
-            "n_embd": 768,
-            "n_inner": None,
-            "activation_function": "gelu_new",
-        },
+        activation="gelu_new",
         aliases={
             "max_position_embeddings": "n_positions",
             "num_hidden_layers": "n_layer",
@@ -271,22 +258,14 @@ FORMATS = {
     "opt": Format(
         architecture="OPTForCausalLM",
         sizes={
-            "words": "vocab_size",
-            "positions": "max_position_embeddings",
-            "layers": "num_hidden_layers",
-            "heads": "num_attention_heads",
-            "width": "hidden_size",
-            "hidden": "ffn_dim",
+            "words": ("vocab_size", 50272),
+            "positions": ("max_position_embeddings", 2048),
+            "layers": ("num_hidden_layers", 12),
+            "heads": ("num_attention_heads", 12),
+            "width": ("hidden_size", 768),
+            "hidden": ("ffn_dim", 3072),
         },
-        defaults={
-            "vocab_size": 50272,
-            "max_position_embeddings": 2048,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "hidden_size": 768,
-            "ffn_dim": 3072,
-            "activation_function": "relu",
-        },
+        activation="relu",
         aliases={},
         fixed={
             "do_layer_norm_before": (True, "norms behind each part (OPT-350m) are not simulated"),
@@ -316,9 +295,7 @@ FORMATS = {
 }
 
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 
 Tensors = dict[str, tuple[Path, np.ndarray]]
@@ -395,8 +372,8 @@ def save_auxiliary(model: Transformer, path: str | PathLike[str], kind: str = "g
 
 
 def _format(file: Path) -> tuple[Format, DecoderShape]:
-    """What a config says; RunError where it cannot be simulated."""
-    fields = _json(file)
+    """Format and shape of a `config.json`; RunError where it cannot be simulated."""
+    fields = json_object(file)
     name = fields.get("model_type")
     if name not in list(FORMATS):  # which compares, where a dictionary would hash
         raise RunError(f"{file}: model_type: {name!r}, must be one of {', '.join(FORMATS)}")
@@ -441,13 +418,13 @@ def _weights(folder: Path, format: Format, shape: DecoderShape) -> Tensors:
 def _stored(folder: Path) -> Tensors:
     """All arrays of a folder's files, each with its file."""
     if (folder / WEIGHTS).exists():
-        return dict(_read(folder / WEIGHTS))
+        return _read(folder / WEIGHTS)
     index = folder / INDEX
     if not index.exists():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         more = f", only {pickled[0]}, which is pickled; save it as safetensors" if pickled else ""
         raise RunError(f"{folder}: neither {WEIGHTS} nor {INDEX}{more}")
-    listed = _json(index).get("weight_map")
+    listed = json_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise RunError(f"{index}: weight_map: missing or not a map from arrays to files")
     for name, file in listed.items():
@@ -455,7 +432,7 @@ def _stored(folder: Path) -> Tensors:
             raise RunError(f"{index}: weight_map: {name}: {file!r}, must be a file of the folder")
     found: Tensors = {}
     for file in sorted(set(listed.values())):
-        for name, entry in _read(folder / file):
+        for name, entry in _read(folder / file).items():
             if name in found:
                 raise RunError(f"{folder / file}: {name}: stored twice")
             found[name] = entry
@@ -465,20 +442,6 @@ def _stored(folder: Path) -> Tensors:
     return found
 
 
-def _read(file: Path) -> Iterator[tuple[str, tuple[Path, np.ndarray]]]:
+def _read(file: Path) -> Tensors:
     """The arrays of a safetensors file."""
-    arrays, _ = read_safetensors(file)
-    yield from ((name, (file, array)) for name, array in arrays.items())
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """An object in a JSON file."""
-    try:
-        data = parse_json(file.read_bytes())
-    except OSError as error:
-        raise RunError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RunError(f"{file}: no JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise RunError(f"{file}: must be a JSON object")
-    return data
+    return {name: (file, array) for name, array in read_safetensors(file)[0].items()}

@@ -1,8 +1,8 @@
 """Gradient descent on features of an MLP (von Oswald et al. 2022, arXiv 2212.07677, Prop. 2).
 
-features        sine and cosine as an MLP, and the check of a given one
-construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
-claims          the paper's statements about a trained model on sine waves
+construction    the algorithm, the hand-built weights with sine and cosine as an MLP, the trained
+                counterpart, the near-misses
+paper           the paper's statements about a trained model on sine waves
 """
 
 from constructions.family import Family

@@ -14,10 +14,9 @@ One step from W_0 = 0 is a kernel smoother, y_hat = (eta / N) sum_i y_i m(x_i)^T
 W_0 costs nothing: the MLP also writes -W_0 m(x_j) to y, so that context tokens hold
 y_i - W_k m(x_i) and query tokens -W_k m(x) from layer 1 on.
 
-Features as the weights of an MLP: sine and cosine written by hand, or any given one.
-
-For sine waves m interpolates (sin, cos) linearly between `knots`
-equally spaced points t_0 < t_1 < ..., with hinges that open away from the point c in the middle,
+The MLP is any given one, or sine and cosine written by hand (`interpolant`): for sine waves m
+interpolates (sin, cos) linearly between `knots` equally spaced points t_0 < t_1 < ..., with hinges
+that open away from the point c in the middle,
 
     m(x) = m(c) relu(1) + sum_{t_j >= c} b_j relu(x - t_j) + sum_{t_j <= c} b'_j relu(t_j - x),
 

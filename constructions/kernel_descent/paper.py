@@ -1,4 +1,4 @@
-"""What von Oswald et al. 2022 say of sine waves (fig. 4), as claims that a number decides."""
+"""What von Oswald et al. 2022 state of sine waves (fig. 4), as claims that a number decides."""
 
 from functools import partial
 from typing import Any

@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from constructions.core.canonical import check_linear, head_products
-from constructions.core.compile import FAR, blank
+from constructions.core.compile import FAR, untrained
 from constructions.core.config import (
     Config,
     HeadsConfig,
@@ -142,7 +142,7 @@ def _of_products(key_query: Array, output_value: Array, clip: float | None) -> T
     layers, heads, width, _ = key_query.shape
     layer = LayerConfig((HeadsConfig("linear", heads, width, width),))
     config = Config(width, (SegmentConfig((layer,), layers),), GROUPS, clip=clip)
-    base = blank(config, CAUSAL, keys=[STATE])
+    base = untrained(config, CAUSAL, keys=[STATE])
     one = jnp.broadcast_to(jnp.eye(width, dtype=key_query.dtype), key_query.shape)
     weights = {"query": key_query, "key": one, "value": one, "output": output_value}
     return base.map_parts(lambda heads: heads.weights | weights)
@@ -193,7 +193,7 @@ def sequence_model(
     config = Config(program.slots.width, tuple(segments), program.token_groups, clip=clip)
     # the first state has to find BOS where it looks for the state before
     keys = None if construction.tokens == "raw" else [STATE]
-    return blank(config, CAUSAL, keys)
+    return untrained(config, CAUSAL, keys)
 
 
 def drawn_scalars(
@@ -285,7 +285,7 @@ def causal_language_model(
             return w | {"scale": w["scale"] / length}
         return w
 
-    return blank(config, CAUSAL).map_parts(wire)
+    return untrained(config, CAUSAL).map_parts(wire)
 
 
 def next_token(

@@ -84,7 +84,7 @@ class MesaPolynomial(NextState):
 
     @property
     def contraction(self) -> float:
-        """a."""
+        """a of x <- (I - a H_t) x: `step`, or if that is None one that suits the coefficients."""
         if self.step is not None:
             return float(self.step)
         c = self.coefficients
@@ -116,7 +116,7 @@ class MesaPolynomial(NextState):
         state, previous, y = slots["state"], slots["previous"], slots["prediction"]
         x = state
         if self.depth > 1:
-            x = slots.add("x", self.dim, tokens=STATE, born=first - 1, accumulates=True,
+            x = slots.add("x", self.dim, token_groups=STATE, born=first - 1, accumulates=True,
                           meaning="(I - a H_t)^l s_t")  # fmt: skip
         common = {"query": x, "key": slots[key], "window": CAUSAL, "queries": STATE, "keys": STATE}
         layers = []

@@ -229,8 +229,8 @@ class MesaFeatures(NextState):
         # at all tokens: BOS holds the state 0, whose features are 0
         output = slots.add("output", self.dim, born=1, meaning="f(s_t)")
         normed = slots.add("features", self.dim, born=2, meaning="phi(s_t) sqrt(dim)")
-        slots.add("previous", self.dim, tokens=STATE, born=2, meaning="phi(s_{t-1})")
-        slots.add("prediction", self.dim, tokens=STATE, born=3, meaning="of s_{t+1}")
+        slots.add("previous", self.dim, token_groups=STATE, born=2, meaning="phi(s_{t-1})")
+        slots.add("prediction", self.dim, token_groups=STATE, born=3, meaning="of s_{t+1}")
         read, write = self.task.network
         phi = self.dim**-0.5 * normed if features else 1.0 * state
         binding = replace(self.binding(slots), value=phi)

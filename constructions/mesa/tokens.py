@@ -113,7 +113,9 @@ class NextState(Construction):
         left = states[:, np.append(np.asarray(kept, int), states.shape[1] - 1)]
         return (jnp.pad(left, [(0, 0), (0, states.shape[1] - left.shape[1]), (0, 0)]),)
 
-    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+    def outside_context(
+        self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any
+    ) -> Any:
         """What is predicted from the last state, `[batch, dim]`."""
         del inputs
         return prediction[:, len(kept)]
@@ -157,11 +159,11 @@ class NextState(Construction):
         slots.add("state", self.dim, meaning="s_t")
         if self.tokens == "raw":
             slots.add("code", CODE, meaning="p_t")
-        slots.add("previous", self.dim, tokens=STATE, born=first - 1, meaning="z_t = s_{t-1}")
+        slots.add("previous", self.dim, token_groups=STATE, born=first - 1, meaning="z_t = s_{t-1}")
         slots.add(
             "prediction",
             self.dim,
-            tokens=STATE,
+            token_groups=STATE,
             born=first,
             accumulates=True,
             meaning="of s_{t+1}",

@@ -3,8 +3,9 @@
 construction    DIAG layers, the hand-built weights, the trained counterpart, the near-misses
 recursion       (M, u, w, a): what a linear transformer does to a context, layer by layer
 fitting         the best layers for a task
+full            the same with all entries of the matrices free
 table           Table 1 of the paper, measured
-claims          the paper's statements about trained models
+paper           the paper's statements about trained models
 """
 
 from constructions.family import Family

@@ -98,7 +98,7 @@ class NoisyRegression(Regression):
 
     @property
     def dim_y(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """1."""
+        """Outputs of the regression: 1, as in the paper."""
         return 1
 
     @property

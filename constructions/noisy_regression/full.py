@@ -3,7 +3,7 @@
 A FULL layer adds `sum_k P_k G Q_k e_i` to every token, `P_k, Q_k` `[d + 1, d + 1]` of any entries.
 The task looks the same in every basis, and DIAG layers are those that do too; hence the gradient
 at the best DIAG layers vanishes for FULL ones as well. They may still be a saddle: a fit leaves it
-from a small push of all entries, and the losses of both on the same contexts say what was gained.
+from a small push of all entries, and the losses of both on the same contexts show what was gained.
 
 Given its context and sigma, w has the oracle's ridge weights as its mean. So the loss less the
 oracle's is, in expectation, `1/2 |w^L - w_oracle|^2`, which is what is fitted and reported: w
@@ -200,7 +200,7 @@ class _Units:
         return [P / ratio, Q * ratio]
 
     def outside(self, P: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Back."""
+        """Layers in the task's own units: the inverse of `inside`."""
         outer = np.outer(self.scale, self.scale)
         return P / self.scale[:, None] * self.scale / self.examples, Q * outer
 
@@ -272,7 +272,7 @@ def _diag_losses(table: np.ndarray, moments: Moments) -> np.ndarray:
 
 
 def _losses(layers: Sequence[ArrayLike], turned: Turned) -> np.ndarray:
-    """The same of FULL layers, in the units of what they are given."""
+    """Losses of FULL layers, in the units of their inputs."""
     return np.asarray(_losses_of(*(jnp.asarray(a) for a in layers), turned))
 
 

@@ -1,4 +1,4 @@
-"""What Vladymyrov et al. 2024 say of trained linear transformers, as claims."""
+"""What Vladymyrov et al. 2024 state of trained linear transformers, as claims."""
 
 from __future__ import annotations
 

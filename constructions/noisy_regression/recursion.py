@@ -18,6 +18,9 @@ A DIAG layer has `P_k = diag(p_x I, p_y)`, `Q_k = diag(q_x I, q_y)`, of which th
 that matters: with `Sigma, alpha, lambda` the blocks of `G^l`,
 
     A = w_xx Sigma,   b = w_xy alpha,   c = w_yx alpha,   delta = w_yy lambda.
+
+The fits use `diag_weight` alone. The steps of FULL layers (`full_states`) and the reading of a DIAG
+layer as gradient descent with momentum (`momentum_step`) are for use as a library.
 """
 
 from collections.abc import Sequence

@@ -17,6 +17,7 @@ from constructions.noisy_regression.full import fit_full
 from synthetic.tasks.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
 from synthetic.tasks.regression import Gaussian, RegressionTask
 from synthetic.theory.one_layer import optimal_one_layer
+from synthetic.theory.optimal_descent import optimal_descent
 from synthetic.theory.ridge import (
     adaptive_penalty,
     expected_adjusted_loss,
@@ -24,7 +25,7 @@ from synthetic.theory.ridge import (
     ridge_weight,
     tune,
 )
-from synthetic.theory.spectral import Estimate, estimate, optimal_descent
+from synthetic.theory.spectral import Estimate, estimate
 
 SOURCE = "Vladymyrov et al. 2024, Table 1"
 

@@ -1,7 +1,7 @@
 """Gradient descent on separate tokens (von Oswald et al. 2022, arXiv 2212.07677, Prop. 3).
 
 construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
-claims          the paper's statements about two trained layers
+paper           the paper's statements about two trained layers
 measurements    what becomes of them when the first layer is another one
 """
 

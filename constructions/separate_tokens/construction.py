@@ -2,8 +2,8 @@ r"""Gradient descent where inputs and outputs are tokens of their own: copy, era
 
 The tokens are x_1, y_1, ..., x_N, y_N, the queries, and a dump token, T in all; x and y stand in
 the same columns, the content c_t, and token t knows its place by a one-hot code p_t, which the
-queries, that nothing looks for, share. The algorithm
-is gradient descent on 1/(2N) sum_i |W x_i - y_i|^2 from W_0 = 0,
+queries, that nothing looks for, share. The algorithm is gradient descent on 1/(2N) sum_i |W x_i -
+y_i|^2 from W_0 = 0,
 
     W_{k+1} = W_k - (eta / N) sum_i (W_k x_i - y_i) x_i^T.
 
@@ -126,8 +126,8 @@ class SeparateTokens(Regression):
         return self.step_size
 
     @property
-    def tokens(self) -> int:
-        """T on the task: two a pair, the queries, the dump token."""
+    def num_tokens(self) -> int:
+        """T, the number of tokens on the task: two a pair, the queries, the dump token."""
         return 2 * self.num_examples + self.queries + 1
 
     @property
@@ -272,7 +272,7 @@ class SeparateTokens(Regression):
         """Weight that a softmax head of the copying layer gives to all wrong tokens together."""
         if self.mixer == "linear":
             return 0.0
-        wrong = (self.tokens - 1) * np.exp(-self.score_scale)
+        wrong = (self.num_tokens - 1) * np.exp(-self.score_scale)
         return float(wrong / (1 + wrong))
 
     def tolerance(self, dtype: str) -> float:
@@ -287,7 +287,7 @@ class SeparateTokens(Regression):
     def conditions(self, dtype: str) -> str:
         """The leak, and the score scale that would do."""
         room = LARGEST_TOLERANCE - super().tolerance(dtype)
-        enough = np.ceil(np.log(16 * (self.steps + 1) * (self.tokens - 1) / room))
+        enough = np.ceil(np.log(16 * (self.steps + 1) * (self.num_tokens - 1) / room))
         return (
             f"score_scale is {self.score_scale:g}, with a leak of {self.leak:.1e} to wrong tokens; "
             f"at least {enough:.0f} is needed"
@@ -349,12 +349,12 @@ class SeparateTokens(Regression):
 
         As part of the loss it leaves them no gradient: where they start at zero they stay there.
         """
-        seen = jnp.zeros(model.config.width).at[self.program.slots["place"].columns].set(1)
+        visible = jnp.zeros(model.config.width).at[self.program.slots["place"].columns].set(1)
 
         def by_place(part: Part) -> dict[str, Array]:
             w = part.weights
             if part.kind != "heads" or (part.segment, part.position) != (0, 0):
                 return w
-            return w | {name: w[name] * seen.astype(w[name].dtype) for name in ("query", "key")}
+            return w | {name: w[name] * visible.astype(w[name].dtype) for name in ("query", "key")}
 
         return model.map_parts(by_place)

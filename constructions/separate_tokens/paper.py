@@ -1,4 +1,4 @@
-"""What von Oswald et al. 2022 say of two layers trained on separate tokens, as claims."""
+"""What von Oswald et al. 2022 state of two layers trained on separate tokens, as claims."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,27 +1,15 @@
 """A transformer that trains a transformer in its forward pass (Panigrahi et al. 2023, 2307.01189).
 
-auxiliary     the small decoder that is trained: its shape, and models fitted to text of a grammar
-checkpoint    the same out of, and into, a local folder of weights in Hugging Face format
-formats       names and settings of such folders, for GPT-2 and OPT
-weights       the weights of a decoder by name, out of a model's arrays and back
-layout        kinds of tokens and slots: weights in prefix tokens, activations in the text's
-backward      how each part goes back: as in the paper, exactly, or by finite differences
-parts         what a token does with its own values
-prefix        a matrix in prefix tokens: forward, transposed, and its descent
-attention     attention and its gradient as heads
-norms         LayerNorms, forward and back
-words         embeddings, positions and the readout
-tableau       the whole program
-contents      what tokens hold at first, and where the results stand
-algorithm     the same by autograd
-checks        settings and inputs that it takes
+algorithm     the decoder trained by autograd; how each part is differentiated; settings and inputs
+layout        token groups and slots: weights in prefix tokens, activations in the text's
+parts         attention and LayerNorms, forward and backward, as heads and MLPs
+tableau       matrices, embeddings and readout, and the whole program
 construction  the family
-counterpart   itself, trained further, and simulators that are nearly right
-claims        whether it stays what it is when it is trained further
-sizes         counts of simulators of published models, beside the paper's
-measurements  how near a step is to gradient descent, and what it is worth on text
-hardness      what value-only attention drops, and a bound on it
-labels        labels of words, learnt in context, by descent and by simulation
+paper         whether it stays a simulator when it is trained further; counterpart, near-misses
+measurements  how far a step is from gradient descent, and how much it lowers the loss on text
+experiments   hardness of attention, labels learnt in context, sizes of simulators
+
+The decoder that is trained comes from `constructions.interchange`.
 """
 
 from constructions.family import Family

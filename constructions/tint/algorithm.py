@@ -6,9 +6,10 @@
 for every sequence on its own, then the logits of theta_S on the same sequence. "Value-only"
 attention counts its weights a_ij as constants where it is differentiated.
 
-How the parts of a decoder go back: as the paper has it, exactly, or by finite differences.
+`Backward` is how each part of the decoder is differentiated: as in the paper, exactly, or by finite
+differences.
 
-Settings and inputs that TinT takes; ValueError for all others.
+The checks refuse all other settings and inputs with a ValueError.
 """
 
 from __future__ import annotations
@@ -104,11 +105,11 @@ ACTIVATION = ("finite-difference", "exact")
 
 @dataclass(frozen=True)
 class Backward:
-    """How each part of a decoder goes back, and what of it is trained.
+    """How each part of a decoder is differentiated, and which of its parameters are trained.
 
     Attributes:
         attention: "value-only" (the scores count as constants: queries and keys are not trained),
-            "finite-difference" (their derivative by central differences of softmax heads), "exact".
+            "finite-difference" (the derivative by central differences of softmax heads), "exact".
         norm: "finite-difference" (one-sided, as in the paper), "central" differences, or "exact".
         activation: "finite-difference" (one-sided) or "exact".
         gains: whether gains of LayerNorms are trained; offsets always are.
@@ -118,7 +119,7 @@ class Backward:
             along directions of unit size, so that gradients of any size have the same digits.
 
     Raises:
-        ValueError: another way, or a step that is not above 0.
+        ValueError: another method, or a step that is not above 0.
     """
 
     attention: str = "exact"
@@ -144,7 +145,7 @@ class Backward:
                 raise ValueError(f"{name} is {value!r}, must be finite and above 0")
 
 
-#: The ways back by name; "paper" is that of Panigrahi et al.
+#: Backward passes by name; "paper" is that of Panigrahi et al.
 MODES = {
     "paper": Backward("value-only", "finite-difference", "finite-difference", False),
     "finite-difference": Backward("finite-difference", "central", "finite-difference"),

@@ -1,4 +1,4 @@
-"""TinT: one pass of a transformer that trains another on its input, and lets it speak again.
+"""TinT: one pass of a transformer that trains another on its input, then runs it again.
 
 Panigrahi, Malladi, Xia, Arora 2023 (arXiv 2307.01189). The weights of an auxiliary decoder enter in
 prefix tokens; each sequence of a batch trains a copy of its own. `tableau` has the heads.
@@ -52,7 +52,7 @@ Model = Transformer | SlotBySlot
 
 
 class Outcome(NamedTuple):
-    """What a simulation says.
+    """The outputs of a simulation.
 
     Attributes:
         logits_before, logits_after: of the auxiliary model before and after its training,
@@ -71,11 +71,11 @@ class Tint(Construction):
     """The transformer that trains an auxiliary one.
 
     Attributes:
-        auxiliary: a decoder (`constructions.interchange.decoder`), of which the weights of now are
-            taken; or settings of one that is fitted to a grammar, a `TrainedAuxiliary` or its JSON
-            form; or the path of a folder in Hugging Face format.
-        mode: "paper", "finite-difference", "exact", or a `Backward` (or its fields) that says for
-            each part how it goes back.
+        auxiliary: a decoder (`constructions.interchange.decoder`), whose weights are copied; or
+            settings of one that is fitted to a grammar, a `TrainedAuxiliary` or its JSON form; or
+            the path of a folder in Hugging Face format.
+        mode: "paper", "finite-difference", "exact", or a `Backward` (or its fields) that says
+            how each part of the decoder is differentiated.
         steps: of gradient descent, at least 1.
         learning_rate: eta, on the summed loss.
         stack: rows of a square matrix in one prefix token, a divisor of the auxiliary's width.
@@ -88,7 +88,7 @@ class Tint(Construction):
             to, with its words exchanged, or random words where it comes from elsewhere.
 
     Raises:
-        ValueError: one of these is something else; the message says what is allowed.
+        ValueError: one of these is something else; the message names what is allowed.
     """
 
     auxiliary: Any
@@ -124,7 +124,7 @@ class Tint(Construction):
             shards=self.shards,
             learning_rate=self.learning_rate,
         )
-        _ = self.back, self.task
+        _ = self.backward, self.task
 
     def __repr__(self) -> str:
         s = self.shape
@@ -140,8 +140,8 @@ class Tint(Construction):
         return check_auxiliary(self.auxiliary)
 
     @cached_property
-    def back(self) -> Backward:
-        """How each part goes back."""
+    def backward(self) -> Backward:
+        """How each part of the decoder is differentiated."""
         if isinstance(self.mode, Backward):
             return self.mode
         return MODES[self.mode] if isinstance(self.mode, str) else Backward(**self.mode)
@@ -150,7 +150,7 @@ class Tint(Construction):
     def _tableau(self) -> tuple[Tableau, Program]:
         layout = Layout(self.shape, self.stack)
         tableau = Tableau(
-            layout, self.back, self.steps, self.learning_rate, self.shards, self.embeddings
+            layout, self.backward, self.steps, self.learning_rate, self.shards, self.embeddings
         )
         return tableau, tableau.program()
 
@@ -189,9 +189,9 @@ class Tint(Construction):
     @property
     def trained(self) -> tuple[str, ...]:
         """Names of the weights that are trained."""
-        kept = ("query", "key") if self.back.attention == "value-only" else ()
+        kept = ("query", "key") if self.backward.attention == "value-only" else ()
         names = [name for name in MATRICES if name not in kept]
-        names += ["gain"] if self.back.gains else []
+        names += ["gain"] if self.backward.gains else []
         return (*names, "offset", *(("embedding", "position") if self.embeddings else ()))
 
     @property
@@ -218,7 +218,9 @@ class Tint(Construction):
         chosen[np.asarray(kept, int)] = True
         return tokens, jnp.asarray(train_mask, bool) & chosen
 
-    def answers(self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any) -> Any:
+    def outside_context(
+        self, prediction: Any, kept: Sequence[int] | np.ndarray, *inputs: Any
+    ) -> Any:
         """The predictions at positions that are not trained on; 0 elsewhere."""
         del kept
         return jnp.where(jnp.asarray(inputs[1], bool)[..., None], 0, prediction)
@@ -243,7 +245,7 @@ class Tint(Construction):
             steps=self.steps,
             rate=self.learning_rate,
             trained=self.trained,
-            value_only=self.back.attention == "value-only",
+            value_only=self.backward.attention == "value-only",
         )
         decode = partial(algorithm.decode, shape=self.shape)
         found = {
@@ -287,6 +289,7 @@ class Tint(Construction):
     def _read(
         self, model: Model, weights: Weights, tokens: Array, train_mask: Array
     ) -> dict[str, Array]:
+        """The values of `trace` by either model, for an auxiliary model with these weights."""
         if isinstance(model, SlotBySlot):
             weights = jax.tree.map(lambda a: a.astype(model.dtype), weights)
             return simulate(self, weights, tokens, train_mask)
@@ -294,10 +297,10 @@ class Tint(Construction):
         out, slots = model(stream.values, stream.groups), self.program.slots
         where = self.places(0, tokens, train_mask)
         found = {name: place.gather(out[None], slots) for name, place in where.items()}
-        return self._say(found, weights)
+        return self._outputs(found, weights)
 
-    def _say(self, found: dict[str, Array], weights: Weights) -> dict[str, Array]:
-        """The named values, with logits in the place of the last hidden states."""
+    def _outputs(self, found: dict[str, Array], weights: Weights) -> dict[str, Array]:
+        """The values of `trace`, from changes of weights and the last hidden states."""
         before = after = weights["embedding"]
         if self.embeddings:
             after = before + self.learning_rate * found["embedding"]
@@ -318,12 +321,7 @@ class Tint(Construction):
         dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
         return Compiled(SlotBySlot(self.program, dtype), self)
 
-    def run(
-        self,
-        model: Model | None,
-        tokens: Any,
-        train_mask: Any,
-    ) -> Outcome:
+    def run(self, model: Model | None, tokens: Any, train_mask: Any) -> Outcome:
         """Train the auxiliary model on each sequence, in one pass.
 
         Args:
@@ -367,7 +365,7 @@ class Tint(Construction):
         return state
 
     def counterpart(self) -> Counterpart:
-        """The construction itself, trained further on the loss of the words that it does not see.
+        """The construction itself, trained further on the loss of the words outside `train_mask`.
 
         Only the simulator's own weights are trained; the auxiliary model comes in as before.
 
@@ -378,11 +376,7 @@ class Tint(Construction):
         return counterpart(self)
 
     def near_misses(self) -> dict[str, NearMiss]:
-        """Simulators with another step, or another gradient.
-
-        Raises:
-            ValueError: as `counterpart`.
-        """
+        """Simulators with another step, or another gradient; ValueError as for `counterpart`."""
         self._be_dense()
         return near_misses(self)
 
@@ -396,21 +390,21 @@ class Tint(Construction):
 
     @property
     def examples(self) -> int:
-        """Few: dense weights, nearly all zero, take their time."""
+        """Few: dense weights, nearly all zero, are slow."""
         return 64
 
     @property
     def claims(self) -> tuple[Claim, ...]:
         """Whether it stays a simulator where it is trained further; for exact ones."""
-        return CLAIMS if self.back == MODES["exact"] and self.steps == 1 else ()
+        return CLAIMS if self.backward == MODES["exact"] and self.steps == 1 else ()
 
     def tolerance(self, dtype: str) -> float:
         """Largest error against autograd, entry by entry over the root mean square.
 
         Differences have an error of their own, and lose digits to rounding: no certificate.
         """
-        if self.back == replace(MODES["exact"], attention=self.back.attention) and (
-            self.back.attention != "finite-difference"
+        if self.backward == replace(MODES["exact"], attention=self.backward.attention) and (
+            self.backward.attention != "finite-difference"
         ):
             return {"float64": 1e-10, "float32": 1e-3}[dtype]
         return {"float64": 5e-2, "float32": 1e-1}[dtype]
@@ -418,7 +412,7 @@ class Tint(Construction):
     def conditions(self, dtype: str) -> str:
         """Which derivatives are approximated."""
         del dtype
-        ways = {part: getattr(self.back, part) for part in ("attention", "norm", "activation")}
+        ways = {part: getattr(self.backward, part) for part in ("attention", "norm", "activation")}
         named = [f"{p} by {way}" for p, way in ways.items() if way not in ("exact", "value-only")]
         return f"derivatives are approximations ({', '.join(named)}), certified are exact ones"
 
@@ -441,10 +435,11 @@ def simulate(c: Tint, weights: Weights, tokens: Array, train_mask: Array) -> dic
 
     Args:
         c: a construction.
-        weights: of an auxiliary model of its shape, as `constructions.interchange.decoder` names
-        them. tokens, train_mask: `[batch, time]`.
+        weights: of an auxiliary model of its shape, by their names in
+            `constructions.interchange.decoder`.
+        tokens, train_mask: `[batch, time]`.
     """
     at, time = c.layout, tokens.shape[1]
     out = evaluate(c.program, contents(at, weights, tokens, train_mask), at.kinds(time))
     found = collect(at, out, time, c._finals, 1 / c.learning_rate)
-    return c._say(found, weights)
+    return c._outputs(found, weights)

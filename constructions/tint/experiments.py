@@ -1,6 +1,8 @@
-r"""Attention that chooses has little gradient: what value-only attention drops, and a bound on it.
+r"""Three experiments with TinT: hardness of attention, labels in context, sizes of simulators.
 
-With weights a_ij of head h, c_ij = <dy_i, v_j> and keys j <= i, the gradient of a query is
+Hardness. Value-only attention drops the gradient of queries and keys, which is small where
+attention is hard: where nearly all weight is on one key. With weights a_ij of head h, c_ij = <dy_i,
+v_j> and keys j <= i, the gradient of a query is
 
     dq_i  =  sum_j a_ij (c_ij - sum_l a_il c_il) k_j / sqrt d.
 
@@ -12,17 +14,14 @@ of c_i with weights a is within eps_i R_i of c_im, and the other weights sum to 
 Panigrahi et al. 2023 (arXiv 2307.01189) stop the gradient here, and argue with heads that are hard.
 The bound is ours. Everything is read from the tape of an exact simulator.
 
-Tuning on the labels of demonstrations, in the forward pass: classification in context.
-
-Panigrahi et al. 2023 (arXiv 2307.01189, section 4) let TinT train on the labels of demonstrations
+Labels. Panigrahi et al. 2023 (section 4) let TinT train on the labels of demonstrations
 alone and then answer with them in sight. The auxiliary model has seen text of the kind, in which
 one assignment of labels is the usual one, and is asked where none is.
 
-How large a simulator is: ours, counted from its program, beside the paper's.
-
-Nothing is allocated: a program of GPT-2's size is a few thousand heads whose maps are slices of the
-identity, and the entries of dense weights follow from its shapes. Of the paper's allocation (slots
-used again and again, weights carried past modules) the parameters are counted by its formula
+Sizes of simulators, ours counted from its program beside the paper's. Nothing is allocated: a
+program of GPT-2's size is a few thousand heads whose maps are slices of the identity, and the
+entries of dense weights follow from its shapes. Of the paper's allocation (slots used again and
+again, weights carried past modules) the parameters are counted by its formula
 
     Q = 4 Q' + 3 T_sim D_sim / H_sim,    Q' = D_sim^2 / H_sim + H_sim D_sim,
     (21 Q + Q' + 6 D_sim H_sim) L
@@ -45,14 +44,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from constructions.core.evaluate import evaluate
-from constructions.core.inventory import counts, materials
+from constructions.core.inventory import components, counts
 from constructions.core.transformer import Transformer, randomise
 from constructions.interchange.decoder import EPS, DecoderShape, Weights, decoder, logits
 from constructions.tint import algorithm
 from constructions.tint.algorithm import MODES
 from constructions.tint.construction import Tint, simulate
 from constructions.tint.layout import TEXT, Layout, contents
-from constructions.tint.measurements import descended
+from constructions.tint.measurements import descent_logits
 from constructions.tint.tableau import Tableau
 from synthetic.fitting.train import Recipe, fit
 from synthetic.tasks.adaptation import WordLabels
@@ -62,11 +61,11 @@ _READ = ("query", "key", "value", "d mixed", "d query")
 
 
 class Hardness(NamedTuple):
-    """Of every query of every head, `[sequence, layer, head, position]` each.
+    """How hard attention is, for every query of every head, `[sequence, layer, head, position]`.
 
     Attributes:
         softness: eps, 1 less the largest weight of attention.
-        dropped: |dq|, what value-only attention does not send back.
+        dropped: |dq|, which value-only attention leaves out of the backward pass.
         bound: on `dropped`.
     """
 
@@ -84,19 +83,21 @@ def hardness(c: Tint, tokens: Array, train: Array, weights: Weights | None = Non
         weights: of the auxiliary model, in the place of those of `c` and of their shapes.
 
     Raises:
-        ValueError: a part of the simulator goes back in another way.
+        ValueError: a part of the simulator's backward pass is approximate.
     """
     for part in ("attention", "norm", "activation"):
-        if getattr(c.back, part) != "exact":
-            raise ValueError(f"{part} is {getattr(c.back, part)!r}, must be 'exact'")
+        if getattr(c.backward, part) != "exact":
+            raise ValueError(f"{part} is {getattr(c.backward, part)!r}, must be 'exact'")
     c.check(tokens, train)
     q, k, v, dy, dq = _tape(c, c.weights if weights is None else weights, tokens, train)
     scale, time = q.shape[-1] ** -0.5, q.shape[-2]
-    seen = jnp.tril(jnp.ones((time, time), bool))
+    visible = jnp.tril(jnp.ones((time, time), bool))
     times = partial(jnp.einsum, "...id,...jd->...ij", precision="highest")
-    a = jax.nn.softmax(jnp.where(seen, scale * times(q, k), -jnp.inf))
+    a = jax.nn.softmax(jnp.where(visible, scale * times(q, k), -jnp.inf))
     each = times(dy, v)
-    spread = each.max(-1, where=seen, initial=-jnp.inf) - each.min(-1, where=seen, initial=jnp.inf)
+    spread = each.max(-1, where=visible, initial=-jnp.inf) - each.min(
+        -1, where=visible, initial=jnp.inf
+    )
     longest = jax.lax.cummax(jnp.linalg.norm(k, axis=-1), 3)
     # 1 - max a loses its digits where attention is hard, the sum of the others does not
     top = jnp.arange(time) == a.argmax(-1)[..., None]
@@ -108,8 +109,8 @@ def hardness(c: Tint, tokens: Array, train: Array, weights: Weights | None = Non
 def _tape(
     c: Tint, weights: Weights, tokens: Array, train: Array
 ) -> tuple[Float[Array, "sequence layer head position row"], ...]:
-    """What the first pass and its way back keep of attention, in the order of `_READ`."""
-    time, text = tokens.shape[1], c.layout.tokens(TEXT, tokens.shape[1])
+    """Attention in the first forward and backward pass, in the order of `_READ`."""
+    time, text = tokens.shape[1], c.layout.positions(TEXT, tokens.shape[1])
     out = evaluate(c.program, contents(c.layout, weights, tokens, train), c.layout.kinds(time))
 
     def read(name: str) -> Array:
@@ -134,9 +135,9 @@ def fitted(
 ) -> Transformer:
     """A decoder fitted to the next token of labelled words."""
     shape = DecoderShape(task.vocabulary, task.length, layers, heads, width, 4 * width, "gelu", EPS)
-    blank = decoder(**asdict(shape))
+    untrained = decoder(**asdict(shape))
     return fit(
-        lambda key: randomise(blank, key, width**-0.5 / 2),
+        lambda key: randomise(untrained, key, width**-0.5 / 2),
         task,
         recipe,
         predict=lambda model, tokens: jax.nn.softmax(logits(model, tokens)),
@@ -144,7 +145,7 @@ def fitted(
     ).model
 
 
-def answers(
+def label_accuracy(
     c: Tint,
     task: WordLabels,
     batch: Batch,
@@ -158,7 +159,7 @@ def answers(
         task: what the batch is of; its `usual` share is what the posterior assumes.
         batch: sequences.
         weights: of the auxiliary model, in the place of those of `c` and of their shapes.
-        everywhere: train on every next token that is seen, not on labels alone.
+        everywhere: train on every next token of the sequence, not on labels alone.
 
     Returns:
         "query alone": without demonstrations; "in context"; "descent", "simulated": in context,
@@ -169,19 +170,19 @@ def answers(
     (tokens,), wanted = batch.inputs, batch.target[:, -1] - task.labels.start
     train = jnp.ones(tokens.shape, bool) if everywhere else task.before_labels(tokens)
     found = simulate(c, weights, tokens, train)
-    tuned = descended(weights, tokens, train, c.learning_rate, c.shape, c.steps, c.trained)
+    tuned = descent_logits(weights, tokens, train, c.learning_rate, c.shape, c.steps, c.trained)
     alone = _decode(weights, tokens[:, -1:], c.shape)
 
     def right(scores: Array) -> np.ndarray:
         return np.asarray(scores.argmax(-1) == wanted, np.float64)
 
-    says = {
+    outputs = {
         "query alone": alone,
         "in context": found["logits_before"],
         "descent": tuned,
         "simulated": found["logits_after"],
     }
-    right_of = {name: right(scores[:, -1, task.labels]) for name, scores in says.items()}
+    right_of = {name: right(scores[:, -1, task.labels]) for name, scores in outputs.items()}
     return right_of | {"posterior": right(task.posterior(tokens))}
 
 
@@ -210,7 +211,7 @@ class Sizes:
         auxiliary: parameters of the model that is simulated.
         program: nonzero entries of the simulator's own maps.
         prefix: numbers in prefix tokens and tables: the auxiliary's parameters, once.
-        tokens: prefix tokens; the text comes behind them.
+        prefix_tokens: their number; the text comes behind them.
         layers, heads, width: of the simulator.
         plain: share of its heads that a plain transformer has.
         dense: entries of its dense weights.
@@ -221,7 +222,7 @@ class Sizes:
     auxiliary: int
     program: int
     prefix: int
-    tokens: int
+    prefix_tokens: int
     layers: int
     heads: int
     width: int
@@ -232,7 +233,7 @@ class Sizes:
 
     @property
     def stored(self) -> int:
-        """All that our structured form stores."""
+        """Numbers that our structured form stores: the program's and the prefix tokens'."""
         return self.program + self.prefix
 
     @property
@@ -266,11 +267,11 @@ def sizes(
         auxiliary=shape.parameters,
         program=found.stored,
         prefix=shape.parameters,
-        tokens=sum(layout.count(group, 0) for group in layout.groups),
+        prefix_tokens=sum(layout.count(group, 0) for group in layout.groups),
         layers=found.layers,
         heads=found.heads,
         width=found.width,
-        plain=materials(program).plain,
+        plain=components(program).plain,
         dense=found.dense,
         formula=formula,
         paper=formula + extra,
@@ -297,6 +298,6 @@ def table(mode: str = "exact", names: Sequence[str] = tuple(PUBLISHED)) -> str:
         s = sizes(shape, mode, sim_heads=sim_heads)
         cells = [s.auxiliary, s.program, s.stored, s.formula, s.paper, s.dense]
         shown = [f"{n:.3g}" if n < 1e6 else f"{n / 1e6:,.4g} M" for n in cells]
-        row = [name, *shown, f"{s.heads}", f"{s.plain:.2f}", f"{s.tokens}", f"{s.width}"]
+        row = [name, *shown, f"{s.heads}", f"{s.plain:.2f}", f"{s.prefix_tokens}", f"{s.width}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ The tokens are, in this order,
 Beside every weight there is a slot for its change, which is zero at first: the layers of a forward
 pass read the sum of the two, so that a small step is not lost in the rounding of a large weight.
 
-What TinT's tokens hold at first, and where the results stand at the end.
+`contents` are the values that the tokens start with, `places` where the results are at the end.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Layout:
         counts = [self.count(group, time) for group in self.groups]
         return np.repeat(np.arange(len(counts)), counts)
 
-    def tokens(self, group: str, time: int) -> range:
+    def positions(self, group: str, time: int) -> range:
         """The tokens of a kind."""
         counts = [self.count(g, time) for g in self.groups]
         n = self.groups.index(group)
@@ -132,7 +132,7 @@ class Layout:
             for name in MATRICES
         }
         number = self.slots.add(
-            "number", self.per_matrix, tokens=(*owners.values(),), meaning="e_k at token k"
+            "number", self.per_matrix, token_groups=(*owners.values(),), meaning="e_k at token k"
         )
         rows: dict[tuple[str, int], Slot] = {}
 
@@ -152,7 +152,7 @@ class Layout:
                     rows[key] = self.slots.add(
                         f"{kind} {n} of {width}",
                         width + 1,
-                        tokens=tokens,
+                        token_groups=tokens,
                         accumulates=kind == "change",
                         meaning=f"row {n} K + k of [W b] at token k"
                         + (", how much it was changed" if kind == "change" else ""),
@@ -170,20 +170,20 @@ class Layout:
         """gain, offset and their changes, at the tokens of the LayerNorms."""
         return {
             name: self.slots.add(
-                name, self.shape.width, tokens=self.norms, accumulates="change" in name
+                name, self.shape.width, token_groups=self.norms, accumulates="change" in name
             )
             for name in ("gain", "offset", "gain change", "offset change")
         }
 
     @cached_property
     def embedding(self) -> Slot:
-        """Of a word, at its token and wherever it stands in the text."""
-        return self.slots.add("embedding", self.shape.width, tokens=(WORDS, TEXT))
+        """The slot of a word's embedding, at the word's own token and in the text."""
+        return self.slots.add("embedding", self.shape.width, token_groups=(WORDS, TEXT))
 
     @cached_property
     def position(self) -> Slot:
-        """Of a place in the text."""
-        return self.slots.add("position", self.shape.width, tokens=TEXT)
+        """The slot of the position embedding."""
+        return self.slots.add("position", self.shape.width, token_groups=TEXT)
 
     @cached_property
     def trainable(self) -> Mapping[str, Slot]:
@@ -191,20 +191,22 @@ class Layout:
         d, both = self.shape.width, (WORDS, TEXT)
         return {
             "embedding change": self.slots.add(
-                "embedding change", d, tokens=WORDS, accumulates=True
+                "embedding change", d, token_groups=WORDS, accumulates=True
             ),
-            "position change": self.slots.add("position change", d, tokens=TEXT, accumulates=True),
-            "word": self.slots.add("word", self.shape.words, tokens=both, meaning="one-hot"),
+            "position change": self.slots.add(
+                "position change", d, token_groups=TEXT, accumulates=True
+            ),
+            "word": self.slots.add("word", self.shape.words, token_groups=both, meaning="one-hot"),
         }
 
     @cached_property
     def train(self) -> Slot:
-        """Whether the auxiliary model is trained on what it says here of the next word: 1 or 0."""
-        return self.slots.add("train", 1, tokens=TEXT)
+        """1 where the auxiliary model is trained on the next word, else 0."""
+        return self.slots.add("train", 1, token_groups=TEXT)
 
     def tape(self, name: str, size: int) -> Slot:
         """A new slot for an activation at the tokens of the text, kept to the end."""
-        return self.slots.add(name, size, tokens=TEXT, born=1, accumulates=True)
+        return self.slots.add(name, size, token_groups=TEXT, born=1, accumulates=True)
 
 
 class Tape:
@@ -227,7 +229,7 @@ Finals = tuple[Slot, Slot]
 
 
 def contents(at: Layout, weights: Weights, tokens: Array, train_mask: Array) -> dict[str, Array]:
-    """What the tokens hold at first, `{slot: [batch or 1, token, size]}`.
+    """The values that the tokens start with, `{slot: [batch or 1, token, size]}`.
 
     The batch axis is 1 where all sequences hold the same; entries are 0 at tokens that do not own
     the slot. The mask of the last position counts as 0.
@@ -267,11 +269,11 @@ def token_groups(at: Layout, held: Mapping[str, Array], words: Array) -> list[To
     """What `contents` found, one group of tokens after another; the text is read."""
     time, found = words.shape[1], []
     for group in at.groups:
-        there = at.tokens(group, time)
+        there = at.positions(group, time)
         own = {
             name: value[:, there.start : there.stop]
             for name, value in held.items()
-            if group in (at.slots[name].tokens or at.groups)
+            if group in (at.slots[name].token_groups or at.groups)
         }
         found.append(Tokens(group, own, read=group == TEXT))
     return found
@@ -282,17 +284,17 @@ def places(at: Layout, time: int, finals: Finals, scale: float, depth: int) -> d
     found, layer = {}, np.asarray(depth)
     for name in MATRICES:
         matrices = [at.matrices[name, layer] for layer in range(at.shape.layers)]
-        first = np.array([at.tokens(m.group, time).start for m in matrices])
+        first = np.array([at.positions(m.group, time).start for m in matrices])
         rows, per = np.arange(matrices[0].size), matrices[0].number.size
         slots = np.array([slot.name for slot in matrices[0].changes], object)[rows // per]
         found[name] = Place(slots, first[:, None] + rows % per, layer, scale)
-    norms = np.array([at.tokens(group, time).start for group in at.norms])
+    norms = np.array([at.positions(group, time).start for group in at.norms])
     for name in ("gain", "offset"):
         found[name] = Place(at.norm[f"{name} change"].name, norms, layer, scale)
     for name, slot, tokens in _loose(at, time):
         found[name] = Place.of(slot.name, tokens, depth, scale)
     for name, slot in zip(("before", "after"), finals, strict=True):
-        found[f"final_{name}"] = Place.of(slot.name, at.tokens(TEXT, time), depth)
+        found[f"final_{name}"] = Place.of(slot.name, at.positions(TEXT, time), depth)
     return found
 
 
@@ -307,15 +309,15 @@ def collect(
     found = {}
     for name in MATRICES:
         matrices = [at.matrices[name, layer] for layer in range(at.shape.layers)]
-        rows = [[cut(slot, at.tokens(m.group, time)) for slot in m.changes] for m in matrices]
+        rows = [[cut(slot, at.positions(m.group, time)) for slot in m.changes] for m in matrices]
         found[name] = scale * jnp.stack([jnp.concatenate(parts, 1) for parts in rows], 1)
-    norms = range(at.tokens(at.norms[0], time).start, at.tokens(at.norms[-1], time).stop)
+    norms = range(at.positions(at.norms[0], time).start, at.positions(at.norms[-1], time).stop)
     for name in ("gain", "offset"):
         found[name] = scale * cut(at.norm[f"{name} change"], norms)
     for name, slot, tokens in _loose(at, time):
         found[name] = scale * cut(slot, tokens)
     for name, slot in zip(("before", "after"), finals, strict=True):
-        found[f"final_{name}"] = cut(slot, at.tokens(TEXT, time))
+        found[f"final_{name}"] = cut(slot, at.positions(TEXT, time))
     return found
 
 
@@ -323,5 +325,5 @@ def _loose(at: Layout, time: int) -> list[tuple[str, Slot, range]]:
     """(name, its change, tokens) of words and positions where they are trained."""
     if all(slot.name != "word" for slot in at.slots):
         return []
-    tokens = {"embedding": at.tokens(WORDS, time), "position": at.tokens(TEXT, time)}
+    tokens = {"embedding": at.positions(WORDS, time), "position": at.positions(TEXT, time)}
     return [(name, at.trainable[f"{name} change"], own) for name, own in tokens.items()]

@@ -1,8 +1,9 @@
-"""How far a simulated step is from gradient descent, and what a step is worth on text.
+"""How far a simulated step is from gradient descent, and how much it lowers the loss on text.
 
-Every number is of a sequence by itself. Fidelity is that of what the simulator writes, over the
-learning rate, which for one step is minus the gradient of the summed loss; a loss after the step is
-no measure of it, as a wrong direction may lower the loss more.
+Every number is of one sequence. `update_error` compares the change of the weights that the
+simulator writes, divided by the learning rate, with minus the gradient of the summed loss, which it
+equals for one exact step. The loss after the step does not measure this: a wrong direction may
+lower it more.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def adaptation(c: Tint, batch: Batch, weights: Weights | None = None) -> Adaptat
     weights = c.weights if weights is None else weights
     tokens, train = batch.inputs
     found = simulate(c, weights, tokens, train)
-    after = descended(weights, tokens, train, c.learning_rate, c.shape, c.steps, c.trained)
+    after = descent_logits(weights, tokens, train, c.learning_rate, c.shape, c.steps, c.trained)
 
     def loss(scores: Array) -> np.ndarray:
         return np.asarray(c.task.loss(jax.nn.softmax(scores), batch))
@@ -101,7 +102,7 @@ def adaptation(c: Tint, batch: Batch, weights: Weights | None = None) -> Adaptat
 
 
 @partial(jax.jit, static_argnames=("shape", "steps", "trained", "value_only"))
-def descended(
+def descent_logits(
     weights: Weights,
     tokens: Array,
     train: Array,
@@ -129,23 +130,28 @@ def descended(
 # How near a step is to gradient descent
 
 
-class Fidelity(NamedTuple):
-    """Of written changes w and the wanted ones g: <w, g> / |w| |g|, and |w - g| / |g|."""
+class UpdateError(NamedTuple):
+    """Of a simulated update w against the gradient's g, `[sequence]` each.
+
+    Attributes:
+        cosine: <w, g> / |w| |g|; 0 where w is 0.
+        relative: |w - g| / |g|.
+    """
 
     cosine: np.ndarray
     relative: np.ndarray
 
 
-def written(
+def simulated_update(
     c: Tint, tokens: Array, train: Array, weights: Weights | None = None
 ) -> dict[str, Array]:
-    """What the simulator adds to all weights of blocks and norms, over the learning rate."""
+    """The simulator's change of all weights of blocks and norms, divided by the learning rate."""
     found = simulate(c, c.weights if weights is None else weights, tokens, train)
     return {name: found[name] for name in CHANGED}
 
 
 @partial(jax.jit, static_argnames=("shape", "value_only"))
-def downhill(
+def gradient_update(
     weights: Weights,
     tokens: Array,
     train: Array,
@@ -154,7 +160,7 @@ def downhill(
 ) -> dict[str, Array]:
     """Minus the gradient of the summed loss of every sequence, by autograd.
 
-    "Value-only" attention counts its weights as constants: there queries and keys get nothing.
+    With `value_only` attention weights are constants, so that queries and keys have gradient 0.
     """
 
     def one(tokens: Array, train: Array) -> dict[str, Array]:
@@ -164,23 +170,23 @@ def downhill(
     return jax.vmap(one)(tokens, train)
 
 
-def fidelity(found: Changes, wanted: Changes, names: tuple[str, ...] = CHANGED) -> Fidelity:
+def update_error(found: Changes, wanted: Changes, names: tuple[str, ...] = CHANGED) -> UpdateError:
     """Cosine and relative error over all weights of these names together, `[sequence]` each."""
     return _compare(*(_flat([changes[name] for name in names]) for changes in (found, wanted)))
 
 
-def by_matrix(found: Changes, wanted: Changes) -> dict[str, Fidelity]:
+def by_matrix(found: Changes, wanted: Changes) -> dict[str, UpdateError]:
     """The same of each matrix [W b], `[layer, sequence]`; of gains and offsets `[norm, sequence]`.
 
     The norms of a layer stand before attention and before its MLP; the last one is the final norm.
     """
 
-    def each(name: str) -> Fidelity:
+    def each(name: str) -> UpdateError:
         rows = [
             _compare(_flat([found[name][:, n]]), _flat([wanted[name][:, n]]))
             for n in range(found[name].shape[1])
         ]
-        return Fidelity(np.stack([r.cosine for r in rows]), np.stack([r.relative for r in rows]))
+        return UpdateError(np.stack([r.cosine for r in rows]), np.stack([r.relative for r in rows]))
 
     return {name: each(name) for name in CHANGED}
 
@@ -191,26 +197,26 @@ def ablation(
     train: Array,
     weights: Mapping[str, Weights] | None = None,
     approximations: Mapping[str, Backward] = ABLATION,
-) -> dict[str, dict[str, Fidelity]]:
+) -> dict[str, dict[str, UpdateError]]:
     """What each approximation costs, against the true gradient of all weights of blocks and norms.
 
     Args:
         auxiliary: gives the shapes.
         tokens, train: sequences, and where they are trained on.
         weights: several auxiliary models of these shapes, by name; None for the one given.
-        approximations: ways back, by name.
+        approximations: backward passes, by name.
 
     Returns:
         for every approximation, of every model of `weights` ("auxiliary", if None).
     """
     exact = Tint(auxiliary, learning_rate=1.0)
     weights = {"auxiliary": exact.weights} if weights is None else weights
-    wanted = {name: downhill(w, tokens, train, exact.shape) for name, w in weights.items()}
+    wanted = {name: gradient_update(w, tokens, train, exact.shape) for name, w in weights.items()}
     found = {}
     for way, back in approximations.items():
         c = Tint(auxiliary, back, learning_rate=1.0)
         found[way] = {
-            name: fidelity(written(c, tokens, train, w), wanted[name])
+            name: update_error(simulated_update(c, tokens, train, w), wanted[name])
             for name, w in weights.items()
         }
     return found
@@ -222,9 +228,9 @@ def _flat(arrays: list[Array | np.ndarray]) -> np.ndarray:
     return np.concatenate([a.reshape(len(a), -1) for a in parts], 1)
 
 
-def _compare(found: np.ndarray, wanted: np.ndarray) -> Fidelity:
-    """Nothing written has cosine 0."""
+def _compare(found: np.ndarray, wanted: np.ndarray) -> UpdateError:
+    """Of rows `[sequence, number]`; an update of 0 has cosine 0."""
     size, length = np.linalg.norm(found, axis=1), np.linalg.norm(wanted, axis=1)
     tiny = np.finfo(np.float64).tiny
     cosine = (found * wanted).sum(1) / np.maximum(size * length, tiny)
-    return Fidelity(cosine, np.linalg.norm(found - wanted, axis=1) / np.maximum(length, tiny))
+    return UpdateError(cosine, np.linalg.norm(found - wanted, axis=1) / np.maximum(length, tiny))

@@ -3,7 +3,7 @@
 Nobody has published what becomes of such a construction when it is trained; these thresholds say
 what "still a simulator of gradient descent" would mean.
 
-What TinT is beside: itself, trained further, and simulators that are nearly right.
+Also its counterpart, TinT itself trained further, and near-misses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SOURCE = "construction of Panigrahi et al. 2023, arXiv 2307.01189; trained furt
 
 
 class Alignment(NamedTuple):
-    """How like gradient descent a change of weights is: medians over sequences.
+    """Agreement of an update with gradient descent's, as medians over sequences.
 
     Attributes:
         cosine: of the change with that of gradient descent, all weights as one vector.
@@ -67,12 +67,12 @@ def _aligned(e: Evidence) -> Alignment:
 
 
 def cosine(e: Evidence) -> float:
-    """Median over sequences of the cosine between the written change and gradient descent's."""
+    """Median over sequences of the cosine between the simulated update and gradient descent's."""
     return float(_aligned(e).cosine)
 
 
 def relative(e: Evidence) -> float:
-    """Median over sequences of |written change - gradient descent's| / |the latter|."""
+    """Median over sequences of |simulated update - gradient descent's| / |the latter|."""
     return float(_aligned(e).relative)
 
 
@@ -156,7 +156,7 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
         return NearMiss(replace(c, **changes).compile().model, c)
 
     def without(*names: str) -> NearMiss:
-        """No head whose name begins like this says anything."""
+        """Heads whose names begin like this write nothing."""
         layers = [
             replace(
                 layer,

@@ -1,15 +1,14 @@
 """The layers of TinT: a decoder's forward pass, its backward pass and its update, as heads.
 
-`prefix` has the three heads of a matrix, `attention` those of softmax attention and its gradient,
-`norms` the LayerNorms, `words` embeddings and the readout. Panigrahi, Malladi, Xia, Arora 2023
+`Prefix` has the heads of a matrix, `Words` embeddings and the readout, `constructions.tint.parts`
+attention and LayerNorms; `Tableau` puts them together. Panigrahi, Malladi, Xia, Arora 2023
 (arXiv 2307.01189) stop at the gradient of attention's values and take finite differences of
-LayerNorm and activation; `backward` says which way each part goes. The paper overwrites its slots,
+LayerNorm and activation; `Backward` chooses for each part. The paper overwrites its slots,
 behind gates, and carries weights past modules by skips; here every value has a slot of its own,
 nothing is erased and one pass from layer to layer is all.
 
-What is done with a matrix in prefix tokens: three linear heads for each row that a token holds.
-
-With token k holding row k of [W b] and the one-hot number e_k,
+Matrices. Three linear heads for each row that a prefix token holds. With token k holding row k of
+[W b] and the one-hot number e_k,
 
     y   =  sum_k <[w_k b_k], (x, 1)> e_k          the text looks at the matrix    W x + b
     dx  =  sum_k <e_k, dy> w_k                    the text looks at the matrix    W^T dy
@@ -18,9 +17,8 @@ With token k holding row k of [W b] and the one-hot number e_k,
 Panigrahi et al. 2023 (arXiv 2307.01189), sections on linear layers; their stacking is the rows of
 a token, their sharding the parts into which a row is cut.
 
-Words and positions: looked up, scored and, where they are trained, changed.
-
-With p_t(v) the probability of word v behind position t, m_t the mask and h_t the last hidden state,
+Words and positions are looked up, scored and, where they are trained, changed. With p_t(v) the
+probability of word v behind position t, m_t the mask and h_t the last hidden state,
 
     d h_t  =  m_t (sum_v p_t(v) E_v - E_x(t+1)),
     d E_v  =  sum_t m_t (p_t(v) - [v follows t]) h_t  +  sum_(t with word v) d (E_v + P_t).
@@ -40,8 +38,10 @@ from constructions.core.program import SELF, Head, Layer, Mlp, Program
 from constructions.core.slots import Affine, Slot, concatenate
 from constructions.interchange.decoder import DecoderShape
 from constructions.tint.algorithm import Backward
-from constructions.tint.attention import (
+from constructions.tint.layout import TEXT, WORDS, Layout, StoredMatrix, Tape
+from constructions.tint.parts import (
     ONE,
+    LayerNorms,
     attend,
     direction,
     itself,
@@ -50,8 +50,6 @@ from constructions.tint.attention import (
     times,
     value_back,
 )
-from constructions.tint.layout import TEXT, WORDS, Layout, StoredMatrix, Tape
-from constructions.tint.norms import LayerNorms
 
 
 class Prefix(NamedTuple):
@@ -147,12 +145,12 @@ class Words:
         if not self.trained:
             return [itself(embedding + position, stream, "enter")]
         own = self.layout.trainable
-        seen, word = tape("embedding", embedding.size), own["word"]
+        current, word = tape("embedding", embedding.size), own["word"]
         following = tape("next word", word.size)
         return [
             itself(position + own["position change"], stream, "position"),
             Head(
-                word, word, self.now, {stream: 1.0, seen: 1.0}, queries=TEXT, keys=WORDS,
+                word, word, self.now, {stream: 1.0, current: 1.0}, queries=TEXT, keys=WORDS,
                 name="look up",
             ),
             Head(
@@ -164,14 +162,14 @@ class Words:
     def readout_back(self, tape: Tape, final: Slot, guess: Slot) -> list[Head]:
         """guess_t += sum_v p_t(v) E_v - E_x(t+1), and the descent of the readout."""
         layout = self.layout
-        seen = tape("embedding", layout.embedding.size) if self.trained else layout.embedding
+        current = tape("embedding", layout.embedding.size) if self.trained else layout.embedding
         heads = [
             Head(
                 final, self.now, self.now, {guess: 1.0}, "softmax", TEXT, WORDS,
                 name="expected embedding",
             ),
             Head(
-                ONE, ONE, seen, {guess: -1.0}, queries=TEXT, keys=TEXT, window=NEXT,
+                ONE, ONE, current, {guess: -1.0}, queries=TEXT, keys=TEXT, window=NEXT,
                 name="next embedding",
             ),
         ]  # fmt: skip
@@ -212,7 +210,7 @@ class Tableau:
 
     Attributes:
         layout: slots of weights.
-        back: how to go back.
+        backward: how each part of the decoder is differentiated.
         steps: of gradient descent.
         rate: eta, on the summed loss.
         shards: parts into which the columns of a matrix are cut, one head for each.
@@ -220,7 +218,7 @@ class Tableau:
     """
 
     layout: Layout
-    back: Backward
+    backward: Backward
     steps: int
     rate: float
     shards: int = 1
@@ -229,13 +227,13 @@ class Tableau:
 
     @property
     def shape(self) -> DecoderShape:
-        """Of the auxiliary model."""
+        """The shape of the auxiliary model."""
         return self.layout.shape
 
     @cached_property
     def norms(self) -> LayerNorms:
         """Its LayerNorms: numbers 2 n and 2 n + 1 in layer n, then the final one."""
-        return LayerNorms(self.layout, self.back, self.rate, self.embeddings)
+        return LayerNorms(self.layout, self.backward, self.rate, self.embeddings)
 
     @cached_property
     def words(self) -> Words:
@@ -260,7 +258,7 @@ class Tableau:
             self.tapes.append(Tape(fixed, number))
             layers += self.forward(self.tapes[-1])
             if number < self.steps:
-                layers += self.backward(self.tapes[-1])
+                layers += self.backward_layers(self.tapes[-1])
         return Program(fixed.slots, layers, token_groups=fixed.groups, name="tint")
 
     def forward(self, tape: Tape) -> Iterator[Layer]:
@@ -285,14 +283,14 @@ class Tableau:
             yield self.norms.normalise(tape, 2 * layer + 1)
             read = tape("normed", d, 2 * layer + 1)
             hidden, active = (tape(n, self.shape.hidden, layer) for n in ("hidden", "active"))
-            act = Mlp(hidden, {active: 1.0}, activation=self.shape.activation, tokens=TEXT)
+            act = Mlp(hidden, {active: 1.0}, activation=self.shape.activation, token_groups=TEXT)
             heads = matrix["hidden"].apply(read, hidden)
             yield Layer(heads, act, name=f"hidden {layer}")
             heads = matrix["back"].apply(active, stream)
             yield Layer(heads, self.norms.keep(tape, 2 * layer + 2), name=f"back {layer}")
         yield self.norms.normalise(tape, 2 * self.shape.layers)
 
-    def backward(self, tape: Tape) -> Iterator[Layer]:
+    def backward_layers(self, tape: Tape) -> Iterator[Layer]:
         """The gradient of the summed loss, and the changes of all weights."""
         d = self.shape.width
         final, last = tape("normed", d, 2 * self.shape.layers), 2 * self.shape.layers
@@ -309,19 +307,19 @@ class Tableau:
             yield Layer(self.words.enter_back(tape("d stream", d)), name="embeddings back")
 
     def mlp_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
-        """Back through norm, hidden layer and activation."""
+        """Backward pass through norm, hidden layer and activation."""
         d, size, norm = self.shape.width, self.shape.hidden, 2 * layer + 1
         matrix, down = self.matrix(layer), tape("d stream", d)
         hidden, active = (tape(n, size, layer) for n in ("hidden", "active"))
         d_hidden, d_active = (tape(f"d {n}", size, layer) for n in ("hidden", "active"))
         heads = matrix["back"].transpose(down, d_active)
         heads += matrix["back"].descend(down, active)
-        if self.back.activation == "exact":
+        if self.backward.activation == "exact":
             kind = f"{self.shape.activation}_derivative"
             act = Mlp(hidden, {d_hidden: 1.0}, d_active, kind, TEXT, "activation back")
         else:
-            moved = concatenate(hidden + self.back.step * d_active, hidden)
-            both = Matrix.identity(size, 1 / self.back.step)
+            moved = concatenate(hidden + self.backward.step * d_active, hidden)
+            both = Matrix.identity(size, 1 / self.backward.step)
             write = beside(both, -1.0 * both)
             act = Mlp(moved, {d_hidden: write}, None, self.shape.activation, TEXT, "difference")
         yield Layer(heads, act, name=f"back {layer}, back")
@@ -332,15 +330,15 @@ class Tableau:
         yield from self.norms.norm_back(tape, norm)
 
     def attention_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
-        """Back through norm, projections and attention."""
+        """Backward pass through norm, projections and attention."""
         d, norm = self.shape.width, 2 * layer
         matrix, down = self.matrix(layer), tape("d stream", d)
-        names = ("value",) if self.back.attention == "value-only" else ("query", "key", "value")
+        names = ("value",) if self.backward.attention == "value-only" else ("query", "key", "value")
         errors = {name: tape(f"d {name}", d, layer) for name in names}
         y, dy = tape("mixed", d, layer), tape("d mixed", d, layer)
         heads = matrix["output"].transpose(down, dy) + matrix["output"].descend(down, y)
         products = None
-        if self.back.attention == "exact":
+        if self.backward.attention == "exact":
             mean = tape("<dy, y>", self.shape.heads, layer)
             each = np.kron(np.eye(self.shape.heads), np.ones((1, d // self.shape.heads)))
             products = times(dy, y, {mean: each}, "<dy, y>")
@@ -357,16 +355,16 @@ class Tableau:
         yield from self.norms.norm_back(tape, norm)
 
     def mixing_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
-        """Back from what attention mixes to values, queries and keys."""
+        """Backward pass from attention's output to values, queries and keys."""
         d, shape, name = self.shape.width, self.shape, f"attention {layer}, back"
         q, k, v = (tape(n, d, layer) for n in ("query", "key", "value"))
         dy, dv = (tape(n, d, layer) for n in ("d mixed", "d value"))
         heads = value_back(shape, q, k, dy, dv)
-        if self.back.attention == "value-only":
+        if self.backward.attention == "value-only":
             yield Layer(heads, name=name)
             return
         dq, dk = (tape(n, d, layer) for n in ("d query", "d key"))
-        if self.back.attention == "exact":
+        if self.backward.attention == "exact":
             mean = tape("<dy, y>", shape.heads, layer)
             yield Layer(heads + score_back(shape, (q, k, v, dy, mean), (dq, dk)), name=name)
             return
@@ -380,5 +378,5 @@ class Tableau:
         scale = times(q, sizes, {sized: 1.0}, "sized queries")
         yield Layer([measure], scale, direction(dy, along), name=name)
         given = (q, k, v, along, sized)
-        heads += score_differences(shape, self.back.central, given, (unsized, dk))
+        heads += score_differences(shape, self.backward.central, given, (unsized, dk))
         yield Layer(heads, times(unsized, sizes, {dq: 1.0}, "sized"), name=name)

@@ -4,9 +4,9 @@ r"""Learning from a teacher first: its predictions take the place of the targets
            loss(prediction, target)               from there on
 
 (Blakeney et al. 2022, arXiv 2211.00683, who distil a part of the training only). A target is noise
-around what can be known of it: a teacher that says E[target | inputs], as an exact posterior does,
-leaves the expected gradient as it is and takes the noise away. Any other teacher is a bias, which
-the second part of the fit has to undo.
+around what can be known of it: a teacher that returns E[target | inputs], as an exact posterior
+does, leaves the expected gradient as it is and takes the noise away. Any other teacher is a bias,
+which the second part of the fit has to undo.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from synthetic.tasks.task import Batch, Curriculum, Outcome, Task, outcome
 
 
 class Taught(NamedTuple):
-    """A target with what a teacher says in its place.
+    """A target and the teacher's prediction in its place.
 
     Attributes:
         own: the task's target.
-        said: the teacher's prediction.
+        taught: the teacher's prediction.
         counts: whether the teacher's is what counts, `[batch]`.
     """
 
     own: Any
-    said: Array
+    taught: Array
     counts: Array
 
 
@@ -61,7 +61,7 @@ class Distilled:
 
     @property
     def outcome(self) -> Outcome:
-        """The task's."""
+        """The loss of the task, with the teacher's predictions as targets."""
         return outcome(self.task)
 
     def sample(self, key: Array, batch: int) -> Batch:
@@ -77,47 +77,47 @@ class Distilled:
         counts = jnp.asarray((progress < self.share) | (self.share == 1))
         like = jax.eval_shape(self.teacher, *drawn.inputs)
         # half of a fit without a teacher should not pay for one
-        said = jax.lax.cond(
+        taught = jax.lax.cond(
             counts,
             lambda: jax.lax.stop_gradient(self.teacher(*drawn.inputs)),
             lambda: jnp.zeros(like.shape, like.dtype),
         )
-        return Batch(drawn.inputs, Taught(drawn.target, said, jnp.broadcast_to(counts, batch)))
+        return Batch(drawn.inputs, Taught(drawn.target, taught, jnp.broadcast_to(counts, batch)))
 
     def loss(self, prediction: Array, batch: Batch) -> Array:
         """The task's loss, or that against the teacher; `[batch]`."""
         if not isinstance(batch.target, Taught):
             return self.task.loss(prediction, batch)
-        own, said, counts = batch.target
+        own, taught, counts = batch.target
         plain = Batch(batch.inputs, own)
-        against = teacher_loss(self.task, prediction, said, plain)
+        against = teacher_loss(self.task, prediction, taught, plain)
         return jnp.where(counts, against, self.task.loss(prediction, plain))
 
 
-def teacher_loss(task: Task, prediction: Array, said: Array, batch: Batch) -> Array:
+def teacher_loss(task: Task, prediction: Array, taught: Array, batch: Batch) -> Array:
     """The task's loss with a teacher's prediction for the target, `[batch]`.
 
-    Of values, the loss with `said` as the target, or as its `value` where it has several fields. Of
-    distributions, the mean of the loss over targets from the teacher's: cross-entropy, where the
-    task has targets and with its weights.
+    Of values, the loss with `taught` as the target, or as its `value` where that has several
+    fields. Of distributions, the mean of the loss over targets from the teacher's: cross-entropy,
+    where the task has targets and with its weights.
 
     Args:
         task: its loss is -sum w log p(target) where its predictions are distributions.
         prediction: of the model.
-        said: of the teacher; the same shape, and probabilities for logits too.
+        taught: the prediction of the teacher; the same shape, and probabilities for logits too.
         batch: of the task.
     """
     kind = outcome(task)
     if kind == "values":
         target = batch.target
-        target = target._replace(value=said) if hasattr(target, "_replace") else said
+        target = target._replace(value=taught) if hasattr(target, "_replace") else taught
         return task.loss(prediction, Batch(batch.inputs, target))
     weight = _weights(task, prediction, batch)
     if kind == "logits":
         logs = jax.nn.log_softmax(prediction)
     else:
         logs = jnp.log(jnp.maximum(prediction, jnp.finfo(prediction.dtype).tiny))
-    nats = -weight * jnp.where(said > 0, said * logs, 0).sum(-1)
+    nats = -weight * jnp.where(taught > 0, taught * logs, 0).sum(-1)
     return nats.reshape(len(nats), -1).sum(1)
 
 

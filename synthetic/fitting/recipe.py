@@ -1,9 +1,8 @@
 r"""How a model is optimised, as data: a `Recipe` and the optax objects that it stands for.
 
-Another batch size for Adam, the same path of training.
-
-The square-root rule (Malladi et al. 2022, arXiv 2205.10287): with kappa times as many examples in
-a batch,
+`square_root_scaled` changes the batch size of Adam and keeps the path of training, by the
+square-root rule (Malladi et al. 2022, arXiv 2205.10287): with kappa times as many examples in a
+batch,
 
     learning rate * sqrt(kappa),    1 - b_i times kappa,    eps / sqrt(kappa),    steps / kappa,
 

@@ -8,7 +8,8 @@ is the one that is read, part by part from `.whole` as long as it is there and e
 directory, into which the four parts are then moved. Whoever next writes to the directory ends a
 move that was cut off. Other files in the directory are never touched.
 
-Resumable checkpoints, written by orbax into a temporary directory that is renamed when complete.
+Checkpoints, from which a fit is resumed, are written by orbax into a temporary directory that is
+renamed when complete.
 
 This file takes and gives host arrays; in a fit of several processes only process 0 uses it.
 """

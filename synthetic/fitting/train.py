@@ -4,7 +4,8 @@ A step is a pure function of the training state and the step's number: the data 
 from `fold_in(data_key, t)`. Resuming therefore needs nothing but the state, and repeats the bits of
 an uninterrupted fit.
 
-Full-batch minimisation to the last digit, for losses known in closed form.
+`minimize` finds the minimum of a loss known in closed form by full-batch L-BFGS, to the last digit;
+it is for use as a library.
 """
 
 import dataclasses

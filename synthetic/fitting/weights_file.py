@@ -146,7 +146,7 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dic
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of any safetensors file by name, and what its header says beside them.
+    """The arrays of any safetensors file by name, and the metadata of its header.
 
     Raises:
         RunError: the file is missing, truncated, foreign, or larger than the memory that is free;

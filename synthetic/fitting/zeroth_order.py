@@ -10,7 +10,8 @@ anything that can be computed: an accuracy, the F1 of a parse, a callback to the
 
 The published code walks the weights to theta + eps z, to theta - eps z and back, in place. Here
 both are made of theta itself: theta is restored exactly, in any precision. z is never kept, as its
-key makes it again; so a fit is its key and one number a step, and `replay` walks it again.
+key makes it again; so a fit is its key and one number a step, and `replay`, which is
+for use as a library, walks it again.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def _replay(params: Any, key: Array, slopes: Array, rate: Any) -> Any:
 
 
 def _keys(key: Array, step: Array) -> Array:
-    """Of the direction of a step, and of its data."""
+    """Keys of a step's direction, and of its data."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 

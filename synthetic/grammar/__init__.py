@@ -2,6 +2,7 @@
 
 trees          trees of any depth, without recursion
 productions    grammars as text
+parts          the names and arrays of a grammar, from names, JSON, NLTK, or at random
 normal_form    Chomsky normal form, and its inverse on trees
 grammar        grammars as arrays
 examples       some of our own, by name, and with heads
@@ -9,7 +10,6 @@ sentences      sampling them, with their trees
 dependencies   head sides of rules, and the arcs of derivations
 tables         the inside-outside recursions, width by width, with a scale for every span
 decode         Viterbi and labelled-recall trees
-em             expected counts, re-estimation, entropy
 chart          inside-outside over batches of sentences: what others import
 sparse         the same by a list of rules, for grammars of thousands of symbols
 treebank       bracketed trees, and the grammars that they induce

@@ -8,6 +8,8 @@ corpus. The last figure, unlabelled F1 averaged over sentences, is that of work 
 induction: spans count once, and not at all if they hold one word or the whole sentence.
 
 A sentence is a list of `(word, tag)`; decoded trees stand over exactly these.
+
+For use as a library; `benchmarks/treebank.py` is an example.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
     Z(words) = sum over trees of root[top] * product of rules * product of emissions
 
 and what follows from it: marginals of spans and tags, the posterior of every word given the others,
-also where some words are hidden. `tables`, `decode` and `em` hold the parts.
+also where some words are hidden. `tables` and `decode` hold the parts.
+
+For use as a library, since no command calls them: `em`, `em_step`, `expected_counts`, `entropy`,
+`viterbi`, `labelled_recall` and `binarisation_symbols`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +20,6 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from synthetic.grammar import decode, tables
-from synthetic.grammar import em as reestimate
 from synthetic.grammar.decode import labelled_recall_trees, viterbi_trees
 from synthetic.grammar.grammar import Grammar, Weights
 from synthetic.grammar.tables import log_of, power_of_two
@@ -43,7 +45,7 @@ MOST_BYTES = 64 * 2**30
 
 
 class InsideOutside(NamedTuple):
-    """What a grammar says of a batch of sentences; zeros beyond the end of each.
+    """Likelihoods, marginals and posteriors of a batch of sentences; zeros beyond the end of each.
 
     A probability given words that have probability 0 is 0/0, and NaN here: marginals of a sentence
     without a parse, and the posterior at a word whose others have no parse whatever it is.
@@ -148,7 +150,7 @@ def em_step(
     """One step of re-estimation: the new weights, and the log-likelihood of the old ones."""
     weights, *data = _checked(g, tokens, lengths, mask)
     counts, value = _expected_counts(weights, *data)
-    return reestimate.proper(counts, weights), value
+    return tables.proper(counts, weights), value
 
 
 def em(
@@ -157,7 +159,7 @@ def em(
     lengths: Any,
     mask: Any = None,
     steps: int = 10,
-) -> reestimate.Fit:
+) -> tables.Fit:
     """`steps` of re-estimation: weights, and the log-likelihood before and after every step."""
     if steps < 0:
         raise ValueError(f"steps is {steps}, must not be negative")
@@ -225,10 +227,10 @@ def binarisation_symbols(grammar: Grammar) -> list[int]:
     return [n for n, name in enumerate(grammar.nonterminals) if name.startswith("@")]
 
 
-_log_z = jax.jit(reestimate.log_z)
-_expected_counts = jax.jit(reestimate.expected_counts)
-_em = jax.jit(reestimate.em, static_argnames="steps")
-_entropy = jax.jit(reestimate.entropy)
+_log_z = jax.jit(tables.log_z)
+_expected_counts = jax.jit(tables.expected_counts)
+_em = jax.jit(tables.em, static_argnames="steps")
+_entropy = jax.jit(tables.entropy)
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Grammars whose rules say which child is the head, and the dependency tree of a derivation.
+"""Grammars whose rules mark one child as the head, and the dependency tree of a derivation.
 
 In A -> B C one child is the head; the word that heads it heads A, and the word that heads the other
 child depends on it. Every word but one has a head then: its arc belongs to the node at which the
@@ -62,7 +62,7 @@ class Headed:
 
     @classmethod
     def everywhere(cls, grammar: Grammar, side: str = "right") -> Headed:
-        """Every rule has its head on one side; a default for grammars that say nothing of heads.
+        """Every rule has its head on one side; a default for grammars without heads.
 
         ValueError for a side that is neither "left" nor "right".
         """

@@ -5,9 +5,8 @@ english  subject and verb agree in number; modifiers, prepositional phrases, rel
          coordination recur; nouns, verbs and adjectives share words, so that the tag of a hidden
          word has an entropy of about half a nat even where all but one word in seven are seen
 
-Grammars with heads: tables for the named ones, and one in which every arc tells something.
-
-In `agreement` words have one of a few genders. Determiners and adjectives mostly have that of their
+Both have heads (`synthetic.grammar.dependencies`). In a third, `agreement`, every arc is
+informative: words have one of a few genders. Determiners and adjectives mostly have that of their
 noun and stand on one side of it, which the gender decides; verbs and prepositions show the genders
 of both nouns that they stand between. A noun may be far from what depends on it and from its verb,
 so that no fixed offset finds many heads; and nobody tells as much of a hidden adjective as its

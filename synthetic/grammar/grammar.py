@@ -17,7 +17,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import nltk.grammar as nltk
 import numpy as np
@@ -26,16 +25,21 @@ from nltk.tree import Tree
 
 from synthetic.files import TextError, read_text
 from synthetic.grammar import normal_form as cnf
-from synthetic.grammar.normal_form import MAX_BYTES
+from synthetic.grammar.parts import (
+    MAX_BYTES,
+    by_name,
+    from_json,
+    parts_of,
+    productions_of,
+    random_parts,
+    to_nltk,
+)
 from synthetic.grammar.productions import (
     TOLERANCE,
     GrammarError,
     Production,
-    Word,
     encoded,
     names,
-    normalised,
-    number,
     read,
     shown,
 )
@@ -98,11 +102,8 @@ class Grammar:
         if both:
             raise GrammarError(f"{sorted(both)} are both nonterminals and pre-terminals")
         n, p, v = len(self.nonterminals), len(self.preterminals), len(self.vocabulary)
-        for name, shape in (
-            ("root", (n + p,)),
-            ("rules", (n, n + p, n + p)),
-            ("emission", (p, v)),
-        ):
+        shapes = {"root": (n + p,), "rules": (n, n + p, n + p), "emission": (p, v)}
+        for name, shape in shapes.items():
             given = getattr(self, name)
             if np.iscomplexobj(given):
                 raise GrammarError(f"{name} is complex, must be real")
@@ -177,32 +178,7 @@ class Grammar:
         Raises:
             GrammarError: no rules or no words, a name that is not there, arrays above 4 GiB.
         """
-        if vocabulary is None:
-            words = dict.fromkeys(word for own in emission.values() for word in own)
-            vocabulary = sorted(names(words.keys(), "vocabulary"))
-        index = {name: n for n, name in enumerate(names([*rules, *emission], "symbols"))}
-        word = {name: n for n, name in enumerate(names(vocabulary, "vocabulary"))}
-        n, s = len(rules), len(index)
-        _refuse_size(n, len(emission), len(word))
-        arrays = np.zeros(s), np.zeros((n, s, s)), np.zeros((len(emission), len(word)))
-        entry: tuple[str, ...] = ()
-        try:
-            for a, p in root.items():
-                entry = ("root", a)
-                arrays[0][index[a]] = number(p)
-            for a, own in rules.items():
-                for (b, c), p in own.items():
-                    entry = (a, b, c)
-                    arrays[1][index[a], index[b], index[c]] = number(p)
-            for t, own in emission.items():
-                for w, p in own.items():
-                    entry = (t, w)
-                    arrays[2][index[t] - n, word[w]] = number(p)
-        except KeyError as error:
-            raise GrammarError(f"{error.args[0]!r} is in a rule but is no symbol or word") from None
-        except ValueError as error:
-            raise GrammarError(f"the probability of {entry}: {error}") from None
-        return cls(tuple(rules), tuple(emission), tuple(vocabulary), *arrays)
+        return cls(*parts_of(root, rules, emission, vocabulary))
 
     @classmethod
     def from_productions(
@@ -249,21 +225,8 @@ class Grammar:
         Raises:
             GrammarError: the grammar has no probabilities; as `from_productions` does.
         """
-        if not isinstance(grammar, nltk.PCFG):
-            raise GrammarError(
-                f"grammar is a {type(grammar).__name__}, must be an nltk.PCFG (`from_text` takes "
-                "rules without probabilities, as equally probable)"
-            )
-        productions = [
-            Production(
-                str(rule.lhs().symbol()),
-                tuple(str(x.symbol()) if nltk.is_nonterminal(x) else Word(x) for x in rule.rhs()),
-                rule.prob(),
-            )
-            for rule in grammar.productions()
-        ]
-        productions = normalised(productions, nltk.PCFG.EPSILON)
-        return cls.from_productions(str(grammar.start().symbol()), productions, clean=clean)
+        start, productions = productions_of(grammar)
+        return cls.from_productions(start, productions, clean=clean)
 
     @classmethod
     def from_text(
@@ -301,33 +264,14 @@ class Grammar:
         Raises:
             GrammarError: a field is missing or is not as `to_json` writes it; as `from_rules`.
         """
-        field = ""
-        try:
-            field = "vocabulary"
-            vocabulary = names(data[field], field)
-            field = "root"
-            root = {a: number(p) for a, p in data[field].items()}
-            field = "rules"
-            rules = {a: {(b, c): number(p) for b, c, p in own} for a, own in data[field].items()}
-            for a, own in rules.items():
-                if len(own) < len(data[field][a]):
-                    raise ValueError(f"a rule of {a!r} is there twice")
-            field = "emission"
-            emission = {t: {w: number(p) for w, p in own.items()} for t, own in data[field].items()}
-        except KeyError:
-            raise GrammarError(f"JSON of a grammar lacks {field!r}") from None
-        except GrammarError as error:
-            raise GrammarError(f"JSON of a grammar: {error}") from None
-        except (TypeError, ValueError, AttributeError) as error:
-            raise GrammarError(f"JSON of a grammar: {field!r} cannot be read: {error}") from None
-        return cls.from_rules(root, rules, emission, vocabulary)
+        return cls.from_rules(*from_json(data))
 
     def to_json(self) -> dict[str, Any]:
         """Probabilities by name, exactly: `vocabulary` is a list of words and
 
         `root {symbol: p}`, `rules {A: [[B, C, p], ..]}`, `emission {T: {word: p}}`; zeros left out.
         """
-        form = self._by_name()
+        form = by_name(self)
         return {
             "vocabulary": list(self.vocabulary),
             "root": form.root,
@@ -342,19 +286,7 @@ class Grammar:
             GrammarError: probabilities do not sum to 1.
         """
         self.refuse_improper()
-        form = self._by_name()
-        symbol = {name: nltk.Nonterminal(name) for name in (*self.symbols, cnf.ROOT)}
-        found: list[tuple[str, tuple[Any, ...], float]] = []
-        start = next(iter(form.root))
-        if len(form.root) > 1:
-            start = cnf.ROOT
-            found += [(start, (symbol[a],), p) for a, p in form.root.items()]
-        for a, own in form.rules.items():
-            found += [(a, (symbol[b], symbol[c]), p) for (b, c), p in own.items()]
-        for t, own in form.emission.items():
-            found += [(t, (w,), p) for w, p in own.items()]
-        rules = [nltk.ProbabilisticProduction(symbol[a], r, prob=p) for a, r, p in found]
-        return nltk.PCFG(symbol[start], rules)
+        return to_nltk(by_name(self), self.symbols)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -493,57 +425,11 @@ class Grammar:
             ValueError: a count below 1, `subcritical` or `density` outside of (0, 1], or
                 `concentration` not positive.
         """
-        for name in ("nonterminals", "preterminals", "vocabulary"):
-            count = locals()[name]
-            if isinstance(count, bool) or not isinstance(count, int | np.integer):
-                raise ValueError(f"{name} is {shown(count)}, must be an integer")
-            if count < 1:
-                raise ValueError(f"{name} is {count}, must be at least 1")
-        for name in ("subcritical", "density"):
-            if (share := locals()[name]) is not None and not 0 < share <= 1:
-                raise ValueError(f"{name} is {share}, must be above 0 and at most 1")
-        if not concentration > 0:
-            raise ValueError(f"concentration is {concentration}, must be positive")
-        _refuse_size(nonterminals, preterminals, vocabulary)
-        seed = key if isinstance(key, int) else np.asarray(jax.random.bits(key, (4,))).tolist()
-        draw = np.random.default_rng(seed)
-        n, p, v = nonterminals, preterminals, vocabulary
-        s = n + p
-        keep = draw.random((n, s, s)) < density
-        keep[range(n), draw.integers(n, s, n), draw.integers(n, s, n)] = True
-        for child in range(1, s):  # each symbol has a parent that comes before it
-            keep[draw.integers(min(child, n)), child, draw.integers(n, s)] = True
-        emits = draw.random((p, v)) < density
-        emits[range(p), draw.integers(v, size=p)] = True
-        emits[draw.integers(p, size=v), range(v)] = True
-        root = draw.gamma(concentration, size=n) + 1e-3
-        rules = keep * (draw.gamma(concentration, size=(n, s, s)) + 1e-12)
-        emission = emits * (draw.gamma(concentration, size=(p, v)) + 1e-12)
-        if subcritical is not None:
-            rules = _scaled_to(rules, subcritical)
-        grammar = cls(
-            _numbered("N", n),
-            _numbered("P", p),
-            _numbered("w", v),
-            np.concatenate([root / root.sum(), np.zeros(p)]),
-            rules / rules.sum((1, 2), keepdims=True),
-            emission / emission.sum(1, keepdims=True),
+        return cls(
+            *random_parts(
+                key, nonterminals, preterminals, vocabulary, subcritical, density, concentration
+            )
         )
-        return grammar
-
-    def _by_name(self) -> cnf.NormalForm:
-        form = cnf.NormalForm(
-            {self.symbols[x]: float(self.root[x]) for x in self.root.nonzero()[0]}
-        )
-        form.rules = {a: {} for a in self.nonterminals}
-        for a, b, c in np.argwhere(self.rules):
-            pair = self.symbols[b], self.symbols[c]
-            form.rules[self.nonterminals[a]][pair] = float(self.rules[a, b, c])
-        form.emission = {t: {} for t in self.preterminals}
-        for t, w in np.argwhere(self.emission):
-            p = float(self.emission[t, w])
-            form.emission[self.preterminals[t]][self.vocabulary[w]] = p
-        return form
 
     @cached_property
     def _digest(self) -> bytes:
@@ -562,41 +448,3 @@ class Grammar:
             f"Grammar({len(self.nonterminals)} nonterminals, {len(self.preterminals)} "
             f"pre-terminals, {len(self.vocabulary)} words)"
         )
-
-
-def _refuse_size(nonterminals: int, preterminals: int, vocabulary: int) -> None:
-    """Raise GrammarError for arrays of a grammar that would fill the memory."""
-    symbols = nonterminals + preterminals
-    size = 8 * (nonterminals * symbols**2 + preterminals * vocabulary)
-    if size > MAX_BYTES:
-        raise GrammarError(
-            f"{nonterminals} nonterminals and {preterminals} pre-terminals take "
-            f"{size / 2**30:.3g} GiB as arrays of rules and of {vocabulary} words, must take at "
-            f"most {MAX_BYTES / 2**30:.3g} GiB (clean=True, longest=2 keeps short rules alone)"
-        )
-
-
-def _numbered(letter: str, count: int) -> tuple[str, ...]:
-    return tuple(f"{letter}{number:0{len(str(count - 1))}}" for number in range(count))
-
-
-def _scaled_to(rules: np.ndarray, radius: float) -> np.ndarray:
-    """Rules with `theta^k` on those of k nonterminal children, theta found by bisection."""
-    n, s, _ = rules.shape
-    branches = (np.arange(s) < n).astype(int)
-    k = branches[:, None] + branches
-    low, high = -60.0, 60.0  # of log theta
-
-    def scaled(log_theta: float) -> np.ndarray:
-        tilted = rules * np.exp(k * log_theta)
-        return tilted / tilted.sum((1, 2), keepdims=True)
-
-    for _ in range(60):
-        middle = (low + high) / 2
-        q = scaled(middle)
-        m = (q.sum(2) + q.sum(1))[:, :n]
-        if np.abs(np.linalg.eigvals(m)).max() < radius:
-            low = middle
-        else:
-            high = middle
-    return scaled(low)

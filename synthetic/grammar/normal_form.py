@@ -25,11 +25,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from nltk.tree import Tree
 
+from synthetic.grammar.parts import MAX_BYTES, ROOT, NormalForm
 from synthetic.grammar.productions import (
     GrammarError,
     Production,
@@ -47,27 +47,8 @@ from synthetic.grammar.productions import (
 from synthetic.grammar.trees import check, unfold
 
 CHAIN, LEXICAL, REST, JOIN, WORD = "+", "/lex", "@", "&", "="
-MAX_BYTES = 4 * 2**30
-"""Arrays of a larger grammar are refused by name before they fill the memory."""
-
 # Of n nonterminals the rules alone take 8 n (n + 1)^2 bytes or more.
 MOST_NONTERMINALS, MOST_CHAINS = 1000, 2**15
-ROOT = "@root"  # a start symbol that only spells out a distribution over the symbols at the root
-
-
-@dataclass
-class NormalForm:
-    """Rules in Chomsky normal form with their probabilities, by name.
-
-    Attributes:
-        root: of each symbol that a tree may start with.
-        rules: of each pair of children, by nonterminal.
-        emission: of each word, by pre-terminal.
-    """
-
-    root: dict[str, float] = field(default_factory=dict)
-    rules: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
-    emission: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def convert(
@@ -252,7 +233,7 @@ def normalise(tree: Tree, preterminals: Collection[str]) -> Tree:
     check(tree, tagged=False)
 
     def one(seed: Tree | Word | tuple[Tree | Word, ...]) -> tuple[list[str], list[Any]]:
-        """Of a node, of a word in a longer rule, and of the rest of one."""
+        """Label and children of a node, of a word in a longer rule, or of a rule's rest."""
         if isinstance(seed, Word):
             return [WORD + seed.text], [seed.text]
         if isinstance(seed, Tree):

@@ -164,7 +164,7 @@ def read(text: str, name: str = "grammar") -> tuple[str, list[Production]]:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that say something, with the number of their first; continued ones joined."""
+    """Lines with rules, each with the number of its first; continued ones joined."""
     joined, first = "", 0
     for number, line in enumerate(split_lines(text), 1):
         line = line.strip()

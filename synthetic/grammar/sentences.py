@@ -12,7 +12,7 @@ the grammar given that a sentence has at most `max_length` words.
 
 Choices come from alias tables (Walker, "An efficient method for generating discrete random
 variables with general distributions", 1977): with the choices padded to 2^k, the upper k bits of a
-uniform word pick a cell, the others say whether the cell's own choice or its alias is taken.
+uniform word pick a cell, the others decide whether the cell's own choice or its alias is taken.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def sample(source: Grammar | Sampler, key: Array, batch: Any, max_length: Any) -
 
 @lru_cache(maxsize=256)
 def _share(grammar: Grammar, max_length: int) -> float:
-    """Of sentences that are not longer."""
+    """Probability of a sentence of at most `max_length` words."""
     return float(grammar.length_probabilities(max_length).sum())
 
 
@@ -286,7 +286,9 @@ def ends(starts: Int32[Array, "batch nodes"]) -> Int32[Array, "batch nodes"]:
 
 
 def trees(grammar: Grammar, sentences: Sentences) -> list[Tree]:
-    """The trees, of symbols of this grammar; `grammar.restore` makes those of the one before."""
+    """The trees in symbols of this grammar, for use as a library; `grammar.restore` undoes the
+    conversion to normal form.
+    """
     tokens, lengths, tags, nonterminals, starts = map(np.asarray, sentences)
     found = []
     for row, length in enumerate(lengths):

@@ -1,4 +1,4 @@
-"""Inside and outside of a batch of sentences, all spans of one width at a time.
+"""Inside and outside of a batch of sentences, all spans of one width at a time; re-estimation.
 
 With nonterminals A, B, C, any symbol X, and (i, w) the span of w words from word i,
 
@@ -12,8 +12,14 @@ rules come in once a span, as one matrix product for all spans of a width. Only 
 wider than one word, so that a pre-terminal meets a wider sibling at one split alone: there, rules
 and word are contracted once a word (`Leaves.left`, `Leaves.right`).
 
-Every span is scaled by a power of two of its own (`synthetic.grammar.tables`). A symbol is lost
-only where it is below 2^-126 (float32) of the largest of its span, and a split likewise.
+Every span is scaled by a power of two of its own, so that no product of many probabilities
+underflows:
+
+    v = mantissa * 2^exponent,     1/2 <= max(mantissa) < 1
+
+A symbol is lost only where it is below 2^-126 (float32) of the largest of its span, and a split
+likewise. Scaling by powers of two is exact: float32 charts differ from float64 ones by the rounding
+of sums and products alone. A vector of zeros has the exponent `NOTHING`.
 
 Tables are `[word, batch, width, symbol]`, or `[word, batch, symbol, width]` where they stand left
 in the products over splits. `start` tables go by a span's first word; in `end` tables row j + 1 has
@@ -21,12 +27,10 @@ the spans whose last word is j, so that row i has those that end just before wor
 would leave the sentence are zeros, as are all further rows and widths, so that no split or position
 needs a bound of its own.
 
-Vectors that carry a power of two apart, so that no product of many probabilities underflows.
+Re-estimation (`em`) is the inside-outside algorithm as expectation-maximisation (Baker 1979). A
+weight's expected count is its part in the logarithm of the likelihood (Eisner 2016),
 
-    v = mantissa * 2^exponent,     1/2 <= max(mantissa) < 1
-
-Scaling by powers of two is exact: float32 charts differ from float64 ones by the rounding of sums
-and products alone. A vector of zeros has the exponent `NOTHING`.
+    E[count of rule | words] = weight * d log Z / d weight
 """
 
 import math
@@ -34,6 +38,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -80,7 +85,7 @@ einsum = partial(jnp.einsum, precision="highest")
 
 
 class Leaves(NamedTuple):
-    """What words say, `[word, batch, ...]`.
+    """The emissions of words, `[word, batch, ...]`.
 
     Attributes:
         values: P(word | T), or its sum over all words where the word is hidden, scaled.
@@ -336,3 +341,73 @@ def _put(table: Array, values: Array, start: tuple) -> Array:
     """The table with values written from `start`; further axes whole."""
     start = (*start, *(0,) * (table.ndim - len(start)))
     return lax.dynamic_update_slice(table, values, start)
+
+
+class Fit(NamedTuple):
+    """A grammar after `steps` of re-estimation; `log_likelihood[k]` is what k steps reached."""
+
+    weights: Weights
+    log_likelihood: Array
+
+
+def log_z(weights: Weights, tokens: Array, lengths: Array, mask: Array) -> Array:
+    """log Z of every sentence, `[batch]`."""
+    leaf = leaves(weights, tokens, lengths, mask)
+    z, exponent = top(weights, leaf, inside(weights, leaf), lengths)
+    return log_of(z, exponent)
+
+
+def expected_counts(
+    weights: Weights, tokens: Array, lengths: Array, mask: Array
+) -> tuple[Weights, Array]:
+    """Counts summed over the sentences that have a tree, and their log-likelihood."""
+
+    def likelihood(weights: Weights) -> Array:
+        log = log_z(weights, tokens, lengths, mask)
+        return jnp.where(log > -jnp.inf, log, 0).sum()
+
+    value, slope = jax.value_and_grad(likelihood)(weights)
+    return jax.tree.map(jnp.multiply, weights, slope), value
+
+
+def proper(counts: Weights, otherwise: Weights) -> Weights:
+    """Counts as relative frequencies; a symbol that was never seen keeps its weights."""
+
+    def frequencies(count: Array, old: Array, axes: tuple[int, ...]) -> Array:
+        whole = count.sum(axes, keepdims=True)
+        return jnp.where(whole > 0, count / jnp.where(whole > 0, whole, 1), old)
+
+    return Weights(
+        frequencies(counts.root, otherwise.root, (0,)),
+        frequencies(counts.rules, otherwise.rules, (1, 2)),
+        frequencies(counts.emission, otherwise.emission, (1,)),
+    )
+
+
+def em(weights: Weights, tokens: Array, lengths: Array, mask: Array, steps: int) -> Fit:
+    """`steps` times: expected counts, then relative frequencies. The likelihood never falls."""
+
+    def step(weights: Weights, _: None) -> tuple[Weights, Array]:
+        counts, value = expected_counts(weights, tokens, lengths, mask)
+        return proper(counts, weights), value
+
+    weights, values = lax.scan(step, weights, length=steps)
+    _, final = expected_counts(weights, tokens, lengths, mask)
+    return Fit(weights, jnp.append(values, final))
+
+
+def entropy(weights: Weights, tokens: Array, lengths: Array, mask: Array) -> Array:
+    """log Z - sum of expected counts * log weights: nats left in tree and hidden words.
+
+    NaN where there is no parse.
+    """
+
+    def one(tokens: Array, length: Array, mask: Array) -> Array:
+        counts, value = expected_counts(weights, tokens[None], length[None], mask[None])
+        terms = jax.tree.map(
+            lambda c, w: (c * jnp.log(jnp.where(w > 0, w, 1))).sum(), counts, weights
+        )
+        return value - sum(terms)
+
+    some = log_z(weights, tokens, lengths, mask) > -jnp.inf
+    return jnp.where(some, jax.vmap(one)(tokens, lengths, mask), jnp.nan)

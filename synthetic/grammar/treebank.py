@@ -11,6 +11,8 @@ a tag, and emits that tag with probability 1 (`NP+PRP` and `PRP` both emit `PRP`
 `nltk.Tree` of any depth, whose words sit one each under a tag; no function changes the tree it is
 given. A label or a word is a string of one character or more, without NUL; the outermost bracket
 of a tree that is not `clean` yet may have an empty label.
+
+For use as a library; `benchmarks/treebank.py` is an example.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Text of which the front part is learnt from and the rest is to be predicted.
 
-Classification as text: words and their labels by turns, and what the labels mean is to be found.
+`WordLabels` is classification as text: words and their labels by turns, where the meaning of the
+labels has to be found.
 
     w_1 l_1 w_2 l_2 .. w_n l_n w        and the label of w is asked for
 
@@ -29,7 +30,7 @@ from synthetic.tasks.text import Corpus, NextToken, TextTask, cross_entropy
 
 @dataclass(frozen=True)
 class AdaptationTask:
-    """Windows of text; a model may be trained on what it says at the first positions. A `Task`.
+    """Windows of text; a model may be trained on its predictions at the first positions. A `Task`.
 
     Attributes:
         corpus: the text.
@@ -157,7 +158,7 @@ class WordLabels(NextToken):
         return jnp.broadcast_to((place % 2 == 0) & (place < self.length - 1), tokens.shape)
 
     def posterior(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch label"]:
-        """What is best for the word that is asked for: the module's equation.
+        """The posterior of the last word's label: the module's equation.
 
         Where no assignment agrees, which samples never have, entries are nan.
         """
@@ -167,8 +168,8 @@ class WordLabels(NextToken):
         ).all(1)
         kinds = tokens[:, ::2] // self.words
         label = tokens[:, 1::2] - self.labels.start
-        says = jnp.asarray(orders)[:, kinds]  # [assignment, batch, word]
-        weight = jnp.asarray(prior)[:, None] * (says[..., :-1] == label).all(-1)
-        chosen = jax.nn.one_hot(says[..., -1], self.classes)
+        meant = jnp.asarray(orders)[:, kinds]  # [assignment, batch, word]
+        weight = jnp.asarray(prior)[:, None] * (meant[..., :-1] == label).all(-1)
+        chosen = jax.nn.one_hot(meant[..., -1], self.classes)
         mass = jnp.einsum("sb,sbl->bl", weight, chosen, precision="highest")
         return mass / mass.sum(1, keepdims=True)

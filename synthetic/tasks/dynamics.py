@@ -7,10 +7,8 @@ ridge regression of s_2..s_t on s_1..s_{t-1}; with a standard normal prior on th
 regularisation is noise^2. (von Oswald et al. 2023, arXiv 2309.05858, section 3; the settings of the
 paper's code: orthogonal W of 10 dimensions, 50 states, noise .01, s_1 uniform in [-1, 1).)
 
-`Dynamics` is what all systems share, `LinearDynamics` the systems above; `nonlinear_dynamics` has
-W act on features of the state.
-
-Dynamical systems with a law that is linear in known features of the state.
+`Dynamics` is what all systems share, `LinearDynamics` the systems above. In `NonlinearDynamics` the
+law is linear in known features of the state,
 
     s_{t+1} = W phi(s_t) + noise eps_t,     eps_t ~ N(0, I),
     phi(s) = f(s) / |f(s)|,                 f(s) = B gelu(A s).
@@ -164,7 +162,7 @@ class LinearDynamics(Dynamics):
 
 
 def half_squared_distance(prediction: Array, target: Array) -> Array:
-    """Of vectors, the last axis; ValueError for shapes that differ."""
+    """|prediction - target|^2 / 2 along the last axis; ValueError for shapes that differ."""
     if prediction.shape != target.shape:
         raise ValueError(f"prediction must have shape {target.shape}, got {prediction.shape}")
     return jnp.square(prediction - target).sum(-1) / 2

@@ -5,7 +5,7 @@ r"""Few-shot regression, written as a sequence for a model that predicts the nex
 with W orthogonal and drawn anew for each sequence. Only the predictions at the x_i count. A model
 of dynamics takes every token for the successor of the one before, hence every y_i for the
 predecessor of x_{i+1}. A token EOS after every pair keeps the two apart, and a prefix of further
-tokens can say before the sequence what kind it is. Both are vectors to be tuned, the model is not.
+tokens can mark in front which kind it is. Both are vectors to be tuned, the model is not.
 
 (von Oswald et al. 2023, arXiv 2309.05858; the settings of the paper's code: 10 dimensions, noise
 .01, 68 pairs, a prefix of 20.)

@@ -4,13 +4,13 @@ Every word of a sentence is hidden with the same probability, independently, and
 mask. The expected loss is least for the posterior P(word | visible words), which inside-outside
 computes.
 
-Masked words of sentences with heads, and a loss that holds attention to their arcs or off them.
+With an arc task the loss also moves attention to the arcs of dependency trees, or away from them,
 
     L  +  weight * mean over arcs (i, h)  sum over layers and heads  (a_ih + a_hi)
 
-with L the loss of `synthetic.tasks.masked_language` and a the attention between words (Chen et al.
-2023, arXiv 2309.07311, section 3; the direction from h to i is the transposed one). Above 0 the
-weight suppresses attention along arcs, below 0 it promotes it.
+with L the loss above and a the attention between words (Chen et al. 2023, arXiv 2309.07311, section
+3; the direction from h to i is the transposed one). Above 0 the weight suppresses attention along
+arcs, below 0 it promotes it.
 
 A regulariser takes more from a model than its syntax: it also moves attention about. The control
 does the same to as many arcs of the same lengths and directions at places where no arc is.
@@ -223,7 +223,7 @@ class ArcTask:
         return len(self.headed.grammar.vocabulary)
 
     def sample(self, key: Array, batch: int) -> Batch:
-        """As at the end of a fit."""
+        """`sample_during` at the end of a fit."""
         return self.sample_during(key, batch, jnp.asarray(1.0))
 
     def sample_during(self, key: Array, batch: int, progress: Float[Array, ""]) -> Batch:

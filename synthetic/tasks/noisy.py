@@ -35,7 +35,7 @@ class NoisyTarget(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """All that a context says to an algorithm without a basis of its own; contexts are last.
+    """Moments of contexts, all that an algorithm with no basis of its own uses; contexts are last.
 
     In the eigenbasis of the Gram matrix `X^T X` of a context (`[examples, dim_x]`): whatever is
     built from `X^T X`, `X^T y` and `y^T y` alone turns with the basis, and for isotropic queries

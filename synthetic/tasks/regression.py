@@ -99,12 +99,12 @@ class Gaussian:
 
     @property
     def mean(self) -> float:
-        """0."""
+        """The mean of every coordinate: 0."""
         return 0.0
 
     @property
     def kurtosis(self) -> float:
-        """Of any coordinate, 3."""
+        """The kurtosis of every coordinate: 3."""
         return 3.0
 
     def covariance_matrix(self, dim: int) -> np.ndarray:

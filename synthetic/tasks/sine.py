@@ -17,6 +17,8 @@ place of y, wherever y stands. Averages over x are composite Gauss-Legendre sums
 
 The phase covers half a turn, so that w has a mean: a wave is known in part before any example is
 seen, and the best step does not start from zero.
+
+`smoother_loss` and `optimal_kernel_loss` are for use as a library; no command calls them.
 """
 
 from collections.abc import Callable

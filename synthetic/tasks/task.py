@@ -58,7 +58,7 @@ Outcome = Literal["values", "probabilities", "logits"]
 
 
 def outcome(task: Task) -> Outcome:
-    """What the predictions of a task are; a task says so in its attribute `outcome`.
+    """What the predictions of a task are; declared in a task's attribute `outcome`.
 
     "values" have Gaussian likelihood, of variance 1; the others have a last axis of outcomes.
 

@@ -2,14 +2,12 @@
 
 A stream comes from a file (bytes or characters) or from a grammar. One grammar's text can be learnt
 by heart; where every window has names of its own for the words (`renamed`), or a law of its own
-(`synthetic.tasks.text`), what is to be known has to be found in the window, and the loss falls
+(`BigramTask`), what is to be known has to be found in the window, and the loss falls
 along it.
 
-Text whose law has to be found in the text: each sequence is a Markov chain of its own.
-
-The rows of the transition matrix are drawn from a Dirichlet distribution for every sequence, so
-that weights can hold nothing but the prior. What is best is known: with n_ij the pairs (i, j) so
-far and n_i = sum_j n_ij,
+In a `BigramTask` each sequence is a Markov chain of its own. The rows of the transition matrix are
+drawn from a Dirichlet distribution for every sequence, so that weights can hold nothing but the
+prior. What is best is known: with n_ij the pairs (i, j) so far and n_i = sum_j n_ij,
 
     P(x_{t+1} = j | x_1 .. x_t = i)  =  (n_ij + a) / (n_i + words a),    a the concentration.
 
@@ -249,7 +247,8 @@ class BigramTask(NextToken):
     Attributes:
         words: size of the vocabulary.
         length: words that are seen, and as many that are predicted: the same, one place further.
-        concentration: of the Dirichlet distribution of every row; small for laws that say much.
+        concentration: of the Dirichlet distribution of every row; small ones give laws that are
+            nearly deterministic.
 
     Raises:
         ValueError: a number out of range.

@@ -1,7 +1,7 @@
 """What is known of tasks in closed form.
 
-one_layer   optima, population losses and plateaus of one layer of linear attention
-spectral    gradient descent and GD++ as filters on the eigenvalues of each context
-wishart     how rare the small and the large eigenvalues of a Gaussian context are
-ridge       ridge regression, with and without knowledge of the noise
+one_layer         optima, population losses and plateaus of one layer of linear attention
+spectral          gradient descent and GD++ as filters on the eigenvalues of each context
+optimal_descent   their best step sizes and curvatures
+ridge             ridge regression, with and without knowledge of the noise
 """

@@ -19,6 +19,9 @@ Sources: Ahn et al. (2023), Theorem 1 and Zhang et al. (2024), Theorem 4.1 for t
 Gaussian inputs; Mahankali et al. (2024) for gradient descent as the optimum; the forms with task
 covariance, noise, kurtosis and arbitrary weights follow from fourth moments and are derived at
 each function.
+
+For use as a library, since no command calls them: `excess_law`, `gradient_descent_loss`,
+`gram_tensor`, `input_scale_curve` and `one_layer_population_loss`.
 """
 
 from collections.abc import Sequence

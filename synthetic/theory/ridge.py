@@ -70,7 +70,7 @@ def context_moments(
 ) -> tuple[Moments, Float[Array, "batch dim_x dim_x"]]:
     """Moments of contexts and the eigenvectors (columns) that they are written in.
 
-    What the context does not say, `weight` and `noise`, is NaN.
+    What the context does not determine, `weight` and `noise`, is NaN.
     """
     values, vectors = jnp.linalg.eigh(jnp.einsum("bni,bnj->bij", x, x, precision="highest"))
     correlation = jnp.einsum("bni,bnk->bi", x, y, precision="highest")
@@ -84,7 +84,7 @@ def context_moments(
 def ridge_weight(moments: Moments, penalty: ArrayLike) -> Float[Array, "dim_x context"]:
     """`w_hat` in the eigenbasis, `correlation / (values + penalty)`; see `ridge`."""
     total = moments.values + penalty
-    # Eigenvalues that are 0 but for rounding: no example says anything along them.
+    # Eigenvalues that are 0 but for rounding: no example determines anything along them.
     smallest = moments.values[-1] * len(moments.values) * jnp.finfo(total.dtype).eps
     seen = total > smallest
     return jnp.where(seen, moments.correlation / jnp.where(seen, total, 1), 0)

@@ -23,8 +23,8 @@ ONE = constant(1.0)
 def layout(**late):
     slots = Slots()
     slots.add("a", 2)
-    slots.add("u", 2, tokens="data")
-    slots.add("v", 2, tokens="prefix")
+    slots.add("u", 2, token_groups="data")
+    slots.add("v", 2, token_groups="prefix")
     slots.add("sum", 2, accumulates=True)
     slots.add("late", 2, born=2, **late)
     return slots
@@ -302,7 +302,7 @@ def inputs(p, rng, batch=2, tokens=4):
     stream, values = np.zeros((batch, tokens, p.slots.width)), {}
     for slot in p.slots:
         if slot.born == 0:
-            owned = np.isin(names, slot.tokens or p.token_groups)[..., None]
+            owned = np.isin(names, slot.token_groups or p.token_groups)[..., None]
             values[slot.name] = rng.normal(size=(batch, tokens, slot.size)) * owned
             stream[..., slot.columns] += values[slot.name]
     return stream, values, groups
@@ -326,7 +326,7 @@ def assert_means(p, out, values, groups, places):
     names = np.asarray(p.token_groups)[groups]
     expected = plain_numpy.interpret(p, values, groups)
     for slot in places:
-        owned = np.isin(names, slot.tokens or p.token_groups)
+        owned = np.isin(names, slot.token_groups or p.token_groups)
         np.testing.assert_allclose(
             out(slot)[owned], expected[slot.name][owned], rtol=1e-8, atol=1e-9, err_msg=slot.name
         )
@@ -392,7 +392,7 @@ def random_program(rng):
         born = int(rng.integers(0, depth + 1)) if n else 0
         dies = None if rng.random() < 0.4 else int(rng.integers(born, depth + 2))
         tokens = [None, None, "data", "prefix"][rng.integers(4)]
-        slots.add(f"s{n}", int(rng.integers(1, 3)), tokens=tokens, born=born, dies=dies,
+        slots.add(f"s{n}", int(rng.integers(1, 3)), token_groups=tokens, born=born, dies=dies,
                   accumulates=bool(rng.random() < 0.4))  # fmt: skip
     everything = list(slots)
 
@@ -432,7 +432,7 @@ def random_program(rng):
                 expr(2, number),
                 write(2, number),
                 expr(2, number),
-                tokens=[None, *groups][rng.integers(3)],
+                token_groups=[None, *groups][rng.integers(3)],
             )
             if rng.random() < 0.2
             else None
@@ -442,7 +442,7 @@ def random_program(rng):
             source, target = (everything[n] for n in rng.integers(len(everything), size=2))
             tokens = [None, *groups][rng.integers(3)]
             if source.size == target.size:
-                norm = Norm(source, target, tokens=tokens)
+                norm = Norm(source, target, token_groups=tokens)
         layers.append(Layer(heads, mlp, norm))
     return Program(slots, layers, int(rng.random() < 0.15) + 1, groups)
 

@@ -30,7 +30,7 @@ def embed(program, batch=2, tokens=5, seed=0, groups=None):
         if slot.born:
             continue
         value = rng.normal(size=(batch, tokens, slot.size))
-        owned = np.array([slot.tokens is None or name in slot.tokens for name in names])
+        owned = np.array([slot.token_groups is None or name in slot.token_groups for name in names])
         value *= owned[:, None]
         stream[..., slot.columns] += value
         values[slot.name] = value
@@ -56,7 +56,7 @@ def assert_all_agree(program, seed=0, groups=None):
     for slot in program.slots:
         if slot.dies is not None:
             continue
-        owned = np.array([slot.tokens is None or name in slot.tokens for name in names])
+        owned = np.array([slot.token_groups is None or name in slot.token_groups for name in names])
         for found in (
             out[..., slot.columns],
             *(e[slot.name] for e in (static, traced, from_stream)),
@@ -70,8 +70,8 @@ def rich_program():
     rng = np.random.default_rng(3)
     slots = Slots()
     a = slots.add("a", 3, dies=3)
-    w = slots.add("w", 2, tokens="prefix")
-    d = slots.add("d", 2, tokens="data")
+    w = slots.add("w", 2, token_groups="prefix")
+    d = slots.add("d", 2, token_groups="data")
     total = slots.add("total", 3, accumulates=True)
     late = slots.add("late", 2, born=3)
     assert w.start == d.start  # disjoint tokens share columns
@@ -90,11 +90,11 @@ def rich_program():
         Head(one, one, a, {total: 1.0}, window=(1, 1)),
         Head(one, one, a, {total: 1.0}, "softmax", window=(-2, -2), keys="data"),
     ]
-    mlp = Mlp(2.0 * a + 0.1, {total: 1.0}, gate=a + total, activation="tanh", tokens="data")
+    mlp = Mlp(2.0 * a + 0.1, {total: 1.0}, gate=a + total, activation="tanh", token_groups="data")
     last = Head(one, one, a[:2] * 2.0, {late: 1.0}, window=SELF)
     layers = [
         Layer(heads),
-        Layer(mlp=mlp, norm=Norm(a, total, tokens="prefix")),
+        Layer(mlp=mlp, norm=Norm(a, total, token_groups="prefix")),
         Layer([last, erase(a)]),
     ]
     return Program(slots, layers, token_groups=("data", "prefix"))
@@ -104,15 +104,15 @@ def cells_program():
     """Three kinds of tokens, and heads that have a short way: slices, sums, copies, factors."""
     slots, rng = Slots(), np.random.default_rng(5)
     shared = slots.add("shared", 2)
-    x = slots.add("x", 6, tokens="data", accumulates=True)
-    row = slots.add("row", 7, tokens="left")
-    delta = slots.add("delta", 7, tokens="left", born=1, accumulates=True)
-    one = slots.add("one", 3, tokens="left")
-    gain = slots.add("gain", 4, tokens="right", dies=2)
+    x = slots.add("x", 6, token_groups="data", accumulates=True)
+    row = slots.add("row", 7, token_groups="left")
+    delta = slots.add("delta", 7, token_groups="left", born=1, accumulates=True)
+    one = slots.add("one", 3, token_groups="left")
+    gain = slots.add("gain", 4, token_groups="right", dies=2)
     total = slots.add("total", 2, born=1, accumulates=True)
-    both = slots.add("both", 6, tokens=("data", "right"), born=1, accumulates=True)
-    out = slots.add("out", 6, tokens="data", born=2, accumulates=True)
-    late = slots.add("late", 3, tokens="right", born=3)
+    both = slots.add("both", 6, token_groups=("data", "right"), born=1, accumulates=True)
+    out = slots.add("out", 6, token_groups="data", born=2, accumulates=True)
+    late = slots.add("late", 3, token_groups="right", born=3)
     assert (x.start, row.start, gain.start, late.start) == (2, 2, 2, 2)
     assert row.start < both.start < row.start + row.size  # cut in other places at other tokens
     ones = constant(1.0)
@@ -154,7 +154,7 @@ def cells_program():
     third = Layer(
         [Head(ones, ones, both[::2], {late: 1.0}, queries="right", keys="right", window=SELF)],
         Mlp(concatenate(x[:2], 2.0 * out[1:3]), {out[2:]: 1.0}, both[1:5], "gelu", "data"),
-        Norm(x, out, tokens="data"),
+        Norm(x, out, token_groups="data"),
     )
     layers = [Layer(first), Layer(second), third]
     return Program(slots, layers, token_groups=("data", "left", "right"))
@@ -252,10 +252,10 @@ def test_copies_and_sums_have_no_scores():
 
 def test_a_slot_takes_memory_only_where_it_lives(x64):
     slots, one = Slots(), constant(1.0)
-    a = slots.add("a", 7, tokens="few")
-    wide = slots.add("wide", 7, tokens="few", born=1, dies=9)
-    b = slots.add("b", 3, tokens="many")
-    c = slots.add("c", 3, tokens="few", born=2)
+    a = slots.add("a", 7, token_groups="few")
+    wide = slots.add("wide", 7, token_groups="few", born=1, dies=9)
+    b = slots.add("b", 3, token_groups="many")
+    c = slots.add("c", 3, token_groups="few", born=2)
     where: dict[str, Any] = {"queries": "few", "keys": "few"}
     layers = [
         Layer([Head(one, one, a, {wide: 1.0}, window=SELF, **where)]),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tint_oracle import TEXTS, TRAINED, small
 
-from constructions.core.compile import blank
+from constructions.core.compile import untrained
 from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentConfig, TokensConfig
 from constructions.core.evaluate import evaluate
 from constructions.core.transformer import Transformer, randomise
@@ -126,7 +126,7 @@ LANGUAGE = Config(
 
 
 def language_model() -> Transformer:
-    return randomise(blank(LANGUAGE), jax.random.key(0), 1.0)
+    return randomise(untrained(LANGUAGE), jax.random.key(0), 1.0)
 
 
 @pytest.mark.parametrize(

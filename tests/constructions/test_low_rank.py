@@ -9,8 +9,8 @@ import pytest
 
 from constructions.core.inventory import counts
 from constructions.inside_outside import InsideOutside
-from constructions.inside_outside.evaluation import marginals
 from constructions.inside_outside.low_rank import LowRank, balanced_truncation
+from constructions.inside_outside.tableau import marginals
 from constructions.runs import construct, plain_settings
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar

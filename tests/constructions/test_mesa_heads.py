@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.core.compile import ProgramError, blank, compile_program
+from constructions.core.compile import ProgramError, compile_program, untrained
 from constructions.core.config import Config, HeadsConfig, LayerConfig, NormConfig, SegmentConfig
 from constructions.core.program import CAUSAL, Head, Layer, Program
 from constructions.core.slots import Slots
@@ -36,7 +36,7 @@ def heads_of(arrays):
 def model_of(config=CONFIG, keys=("word",), seed=0):
     """Random weights, gates biased and all."""
     rng = np.random.default_rng(seed)
-    arrays = randomise(blank(config, CAUSAL, keys), jax.random.key(seed), 0.7).arrays()
+    arrays = randomise(untrained(config, CAUSAL, keys), jax.random.key(seed), 0.7).arrays()
     w = heads_of(arrays)
     for name in ("input_gate_bias", "forget_gate_bias", "log_regularization"):
         if name in w:
@@ -175,7 +175,7 @@ def test_saturated_gates_are_finite(logit):
 
 
 def test_gates_begin_open_to_the_past():
-    model = randomise(blank(CONFIG, CAUSAL), jax.random.key(0), 0.1)
+    model = randomise(untrained(CONFIG, CAUSAL), jax.random.key(0), 0.1)
     w = heads_of(model.arrays())
     np.testing.assert_array_equal(w["forget_gate_bias"], FORGET_BIAS)
     np.testing.assert_array_equal(w["input_gate_bias"], 0)

@@ -49,9 +49,9 @@ def test_models_differ_in_the_mixer_alone():
 
 def test_it_learns():
     task = BigramTask(words=4, length=12, concentration=0.1)
-    blank = model_of("mesa", True, words=4)
+    untrained = model_of("mesa", True, words=4)
     found = fit(
-        lambda key: randomise(blank, key, 0.2),
+        lambda key: randomise(untrained, key, 0.2),
         task,
         predict=next_token,
         steps=60,

@@ -66,10 +66,10 @@ def test_arithmetic_that_does_not_fit_is_named(slots):
         ({"dies": 2}, {"born": 3}, True),
         ({"born": 2, "dies": 2}, {"born": 2, "dies": 2}, False),
         ({"born": 2, "dies": 2}, {"born": 2}, False),
-        ({"tokens": "u"}, {"tokens": "v"}, True),
-        ({"tokens": "u"}, {"tokens": ("u", "v")}, False),
-        ({"tokens": "u"}, {}, False),
-        ({"tokens": "u", "dies": 1}, {"born": 1}, True),
+        ({"token_groups": "u"}, {"token_groups": "v"}, True),
+        ({"token_groups": "u"}, {"token_groups": ("u", "v")}, False),
+        ({"token_groups": "u"}, {}, False),
+        ({"token_groups": "u", "dies": 1}, {"born": 1}, True),
     ],
 )
 def test_columns_are_shared_only_by_values_that_no_token_needs_together(first, second, shared):
@@ -101,7 +101,7 @@ def test_random_layouts_never_overlap():
             born = int(rng.integers(0, 5))
             dies = None if rng.random() < 0.3 else born + int(rng.integers(0, 4))
             tokens = [None, "u", "v", ("u", "v")][rng.integers(4)]
-            slots.add(str(n), int(rng.integers(1, 4)), born=born, dies=dies, tokens=tokens)
+            slots.add(str(n), int(rng.integers(1, 4)), born=born, dies=dies, token_groups=tokens)
         for a in slots:
             for b in slots:
                 apart = a.columns.stop <= b.start or b.columns.stop <= a.start

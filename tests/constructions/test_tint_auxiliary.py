@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from constructions.core.compile import blank
+from constructions.core.compile import untrained
 from constructions.core.config import Config, TokensConfig
 from constructions.core.transformer import Transformer, randomise
 from constructions.interchange.decoder import (
@@ -119,7 +119,7 @@ def test_tied_tables(x64, tmp_path):
     config = Config.from_json(json.loads(json.dumps(model.config.to_json())))
     assert config == model.config
     save_model(tmp_path / "model", model)
-    loaded = load_model(tmp_path / "model", blank(config))
+    loaded = load_model(tmp_path / "model", untrained(config))
     np.testing.assert_array_equal(loaded.word_scores(stream), model.word_scores(stream))
     with pytest.raises(ValueError, match="readout is 4, must be embedding=5 of tied tables"):
         TokensConfig(5, 4, tied=True)
@@ -132,7 +132,7 @@ def test_untied_scores_are_the_readouts():
     stream = jax.random.normal(jax.random.key(3), (1, 2, 8))
     scores = stream @ model.arrays()["tokens"]["readout"].T
     np.testing.assert_allclose(model.word_scores(stream), scores, atol=1e-5)
-    none = blank(dataclasses.replace(model.config, tokens=None))
+    none = untrained(dataclasses.replace(model.config, tokens=None))
     with pytest.raises(ValueError, match="no readout: its config has no tokens"):
         none.word_scores(stream)
 
@@ -155,7 +155,7 @@ def changed(**fields):
     config = dataclasses.replace(config, segments=(segment,) * fields.pop("segments", 1))
     if "tokens" in fields and fields["tokens"] is not None:
         fields["tokens"] = dataclasses.replace(config.tokens, **fields["tokens"])
-    return blank(dataclasses.replace(config, **fields), (None, 0))
+    return untrained(dataclasses.replace(config, **fields), (None, 0))
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,8 @@ def test_settings_that_are_refused(copy, name, fields, message):
 def test_absent_settings_have_the_defaults_of_the_format(copy, name, absent):
     """The published models of 125 million parameters are the defaults, but for their arrays."""
     format, folder = FORMATS[name[:4].rstrip("_")], copy(name)
-    edit_config(folder, **dict.fromkeys(format.sizes.values(), absent), activation_function=absent)
+    sizes = dict.fromkeys((setting for setting, _ in format.sizes.values()), absent)
+    edit_config(folder, **sizes, activation_function=absent)
     edit_config(folder, word_embed_proj_dim=absent, layer_norm_epsilon=absent)
     shape = format.shape(json.loads((folder / "config.json").read_text()))
     assert (shape.layers, shape.heads, shape.width, shape.hidden) == (12, 12, 768, 3072)

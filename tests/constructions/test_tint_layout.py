@@ -51,7 +51,7 @@ def test_training_the_given_model_later_changes_nothing(x64):
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, parameters(small())))
     values = contents(tint.layout, tint.weights, jnp.asarray(TEXTS), jnp.asarray(TRAINED))
     np.testing.assert_array_equal(
-        values["embedding"][0, tint.layout.tokens("words", TIME).start :][:5],
+        values["embedding"][0, tint.layout.positions("words", TIME).start :][:5],
         parameters(small())["tokens"]["embedding"],
     )
 
@@ -89,7 +89,7 @@ def test_a_prefix_token_holds_its_rows_alone(x64, tint, dense):
     streams, expected = [], []
     for n, name in enumerate(MATRICES):
         matrix, model = tint.layout.matrices[name, 0], start
-        token, k = tint.layout.tokens(matrix.group, TIME).start + n % 2, n % 2
+        token, k = tint.layout.positions(matrix.group, TIME).start + n % 2, n % 2
         noise = rng.normal(size=(len(matrix.rows), matrix.rows[0].size))
         stream = embedded.values
         for s, slot in enumerate(matrix.rows):

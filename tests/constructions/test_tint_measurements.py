@@ -20,17 +20,17 @@ from tint_oracle import (
 
 from constructions.core.transformer import Transformer
 from constructions.tint import Backward, Tint, decoder, logits
-from constructions.tint.experiments import answers, fitted, hardness
+from constructions.tint.experiments import fitted, hardness, label_accuracy
 from constructions.tint.measurements import (
     ABLATION,
-    Fidelity,
+    UpdateError,
     ablation,
     adaptation,
     by_matrix,
-    downhill,
-    fidelity,
+    gradient_update,
     mean,
-    written,
+    simulated_update,
+    update_error,
 )
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.adaptation import WordLabels
@@ -44,10 +44,10 @@ SHAPES = {"query": (2, 3, 4), "gain": (5, 3)}
 def model(layers=1, width=4):
     """A decoder of two heads, in float64."""
     with jax.enable_x64(True):
-        blank = decoder(
+        untrained = decoder(
             WORDS, positions=POSITIONS, layers=layers, heads=2, width=width, hidden=8, eps=1e-3
         )
-        return cast(moved(blank, 0.8), "float64")
+        return cast(moved(untrained, 0.8), "float64")
 
 
 @partial(jax.jit, static_argnums=1)
@@ -74,7 +74,7 @@ def total(w, c, tokens, mask):
 
 def test_downhill_is_minus_the_slope_of_the_loss_by_differences(x64):
     c = Tint(model())
-    found = downhill(c.weights, jnp.asarray(TOKENS), TRAIN, c.shape)
+    found = gradient_update(c.weights, jnp.asarray(TOKENS), TRAIN, c.shape)
     for name, place in (
         ("query", (0, 1, 2)),
         ("key", (0, 2, 1)),
@@ -93,14 +93,14 @@ def test_downhill_is_minus_the_slope_of_the_loss_by_differences(x64):
 def test_fidelity_by_hand():
     rng = np.random.default_rng(0)
     found, wanted = ({n: rng.normal(size=(4, *s)) for n, s in SHAPES.items()} for _ in range(2))
-    got = fidelity(found, wanted, tuple(SHAPES))
+    got = update_error(found, wanted, tuple(SHAPES))
     for n in range(4):
         w, g = (np.concatenate([a[n].ravel() for a in x.values()]) for x in (found, wanted))
         np.testing.assert_allclose(got.cosine[n], w @ g / np.sqrt(w @ w * (g @ g)))
         np.testing.assert_allclose(got.relative[n], np.sqrt(((w - g) ** 2).sum() / (g @ g)))
-    alone = fidelity(found, wanted, ("gain",))
+    alone = update_error(found, wanted, ("gain",))
     assert not np.allclose(alone.cosine, got.cosine)
-    nothing = fidelity({n: 0 * a for n, a in wanted.items()}, wanted, tuple(SHAPES))
+    nothing = update_error({n: 0 * a for n, a in wanted.items()}, wanted, tuple(SHAPES))
     assert (nothing.cosine == 0).all() and np.allclose(nothing.relative, 1)
 
 
@@ -123,7 +123,7 @@ def test_frozen_gains_cost_their_share_of_the_gradient():
     found, weights, c = table()
     with jax.enable_x64(True):
         for name, w in weights.items():
-            slope = downhill(w, jnp.asarray(TOKENS), TRAIN, c.shape)
+            slope = gradient_update(w, jnp.asarray(TOKENS), TRAIN, c.shape)
             square = {n: np.square(np.asarray(a)).reshape(5, -1).sum(1) for n, a in slope.items()}
             trained = np.array([0, 1, 3, 4])  # the third sequence is not trained on
             lost = square["gain"][trained] / sum(square.values())[trained]
@@ -131,8 +131,8 @@ def test_frozen_gains_cost_their_share_of_the_gradient():
             np.testing.assert_allclose(got.relative[trained], np.sqrt(lost), rtol=1e-8)
             np.testing.assert_allclose(got.cosine[trained], np.sqrt(1 - lost), rtol=1e-8)
             assert found["none"][name].relative.max() < 1e-10
-            part = downhill(w, jnp.asarray(TOKENS), TRAIN, c.shape, True)
-            wanted = fidelity(part, slope)
+            part = gradient_update(w, jnp.asarray(TOKENS), TRAIN, c.shape, True)
+            wanted = update_error(part, slope)
             got = found["value-only attention"][name]
             np.testing.assert_allclose(got.relative, wanted.relative, rtol=1e-8)
             assert (got.relative[trained] > 1e-6).all()
@@ -142,13 +142,13 @@ def test_by_matrix_takes_layers_apart(x64):
     rng, c = np.random.default_rng(1), Tint(model())
     wanted = {
         n: np.asarray(a)
-        for n, a in downhill(c.weights, jnp.asarray(TOKENS), TRAIN, c.shape).items()
+        for n, a in gradient_update(c.weights, jnp.asarray(TOKENS), TRAIN, c.shape).items()
     }
     found = {n: a + 0.1 * rng.normal(size=a.shape) for n, a in wanted.items()}
     parts = by_matrix(found, wanted)
     assert parts["gain"].cosine.shape == (3, 5) and parts["back"].relative.shape == (1, 5)
     w, g = found["offset"][3, 2], wanted["offset"][3, 2]
-    assert isinstance(parts["offset"], Fidelity)
+    assert isinstance(parts["offset"], UpdateError)
     np.testing.assert_allclose(parts["offset"].cosine[2, 3], w @ g / np.sqrt(w @ w * (g @ g)))
     np.testing.assert_allclose(
         parts["offset"].relative[2, 3], np.linalg.norm(w - g) / np.linalg.norm(g)
@@ -179,7 +179,7 @@ def test_adaptation_scores_what_is_not_trained_on(x64):
     assert got == mean(found.simulated - found.before)
     old, new = parameters(c.auxiliary)["final_norm"], outcome.updated["final_norm"]
     by = np.asarray(new["gain"][...] - old["gain"]) / 0.1
-    np.testing.assert_allclose(written(c, tokens, train)["gain"][:, -1], by, atol=1e-9)
+    np.testing.assert_allclose(simulated_update(c, tokens, train)["gain"][:, -1], by, atol=1e-9)
 
 
 def watched(c, tokens, mask, on_queries, on_weights):
@@ -245,7 +245,7 @@ def test_answers_on_labelled_words():
     batch = task.sample(jax.random.key(1), 64)
     (tokens,), wanted = batch.inputs, np.asarray(batch.target[:, -1])
     c = Tint(moved(decoder(6, positions=7, layers=1, heads=2, width=4), 2.0, 3), "exact", 1, 0.5)
-    found = answers(c, task, batch)
+    found = label_accuracy(c, task, batch)
 
     def right(says):
         return np.asarray(says)[:, -1, task.labels].argmax(-1) + task.labels.start == wanted

@@ -100,11 +100,11 @@ def test_short_texts(x64):
 )
 def test_mixes(x64, mode):
     tint = Tint(small(), mode, learning_rate=RATE)
-    value_only = tint.back.attention == "value-only"
-    frozen = (VALUE_ONLY if value_only else FROZEN) + (() if tint.back.gains else ("gain",))
+    value_only = tint.backward.attention == "value-only"
+    frozen = (VALUE_ONLY if value_only else FROZEN) + (() if tint.backward.gains else ("gain",))
     found = updated(simulate(tint))
     expected = reference(small(), TEXTS, TRAINED, rate=RATE, frozen=frozen, value_only=value_only)
-    bar = 1e-10 if tint.back.norm == "exact" else 1e-6
+    bar = 1e-10 if tint.backward.norm == "exact" else 1e-6
     compare(found, expected.updated, bar, frozen)
 
 

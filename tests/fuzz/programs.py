@@ -80,7 +80,7 @@ def _said(layer: Layer) -> list[str]:
         gate = "" if layer.mlp.gate is None else f" gate={_affine(layer.mlp.gate)}"
         parts.append(
             f"mlp {layer.mlp.activation} {_affine(layer.mlp.hidden)}{gate} "
-            f"{_written(layer.mlp.write)} tokens={layer.mlp.tokens}"
+            f"{_written(layer.mlp.write)} token_groups={layer.mlp.token_groups}"
         )
     return parts
 
@@ -113,7 +113,7 @@ class _Book:
         return set(self.groups if own is None else own)
 
     def covers(self, slot: Slot, at: set[str]) -> bool:
-        return slot.tokens is None or at <= set(slot.tokens)
+        return slot.token_groups is None or at <= set(slot.token_groups)
 
     def alive(self, slot: Slot) -> bool:
         return slot.dies is None or self.layer <= slot.dies
@@ -277,7 +277,11 @@ class _Book:
 
 def share(a: Slot, b: Slot) -> bool:
     """Whether two slots have a column in common at some token."""
-    apart = a.tokens is not None and b.tokens is not None and not {*a.tokens} & {*b.tokens}
+    apart = (
+        a.token_groups is not None
+        and b.token_groups is not None
+        and not {*a.token_groups} & {*b.token_groups}
+    )
     return not apart and a.start < b.start + b.size and b.start < a.start + a.size
 
 
@@ -295,7 +299,7 @@ def cases(draw: Any) -> Case:
             tokens = tuple(draw(st.sets(st.sampled_from(groups), min_size=1)))
         many = draw(st.booleans())
         found.append(
-            slots.add(f"s{number}", draw(st.integers(1, 4)), tokens=tokens, born=born,
+            slots.add(f"s{number}", draw(st.integers(1, 4)), token_groups=tokens, born=born,
                       dies=dies, accumulates=many)
         )  # fmt: skip
     book = _Book(draw, found, groups, {s for s in found if s.born == 0})
@@ -318,6 +322,8 @@ def cases(draw: Any) -> Case:
     rng, values = np.random.default_rng(draw(seeds)), {}
     for slot in found:
         if slot.born == 0:
-            owned = np.array([slot.tokens is None or g in slot.tokens for g in groups])[kind]
+            owned = np.array([slot.token_groups is None or g in slot.token_groups for g in groups])[
+                kind
+            ]
             values[slot.name] = rng.normal(size=(batch, tokens, slot.size)) * owned[..., None]
     return Case(program, values, kind, shared, book.plain and loops == 1)

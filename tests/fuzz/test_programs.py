@@ -41,7 +41,7 @@ def held(program: Program) -> list[Slot]:
     for _, layer in program.unrolled():
         write([layer.norm.write] if layer.norm is not None else [])
         erasing = [h for h in layer.heads if h.erases is not None]
-        whole = [h.erases for h in erasing if {*(h.erases.tokens or program.token_groups)}
+        whole = [h.erases for h in erasing if {*(h.erases.token_groups or program.token_groups)}
                  <= {*(h.queries or program.token_groups)}]  # fmt: skip
         write([s for h in layer.heads if h.erases is None for s in h.writes()], whole)
         write(layer.mlp.write if layer.mlp is not None else [])
@@ -58,7 +58,9 @@ def agree(case: Case, found, wanted, what: str) -> None:
     program = case.program
     largest = max([1.0, *(np.abs(v).max(initial=0) for v in wanted.values())])
     for slot in held(program):
-        owned = np.array([slot.tokens is None or g in slot.tokens for g in program.token_groups])
+        owned = np.array(
+            [slot.token_groups is None or g in slot.token_groups for g in program.token_groups]
+        )
         wrong = np.abs(np.asarray(found[slot.name]) - wanted[slot.name])
         worst = wrong[owned[case.groups]].max(initial=0)
         assert worst <= 1e-8 * largest, f"{what}: slot {slot.name} is off by {worst:.2e}"

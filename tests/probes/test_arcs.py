@@ -71,8 +71,8 @@ def built(
     vocabulary = phrases()[1].grammar.vocabulary
     words = len(vocabulary)
     slots = Slots()
-    word = slots.add("word", words, tokens="word")
-    out = slots.add("out", words, tokens="word", born=1)
+    word = slots.add("word", words, token_groups="word")
+    out = slots.add("out", words, token_groups="word", born=1)
     match = np.zeros((words, words))
     for dependent, head in looks.items():
         match[vocabulary.index(head), vocabulary.index(dependent)] = 1

@@ -13,7 +13,7 @@ from constructions.core.symmetry import change_key_basis, change_value_basis
 from constructions.core.transformer import randomise
 from constructions.gradient_descent import GradientDescent
 from constructions.inside_outside import InsideOutside
-from constructions.inside_outside.counterpart import language_model
+from constructions.inside_outside.paper import language_model
 from constructions.runs import fit_family, load_run
 from probes.fisher import (
     best_merge,

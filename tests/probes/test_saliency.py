@@ -55,7 +55,7 @@ class Sum(Construction):
         left[:, : len(kept)] = evidence[:, np.asarray(kept, int)]
         return (left,)
 
-    def answers(self, prediction: Any, kept: Any, *inputs: Any) -> Any:
+    def outside_context(self, prediction: Any, kept: Any, *inputs: Any) -> Any:
         return prediction[:, None]
 
     def apply(self, model: Any, *inputs: Any) -> Any:

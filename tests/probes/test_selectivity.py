@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.core.compile import blank
+from constructions.core.compile import untrained
 from constructions.core.config import SegmentConfig
 from constructions.core.transformer import Transformer, randomise
 from constructions.inside_outside.tableau import GROUPS
@@ -160,7 +160,7 @@ def with_relu(model: Transformer) -> Transformer:
     layer = replace(layer, mlp=replace(layer.mlp, activation="relu"))
     config = replace(model.config, segments=(SegmentConfig((layer,), segment.repeats),))
     keys = [group for group in GROUPS if group != "pad"]
-    return randomise(blank(config, keys=keys), jax.random.key(0), 0.3)
+    return randomise(untrained(config, keys=keys), jax.random.key(0), 0.3)
 
 
 def test_tool(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from constructions import CATALOGUE
 from constructions.core.transformer import Edit, randomise
-from constructions.inside_outside.counterpart import language_model
+from constructions.inside_outside.paper import language_model
 from probes.interchange import interchange
 from probes.patching import patched_prediction, site_values
 from probes.span_interchange import SpanEffects, inside_places, span_interchange

@@ -4,7 +4,7 @@ import pytest
 
 from constructions import CATALOGUE
 from constructions.core.transformer import randomise
-from constructions.inside_outside.counterpart import language_model
+from constructions.inside_outside.paper import language_model
 from probes.linear import ridge_probe
 from probes.rows import Rows, fit
 from probes.spans import span_probe, tag_probe, word_stream

@@ -9,7 +9,7 @@ from scipy.stats import chi2
 from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform
 from synthetic.theory import one_layer as theory
 from synthetic.theory import spectral
-from synthetic.theory.wishart import eigenvalue_density
+from synthetic.theory.optimal_descent import eigenvalue_density, optimal_descent
 
 BASE = RegressionTask()
 NOISY = RegressionTask(4, 7, inputs=Gaussian(0.8), weights=Gaussian(1.5), noise=0.7)
@@ -150,9 +150,7 @@ def test_no_descent_beats_ridge_on_any_context():
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("task", [BASE, NOISY], ids=["base", "noisy"])
 def test_best_single_step_is_the_closed_form(task, shared):
-    found = spectral.optimal_descent(
-        task, 1, shared=shared, curvature=False, contexts=20_000, starts=0
-    )
+    found = optimal_descent(task, 1, shared=shared, curvature=False, contexts=20_000, starts=0)
     optimum = theory.optimal_one_layer(task)
     assert found.step_sizes[0] == pytest.approx(theory.optimal_step_size(task), rel=5e-3)
     assert abs(found.loss - optimum.loss) < 4 * found.standard_error
@@ -161,7 +159,7 @@ def test_best_single_step_is_the_closed_form(task, shared):
 
 
 def test_optimum_is_stationary_and_reported_on_fresh_contexts():
-    found = spectral.optimal_descent(
+    found = optimal_descent(
         BASE, 2, shared=True, curvature=True, contexts=10_000, starts=0, rarest=1.0
     )
 
@@ -192,19 +190,15 @@ def test_optimum_is_stationary_and_reported_on_fresh_contexts():
 )
 def test_published_curvatures_of_two_recurrent_steps(examples, published):
     task = RegressionTask(10, examples)
-    found = spectral.optimal_descent(task, 2, shared=True, curvature=True, contexts=5_000, starts=0)
+    found = optimal_descent(task, 2, shared=True, curvature=True, contexts=5_000, starts=0)
     assert found.curvatures[0] == found.curvatures[1]
     assert found.curvatures[0] == pytest.approx(published, rel=0.03)
 
 
 def test_known_optima():
-    plain = spectral.optimal_descent(
-        BASE, 2, shared=True, curvature=False, contexts=20_000, starts=0
-    )
-    free = spectral.optimal_descent(
-        BASE, 2, shared=False, curvature=False, contexts=20_000, starts=0
-    )
-    plus = spectral.optimal_descent(BASE, 2, shared=True, curvature=True, contexts=20_000, starts=0)
+    plain = optimal_descent(BASE, 2, shared=True, curvature=False, contexts=20_000, starts=0)
+    free = optimal_descent(BASE, 2, shared=False, curvature=False, contexts=20_000, starts=0)
+    plus = optimal_descent(BASE, 2, shared=True, curvature=True, contexts=20_000, starts=0)
     assert plain.loss == pytest.approx(0.1566, rel=0.01)
     assert free.loss == pytest.approx(0.1413, rel=0.01)
     assert plus.loss == pytest.approx(0.1105, rel=0.01)
@@ -215,7 +209,7 @@ def test_known_optima():
 @pytest.mark.slow
 def test_every_step_helps_and_deep_descent_converges():
     losses = [
-        spectral.optimal_descent(
+        optimal_descent(
             LAYERS_20, steps, shared=False, curvature=True, contexts=5_000, starts=0
         ).loss
         for steps in (1, 2, 4)
@@ -228,9 +222,7 @@ def test_every_step_helps_and_deep_descent_converges():
 @pytest.mark.slow
 def test_noise_bounds_descent_by_ridge():
     task = RegressionTask(10, 20, inputs=Gaussian(), noise=3 / 3**0.5)
-    found = spectral.optimal_descent(
-        task, 3, shared=False, curvature=True, contexts=10_000, starts=2
-    )
+    found = optimal_descent(task, 3, shared=False, curvature=True, contexts=10_000, starts=2)
     eigenvalues = spectral.context_eigenvalues(task, jax.random.key(9), 40_000)
     bound = spectral.estimate(spectral.ridge_losses(task, eigenvalues))
     error = np.hypot(found.standard_error, bound.standard_error)
@@ -274,14 +266,14 @@ def test_other_covariances_are_refused(task):
     with pytest.raises(ValueError, match="must have mean 0 and covariance v I"):
         spectral.context_eigenvalues(task, jax.random.key(0), 5)
     with pytest.raises(ValueError, match="must have mean 0 and covariance v I"):
-        spectral.optimal_descent(task, 1, shared=True, curvature=True, contexts=5)
+        optimal_descent(task, 1, shared=True, curvature=True, contexts=5)
 
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        spectral.optimal_descent(BASE, 0, shared=True, curvature=True)
+        optimal_descent(BASE, 0, shared=True, curvature=True)
     with pytest.raises(ValueError, match="contexts must be at least 2, got 1"):
-        spectral.optimal_descent(BASE, 1, shared=True, curvature=True, contexts=1)
+        optimal_descent(BASE, 1, shared=True, curvature=True, contexts=1)
     with pytest.raises(ValueError, match="rates and curvatures"):
         spectral.descent_filter(jnp.ones(3), jnp.ones(2), jnp.ones(3))
     with pytest.raises(ValueError, match="penalty must be at least 0"):

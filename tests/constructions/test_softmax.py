@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.core.compile import compile_program, soften
+from constructions.core.compile import compile_program
 from constructions.core.program import CAUSAL, Head, Layer, Mlp, Norm, Program, erase
 from constructions.core.slots import Slots, constant
+from constructions.core.softmax import soften
 from constructions.family import verify
 from constructions.softened import Softened
 from tests import plain_numpy

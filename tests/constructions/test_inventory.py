@@ -7,7 +7,7 @@ from flax import nnx
 
 from constructions import CATALOGUE
 from constructions.core.compile import compile_program
-from constructions.core.inventory import EXTRAS, counts, materials
+from constructions.core.inventory import NON_STANDARD, components, counts
 from constructions.interchange.decoder import DecoderShape, decoder
 from constructions.tint.algorithm import MODES
 from constructions.tint.experiments import PUBLISHED, paper_parameters, sizes, table
@@ -23,18 +23,20 @@ def program_of(shape, mode, stack=1):
 
 def test_gradient_descent_is_linear_attention_alone():
     c = CATALOGUE["gradient-descent"](dim_x=3, dim_y=1, num_examples=4, steps=2, step_size=0.5)
-    found = materials(c.program)
+    found = components(c.program)
     assert found.plain == 0
     assert sum(part.layers for part in found.parts) == len(c.program.layers)
     heads = sum(len(layer.single_heads) for layer in c.program.layers)
-    assert found.extras["linear attention"] == sum(part.heads for part in found.parts) == heads
-    assert "transposed softmax" not in found.extras and "gated MLP" not in found.extras
+    assert (
+        found.non_standard["linear attention"] == sum(part.heads for part in found.parts) == heads
+    )
+    assert "transposed softmax" not in found.non_standard and "gated MLP" not in found.non_standard
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_tint_by_hand(mode):
-    shape, found = SMALL, materials(program_of(SMALL, mode))
-    assert set(found.extras) <= set(EXTRAS)
+    shape, found = SMALL, components(program_of(SMALL, mode))
+    assert set(found.non_standard) <= set(NON_STANDARD)
     # softmax heads that look back: attention of two passes, the loss, and differences of queries
     differences = 2 * shape.heads * shape.layers if mode == "finite-difference" else 0
     factors = shape.heads * shape.layers if mode == "exact" else 0
@@ -42,9 +44,9 @@ def test_tint_by_hand(mode):
     heads = sum(part.heads for part in found.parts)
     assert found.plain == pytest.approx(plain / heads)
     transposed = {"paper": 1, "finite-difference": 3, "exact": 2}[mode]
-    assert found.extras["transposed softmax"] == transposed * shape.heads * shape.layers
-    assert found.extras.get("factor", 0) == 2 * factors
-    assert found.extras.get("derivative", 0) == (shape.layers if mode == "exact" else 0)
+    assert found.non_standard["transposed softmax"] == transposed * shape.heads * shape.layers
+    assert found.non_standard.get("factor", 0) == 2 * factors
+    assert found.non_standard.get("derivative", 0) == (shape.layers if mode == "exact" else 0)
     assert found.markdown().count("\n") == len(found.parts) + 1
 
 
