@@ -405,7 +405,7 @@ def test_files_and_settings_that_claim_too_much(copy):
     with pytest.raises(RunError, match="28 arrays, too few for 1000000000 layers"):
         load_auxiliary(folder)
     config.write_text("[" * 100_000)
-    with pytest.raises(RunError, match="config.json: no JSON: maximum recursion"):
+    with pytest.raises(RunError, match="config.json: no JSON: values are nested too deeply"):
         load_auxiliary(folder)
 
 
