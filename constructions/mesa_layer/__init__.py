@@ -14,7 +14,7 @@ triangular             inverse Cholesky factors of many small matrices
 arguments              what may be given
 """
 
-from constructions.mesa_layer.decoding import MesaState, mesa_start, mesa_step
+from constructions.mesa_layer.orthogonal import MesaState, mesa_start, mesa_step
 from constructions.mesa_layer.layer import METHODS, mesa, mesa_attention
 
 __all__ = ["METHODS", "MesaState", "mesa", "mesa_attention", "mesa_start", "mesa_step"]

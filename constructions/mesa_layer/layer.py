@@ -7,24 +7,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from constructions.mesa_layer import cholesky, chunked, conjugate_gradients, recursive
 from constructions.mesa_layer.arguments import at_least, checked
-from constructions.mesa_layer.implicit import Method, solved
 from constructions.mesa_layer.orthogonal import by_rotations
-from constructions.mesa_layer.problem import Settings, join, split
+from constructions.mesa_layer.problem import join, split
+from constructions.mesa_layer.solvers import METHODS, Settings, solved
 
 AXES = ("batch", "time", "head")
 LARGE = 2.0**20  # numbers up to here, of few millions of tokens, overflow in no sum
 # the largest condition number at which sums and solves in this dtype keep their promise
 WELL_CONDITIONED = {"float32": 2.0**9, "float64": 2.0**20}
-METHODS = {
-    "chunked": Method(chunked.prepare, chunked.solve, forgets=False),
-    "scan": Method(recursive.prepare, recursive.solve, forgets=False),
-    "cholesky": Method(cholesky.prepare, cholesky.solve, forgets=True),
-    "conjugate-gradients": Method(
-        conjugate_gradients.prepare, conjugate_gradients.solve, forgets=True
-    ),
-}
 
 
 def mesa(
