@@ -12,6 +12,7 @@ from constructions.mesa_layer.orthogonal import by_rotations
 from constructions.mesa_layer.problem import join, split
 from constructions.mesa_layer.solvers import METHODS, Settings, solved
 
+Arrays = tuple[Array, Array, Array, Array, Array | None, Array | None]
 AXES = ("batch", "time", "head")
 LARGE = 2.0**20  # numbers up to here, of few millions of tokens, overflow in no sum
 # the largest condition number at which sums and solves in this dtype keep their promise
@@ -128,12 +129,14 @@ def _mesa(
         None if input_gate is None else split(input_gate, chunk),
         None if forget_gate is None else split(forget_gate, chunk, fill=1.0),
     )
+
     wild = out_of_range(*given)
     q, k, v, r, beta, gamma = tamed(wild, *given)
     output, condition = solved(METHODS[method], settings, q, k, v, r[:, None], beta, gamma)
     if settings.refinements:
+        condition = lax.stop_gradient(condition)
         if method == "scan":  # its errors stay in the state
-            condition = _largest_so_far(lax.stop_gradient(condition))
+            condition = _largest_so_far(condition)
         doubtful = wild | ~(condition <= WELL_CONDITIONED[key.dtype.name])[..., None]
         output = jnp.where(doubtful, by_rotations(doubtful, *given), output)
     else:
@@ -155,8 +158,10 @@ def out_of_range(
         return ~(jnp.abs(x) <= LARGE).all(-1, keepdims=True)
 
     pair = beyond(key) | beyond(value)
-    for gate in (input_gate, forget_gate):
-        pair = pair if gate is None else pair | beyond(gate[..., None])
+    if input_gate is not None:
+        pair |= beyond(input_gate[..., None])
+    if forget_gate is not None:  # a smaller one leaves no digits of products with it
+        pair |= ~(forget_gate >= LARGE**-3)[..., None]
     pair |= ~((ridge >= LARGE**-3) & (ridge <= LARGE**3)).all(-1)[:, None, None]
     # what has once entered the sums stays there
     so_far = _largest_so_far(pair[..., 0].astype(int))[..., None] > 0
@@ -171,16 +176,23 @@ def _largest_so_far(x: Array) -> Array:
     return jnp.maximum(within, before)
 
 
-def tamed(wild: Array, *given: Array | None) -> list[Array | None]:
+def tamed(
+    wild: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    input_gate: Array | None,
+    forget_gate: Array | None,
+) -> Arrays:
     """The same with no token of those times: the other times are as they were."""
-    query, key, value, ridge, input_gate, forget_gate = given
     query, key, value = (jnp.where(wild, 0, x) for x in (query, key, value))
     ridge = jnp.where((ridge >= LARGE**-3) & (ridge <= LARGE**3), ridge, 1)
     if input_gate is not None:
         input_gate = jnp.where(wild[..., 0], 0, input_gate)
     if forget_gate is not None:
         forget_gate = jnp.where(wild[..., 0], 1, forget_gate)
-    return [query, key, value, ridge, input_gate, forget_gate]
+    return query, key, value, ridge, input_gate, forget_gate
 
 
 def mesa_attention(

@@ -19,6 +19,7 @@ a gate of 0 or 1 has a derivative like any other. Nothing is ever taken away fro
 gate g multiplies all weights, the ridge's too, and (1 - g) ridge is added back as rows of their own.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -161,15 +162,10 @@ def by_rotations(
 
     Work is dim^2 a token up to the last chunk with a mark, dim^3 with a forget gate.
     """
+    # No `cond` around the whole: what it keeps for the backward pass it copies, taken or not.
     wanted = _anywhere(doubtful.any((1, 2, 3, 4)))
-    given = (query, key, value, ridge, input_gate, forget_gate)
-
-    @jax.checkpoint
-    def found(*given: Any) -> Tokens:
-        with jax.enable_x64(True):
-            return outputs(*given, wanted)
-
-    return lax.cond(wanted.any(), found, lambda *_: jnp.zeros_like(value), *given)
+    with jax.enable_x64(True):
+        return outputs(query, key, value, ridge, input_gate, forget_gate, wanted)
 
 
 def outputs(
@@ -197,18 +193,29 @@ def outputs(
 
         def run(rows: Rows, tokens: Any) -> tuple[Rows, Array]:
             tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float64), 2, 0), tokens)
-            rows, found = lax.scan(jax.checkpoint(token), rows, tokens)
+            rows, found = scan_in_groups(token, rows, tokens)
             return rows, jnp.moveaxis(found, 0, 2).astype(value.dtype)
 
         def skip(rows: Rows, tokens: Any) -> tuple[Rows, Array]:
             del tokens
             return rows, jnp.zeros(value.shape[1:], value.dtype)
 
-        return lax.cond(needed > 0, run, skip, rows, tokens)
+        return lax.cond(needed > 0, jax.checkpoint(run), skip, rows, tokens)
 
     begin = start(ridge, key.shape[1], key.shape[-1] + value.shape[-1])
     xs = ((query, key, value, input_gate, forget_gate), needed)
-    return lax.scan(jax.checkpoint(chunk), begin, xs)[1]
+    return scan_in_groups(chunk, begin, xs)[1]
+
+
+def scan_in_groups(step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`lax.scan` whose backward pass keeps about 2 sqrt(n) carries of n, and computes two anew."""
+    length = len(jax.tree.leaves(xs)[0])
+    group = max(n for n in range(1, math.isqrt(2 * length) + 1) if length % n == 0)
+    grouped = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), xs)
+    inner = jax.checkpoint(step)
+    outer = jax.checkpoint(lambda carry, xs: lax.scan(inner, carry, xs))
+    carry, ys = lax.scan(outer, carry, grouped)
+    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
 
 
 class MesaState(NamedTuple):
