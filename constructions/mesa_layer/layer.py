@@ -19,6 +19,41 @@ LARGE = 2.0**20  # numbers up to here, of few millions of tokens, overflow in no
 WELL_CONDITIONED = {"float32": 2.0**9, "float64": 2.0**20}
 
 
+def reference(
+    query: Array,
+    key: Array,
+    value: Array,
+    regularization: Array,
+    input_gate: Array | None = None,
+    forget_gate: Array | None = None,
+) -> Array:
+    """What `mesa` computes, as it is written in the papers: arguments as there, slow, unchecked.
+
+    H <- gamma H + beta k k^T,   G <- gamma G + beta v k^T,   o = G (H + ridge)^-1 q
+    """
+    ridge = regularization if regularization.ndim == 2 else regularization[:, None]
+    ridge = ridge[..., None] * jnp.eye(query.shape[-1])
+    ones = jnp.ones(query.shape[:-1], query.dtype)
+    beta = ones if input_gate is None else input_gate
+    gamma = ones if forget_gate is None else forget_gate
+
+    def token(sums: tuple[Array, Array], xs: tuple[Array, ...]) -> tuple:
+        gram, moment = sums
+        q, k, v, beta, gamma = xs
+        weighted, kept = beta[..., None, None] * k[..., None, :], gamma[..., None, None]
+        gram, moment = (
+            kept * gram + k[..., None] * weighted,
+            kept * moment + v[..., None] * weighted,
+        )
+        solution = jnp.linalg.solve(gram + ridge, q[..., None])
+        return (gram, moment), (moment @ solution)[..., 0]
+
+    by_time = tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value, beta, gamma))
+    batch, _, heads, dim = query.shape
+    start = (jnp.zeros((batch, heads, n, dim), query.dtype) for n in (dim, value.shape[-1]))
+    return jnp.moveaxis(lax.scan(token, tuple(start), by_time)[1], 0, 1)
+
+
 def mesa(
     query: ArrayLike,
     key: ArrayLike,
@@ -40,17 +75,20 @@ def mesa(
 
     with zeta_ts the product of the forget gates in (s, t]; the pair at t is included and the ridge
     does not decay (von Oswald et al. 2023, arXiv 2309.05858, eq. 4-8, whose 1 / lambda is the ridge
-    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit,
-    in reverse mode and once, and as cheap as the layer; nothing of size time x dim^2 is stored.
+    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit and
+    as cheap as the layer, in reverse mode, forward mode, and one over the other (Hessian-vector
+    products); nothing of size time x dim^2 is stored.
 
-    Precision, of every method unless `refinements` is 0: in float32 the output of a sequence is
-    within 1e-4 of its largest entry, its gradients within 1e-3 (those of forget gates of exactly 1
-    are worse), up to condition numbers of H_t + ridge of 1e11, and beyond wherever the keys
-    themselves are well-conditioned, however small the ridge is; in float64 within 1e-9. Times whose
-    condition number may exceed 512 (float32) or 2^20 (float64) are computed by rotations of the
-    data in float64 (see `orthogonal`), token by token: slower, as "scan" is. A key or value that is
-    not finite makes outputs NaN from its time
-    on, none before.
+    Precision, of every method unless `refinements` is 0. Errors of the output are relative to its
+    largest entry over all times of a sequence and head (a time whose output is small beside others
+    may be off by more of its own size), those of a gradient to the largest entry of the gradient
+    with respect to that argument, of the same sequence and head. In float32 they are at most 1e-4
+    and 1e-3, up to condition numbers of H_t + ridge of 1e11, and beyond wherever the keys
+    themselves are well-conditioned, however small the ridge is; outputs in float64 at most 1e-9.
+    Times whose condition number may exceed 512 (float32) or 2^20 (float64) are computed by
+    rotations of the data in float64 (see `orthogonal`), token by token: slower, as "scan" is. A key
+    or value that is not finite, or beyond 2^200 in float64, makes outputs NaN from its time on,
+    none before.
 
     The default method is the chunked one without, conjugate gradients with a forget gate:
 
@@ -138,7 +176,7 @@ def _mesa(
         if method == "scan":  # its errors stay in the state
             condition = _largest_so_far(condition)
         doubtful = wild | ~(condition <= WELL_CONDITIONED[key.dtype.name])[..., None]
-        output = jnp.where(doubtful, by_rotations(doubtful, *given), output)
+        output = by_rotations(doubtful, output, *given)
     else:
         output = jnp.where(wild, jnp.nan, output)
     return join(jnp.asarray(output), query.shape[1])

@@ -151,6 +151,7 @@ def _(size: int, batched: list[bool], marks: Array) -> tuple[Array, bool]:
 
 def by_rotations(
     doubtful: Marks,
+    output: Tokens,
     query: Tokens,
     key: Tokens,
     value: Tokens,
@@ -158,53 +159,40 @@ def by_rotations(
     input_gate: Scalars | None,
     forget_gate: Scalars | None,
 ) -> Tokens:
-    """o_t where it is marked, in float64; other entries say nothing. Nothing marked costs nothing.
+    """The output, and where it is marked o_t computed anew, in float64; next to free without marks.
 
-    Work is dim^2 a token up to the last chunk with a mark, dim^3 with a forget gate.
+    Work is dim^2 a token up to the last chunk with a mark, dim^3 with a forget gate; the float64
+    arrays of one chunk exist at a time. The output passes through, rather than being chosen from
+    afterwards, so that in the backward pass what was kept here is done with before the rest begins.
     """
     # No `cond` around the whole: what it keeps for the backward pass it copies, taken or not.
     wanted = _anywhere(doubtful.any((1, 2, 3, 4)))
-    with jax.enable_x64(True):
-        return outputs(query, key, value, ridge, input_gate, forget_gate, wanted)
-
-
-def outputs(
-    query: Tokens,
-    key: Tokens,
-    value: Tokens,
-    ridge: Float[Array, "head dim"],
-    input_gate: Scalars | None,
-    forget_gate: Scalars | None,
-    wanted: Bool[Array, " chunk"],
-) -> Tokens:
-    """o_t of chunks up to the last that is wanted, `[chunk, batch, head, time, value]`.
-
-    In 64 bit mode: it computes in float64, one chunk of whose arrays exist at a time.
-    """
     needed = lax.cummax(wanted.astype(jnp.int32), reverse=True)
-    ridge = jnp.maximum(ridge.astype(jnp.float64), 1 / RANGE)
+    with jax.enable_x64(True):
+        wide = jnp.maximum(ridge.astype(jnp.float64), 1 / RANGE)
 
-    def token(rows: Rows, xs: tuple[Any, ...]) -> tuple[Rows, Array]:
-        q, k, v, beta, gamma = xs
-        return advance(rows, q, k, v, ridge, beta, gamma)
+        def token(rows: Rows, xs: tuple[Any, ...]) -> tuple[Rows, Array]:
+            q, k, v, beta, gamma = xs
+            return advance(rows, q, k, v, wide, beta, gamma)
 
-    def chunk(rows: Rows, xs: tuple[Any, Array]) -> tuple[Rows, Array]:
-        tokens, needed = xs
+        def chunk(rows: Rows, xs: tuple[Any, ...]) -> tuple[Rows, Array]:
+            tokens, output, doubtful, needed = xs
 
-        def run(rows: Rows, tokens: Any) -> tuple[Rows, Array]:
-            tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float64), 2, 0), tokens)
-            rows, found = scan_in_groups(token, rows, tokens)
-            return rows, jnp.moveaxis(found, 0, 2).astype(value.dtype)
+            def run(rows: Rows, tokens: Any, output: Array) -> tuple[Rows, Array]:
+                tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float64), 2, 0), tokens)
+                rows, found = scan_in_groups(token, rows, tokens)
+                found = jnp.moveaxis(found, 0, 2).astype(output.dtype)
+                return rows, jnp.where(doubtful, found, output)
 
-        def skip(rows: Rows, tokens: Any) -> tuple[Rows, Array]:
-            del tokens
-            return rows, jnp.zeros(value.shape[1:], value.dtype)
+            def skip(rows: Rows, tokens: Any, output: Array) -> tuple[Rows, Array]:
+                del tokens
+                return rows, output
 
-        return lax.cond(needed > 0, jax.checkpoint(run), skip, rows, tokens)
+            return lax.cond(needed > 0, jax.checkpoint(run), skip, rows, tokens, output)
 
-    begin = start(ridge, key.shape[1], key.shape[-1] + value.shape[-1])
-    xs = ((query, key, value, input_gate, forget_gate), needed)
-    return scan_in_groups(chunk, begin, xs)[1]
+        begin = start(wide, key.shape[1], key.shape[-1] + value.shape[-1])
+        tokens = (query, key, value, input_gate, forget_gate)
+        return scan_in_groups(chunk, begin, (tokens, output, doubtful, needed))[1]
 
 
 def scan_in_groups(step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
@@ -222,8 +210,8 @@ class MesaState(NamedTuple):
     """All that the tokens so far leave behind, to the digits of float64 in pairs of arrays.
 
     Attributes:
-        root: R, upper triangular, with R^T R = H + ridge and H = sum zeta beta k k^T.
-        moment: Z with R^T Z = sum zeta beta k v^T (see `orthogonal`).
+        root: R = D^(1/2) U, upper triangular, R^T R = H + ridge with H = sum zeta beta k k^T.
+        moment: D^(1/2) Z, whose product with R^T is sum zeta beta k v^T.
         root_rest: what rounding has left of R in float32; in float64 the same, as its pair.
         moment_rest: the same of Z.
     """
@@ -269,7 +257,7 @@ def mesa_step(
 ) -> tuple[MesaState, Array]:
     """Take in the pair (k, v), answer the query: `mesa` at its newest time, as exact.
 
-    It computes in float64, whatever the tokens' dtype, by rotations (see `orthogonal`): dim^2 work
+    It computes in float64, whatever the tokens' dtype, by rotations of the data: dim^2 work
     without a forget gate, dim^3 with one. Steps of both kinds may follow each other.
 
     Args:
@@ -314,7 +302,7 @@ def _step(
     rows = jnp.concatenate(
         [state.root + state.root_rest, state.moment + state.moment_rest], axis=-1
     )
-    diagonal = jnp.eye(*rows.shape[2:]) > 0
+    diagonal = jnp.eye(rows.shape[2], rows.shape[3]) > 0
     scale = jnp.where(diagonal, rows, 0).sum(-1, keepdims=True)
     rows = jnp.where(diagonal, scale**2, rows / scale)
     ridge = jnp.maximum(ridge, 1 / RANGE)
@@ -330,7 +318,7 @@ def _start(batch: int, value_dim: int, ridge: Array) -> MesaState:
 def _packed(rows: Array) -> MesaState:
     """Rows of roots of D, [R | Z] = D^(1/2) [U | Z], as float32 and what it leaves."""
     rows = jnp.moveaxis(rows, 0, 2)
-    diagonal = jnp.eye(*rows.shape[2:]) > 0
+    diagonal = jnp.eye(rows.shape[2], rows.shape[3]) > 0
     scale = jnp.sqrt(jnp.where(diagonal, rows, 0).sum(-1, keepdims=True))
     rows = scale * jnp.where(diagonal, 1, rows)
     dim = rows.shape[2]

@@ -96,9 +96,7 @@ def _products_jvp(
     return (within, since_start), changes
 
 
-def states(
-    key: Tokens, value: Tokens, decay: Decay
-) -> Float[Array, "chunk batch head key value"]:
+def states(key: Tokens, value: Tokens, decay: Decay) -> Float[Array, "chunk batch head key value"]:
     """S in front of every chunk: S_c = sum_{s before c} zeta k_s v_s^T."""
     added = dot((key * decay.until_end[..., None]).mT, value)
 

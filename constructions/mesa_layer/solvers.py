@@ -181,7 +181,7 @@ def solve_once(gram: Matrix, root: Matrix, ridge: Array, right: Array, refinemen
     return x
 
 
-def solve_tokens(problem: Problem, _: None, right: Tokens, settings: Settings) -> Tokens:
+def solve_tokens(problem: Problem, prepared: None, right: Tokens, settings: Settings) -> Tokens:
     """x_t with a state of constant size, H and U with (H + ridge)^-1 = U U^T, updated exactly.
 
     With a forget gate, and a ridge that stays, the inverse has no such update.
@@ -210,14 +210,14 @@ def solve_tokens(problem: Problem, _: None, right: Tokens, settings: Settings) -
     return jnp.moveaxis(x.reshape(right.shape[0], right.shape[3], *x.shape[1:]), 1, 3)
 
 
-def solve_cholesky(problem: Problem, _: None, right: Tokens, settings: Settings) -> Tokens:
+def solve_cholesky(problem: Problem, prepared: None, right: Tokens, settings: Settings) -> Tokens:
     """x_t = L_t^-T L_t^-1 b_t with L_t L_t^T = H_t + ridge: the reference, for any gates.
 
     One chunk of Gram matrices at a time, so that nothing of size time x dim^2 is stored.
     """
     ridge = problem.ridge
     lead = problem.key.shape[:3]
-    within, since_start, _, _ = problem.decay
+    within, since_start = problem.decay.within, problem.decay.since_start
     within = jnp.broadcast_to(within, (*lead, *within.shape[-2:]))
     since_start = jnp.broadcast_to(since_start, (*lead, *since_start.shape[-1:]))
 
