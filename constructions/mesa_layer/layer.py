@@ -7,24 +7,51 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from constructions.mesa_layer import cholesky, chunked, conjugate_gradients, recursive
 from constructions.mesa_layer.arguments import at_least, checked
-from constructions.mesa_layer.implicit import Method, solved
 from constructions.mesa_layer.orthogonal import by_rotations
-from constructions.mesa_layer.problem import Settings, join, split
+from constructions.mesa_layer.problem import join, split
+from constructions.mesa_layer.solvers import METHODS, Settings, solved
 
+Arrays = tuple[Array, Array, Array, Array, Array | None, Array | None]
 AXES = ("batch", "time", "head")
 LARGE = 2.0**20  # numbers up to here, of few millions of tokens, overflow in no sum
 # the largest condition number at which sums and solves in this dtype keep their promise
 WELL_CONDITIONED = {"float32": 2.0**9, "float64": 2.0**20}
-METHODS = {
-    "chunked": Method(chunked.prepare, chunked.solve, forgets=False),
-    "scan": Method(recursive.prepare, recursive.solve, forgets=False),
-    "cholesky": Method(cholesky.prepare, cholesky.solve, forgets=True),
-    "conjugate-gradients": Method(
-        conjugate_gradients.prepare, conjugate_gradients.solve, forgets=True
-    ),
-}
+
+
+def reference(
+    query: Array,
+    key: Array,
+    value: Array,
+    regularization: Array,
+    input_gate: Array | None = None,
+    forget_gate: Array | None = None,
+) -> Array:
+    """What `mesa` computes, as it is written in the papers: arguments as there, slow, unchecked.
+
+    H <- gamma H + beta k k^T,   G <- gamma G + beta v k^T,   o = G (H + ridge)^-1 q
+    """
+    ridge = regularization if regularization.ndim == 2 else regularization[:, None]
+    ridge = ridge[..., None] * jnp.eye(query.shape[-1])
+    ones = jnp.ones(query.shape[:-1], query.dtype)
+    beta = ones if input_gate is None else input_gate
+    gamma = ones if forget_gate is None else forget_gate
+
+    def token(sums: tuple[Array, Array], xs: tuple[Array, ...]) -> tuple:
+        gram, moment = sums
+        q, k, v, beta, gamma = xs
+        weighted, kept = beta[..., None, None] * k[..., None, :], gamma[..., None, None]
+        gram, moment = (
+            kept * gram + k[..., None] * weighted,
+            kept * moment + v[..., None] * weighted,
+        )
+        solution = jnp.linalg.solve(gram + ridge, q[..., None])
+        return (gram, moment), (moment @ solution)[..., 0]
+
+    by_time = tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value, beta, gamma))
+    batch, _, heads, dim = query.shape
+    start = (jnp.zeros((batch, heads, n, dim), query.dtype) for n in (dim, value.shape[-1]))
+    return jnp.moveaxis(lax.scan(token, tuple(start), by_time)[1], 0, 1)
 
 
 def mesa(
@@ -48,17 +75,20 @@ def mesa(
 
     with zeta_ts the product of the forget gates in (s, t]; the pair at t is included and the ridge
     does not decay (von Oswald et al. 2023, arXiv 2309.05858, eq. 4-8, whose 1 / lambda is the ridge
-    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit,
-    in reverse mode and once, and as cheap as the layer; nothing of size time x dim^2 is stored.
+    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit and
+    as cheap as the layer, in reverse mode, forward mode, and one over the other (Hessian-vector
+    products); nothing of size time x dim^2 is stored.
 
-    Precision, of every method unless `refinements` is 0: in float32 the output of a sequence is
-    within 1e-4 of its largest entry, its gradients within 1e-3 (those of forget gates of exactly 1
-    are worse), up to condition numbers of H_t + ridge of 1e11, and beyond wherever the keys
-    themselves are well-conditioned, however small the ridge is; in float64 within 1e-9. Times whose
-    condition number may exceed 512 (float32) or 2^20 (float64) are computed by rotations of the
-    data in float64 (see `orthogonal`), token by token: slower, as "scan" is. A key or value that is
-    not finite makes outputs NaN from its time
-    on, none before.
+    Precision, of every method unless `refinements` is 0. Errors of the output are relative to its
+    largest entry over all times of a sequence and head (a time whose output is small beside others
+    may be off by more of its own size), those of a gradient to the largest entry of the gradient
+    with respect to that argument, of the same sequence and head. In float32 they are at most 1e-4
+    and 1e-3, up to condition numbers of H_t + ridge of 1e11, and beyond wherever the keys
+    themselves are well-conditioned, however small the ridge is; outputs in float64 at most 1e-9.
+    Times whose condition number may exceed 512 (float32) or 2^20 (float64) are computed by
+    rotations of the data in float64 (see `orthogonal`), token by token: slower, as "scan" is. A key
+    or value that is not finite, or beyond 2^200 in float64, makes outputs NaN from its time on,
+    none before.
 
     The default method is the chunked one without, conjugate gradients with a forget gate:
 
@@ -137,14 +167,16 @@ def _mesa(
         None if input_gate is None else split(input_gate, chunk),
         None if forget_gate is None else split(forget_gate, chunk, fill=1.0),
     )
+
     wild = out_of_range(*given)
     q, k, v, r, beta, gamma = tamed(wild, *given)
     output, condition = solved(METHODS[method], settings, q, k, v, r[:, None], beta, gamma)
     if settings.refinements:
+        condition = lax.stop_gradient(condition)
         if method == "scan":  # its errors stay in the state
-            condition = _largest_so_far(lax.stop_gradient(condition))
+            condition = _largest_so_far(condition)
         doubtful = wild | ~(condition <= WELL_CONDITIONED[key.dtype.name])[..., None]
-        output = jnp.where(doubtful, by_rotations(doubtful, *given), output)
+        output = by_rotations(doubtful, output, *given)
     else:
         output = jnp.where(wild, jnp.nan, output)
     return join(jnp.asarray(output), query.shape[1])
@@ -164,8 +196,10 @@ def out_of_range(
         return ~(jnp.abs(x) <= LARGE).all(-1, keepdims=True)
 
     pair = beyond(key) | beyond(value)
-    for gate in (input_gate, forget_gate):
-        pair = pair if gate is None else pair | beyond(gate[..., None])
+    if input_gate is not None:
+        pair |= beyond(input_gate[..., None])
+    if forget_gate is not None:  # a smaller one leaves no digits of products with it
+        pair |= ~(forget_gate >= LARGE**-3)[..., None]
     pair |= ~((ridge >= LARGE**-3) & (ridge <= LARGE**3)).all(-1)[:, None, None]
     # what has once entered the sums stays there
     so_far = _largest_so_far(pair[..., 0].astype(int))[..., None] > 0
@@ -180,16 +214,23 @@ def _largest_so_far(x: Array) -> Array:
     return jnp.maximum(within, before)
 
 
-def tamed(wild: Array, *given: Array | None) -> list[Array | None]:
+def tamed(
+    wild: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge: Array,
+    input_gate: Array | None,
+    forget_gate: Array | None,
+) -> Arrays:
     """The same with no token of those times: the other times are as they were."""
-    query, key, value, ridge, input_gate, forget_gate = given
     query, key, value = (jnp.where(wild, 0, x) for x in (query, key, value))
     ridge = jnp.where((ridge >= LARGE**-3) & (ridge <= LARGE**3), ridge, 1)
     if input_gate is not None:
         input_gate = jnp.where(wild[..., 0], 0, input_gate)
     if forget_gate is not None:
         forget_gate = jnp.where(wild[..., 0], 1, forget_gate)
-    return [query, key, value, ridge, input_gate, forget_gate]
+    return query, key, value, ridge, input_gate, forget_gate
 
 
 def mesa_attention(

@@ -1,6 +1,6 @@
 """The linear systems of a mesa layer: (H_t + ridge) x_t = b_t at every time of every head.
 
-Causal sums with forgetting, chunk by chunk: gated linear attention and its transpose.
+Causal sums with forgetting, chunk by chunk: gated linear attention.
 
 Arrays are cut into chunks, `[chunk, batch, head, time, dim]` with `time` the place in the chunk:
 what crosses chunks is one matrix a chunk, what stays inside is a masked product of matrices.
@@ -15,6 +15,7 @@ on a CPU: eight times a product), so the inverse of the factor is built from pro
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
@@ -66,29 +67,44 @@ def decay_of(forget: Scalars | None, chunks: int, chunk: int, dtype: jnp.dtype) 
     if forget is None:
         one = jnp.ones(chunk, dtype)
         return Decay(lower, one, one, jnp.ones(chunks, dtype))
-    # Products, not differences of logarithms: small gates would cost all digits.
-    gates = jnp.where(jnp.tril(lower, -1) > 0, forget[..., None], 1)
-    within = lax.cumprod(gates, axis=gates.ndim - 2) * lower
-    since_start = within[..., :, 0] * forget[..., :1]
+    within, since_start = _products(forget)
     return Decay(within, since_start, within[..., -1, :], since_start[..., -1])
 
 
-def states(
-    key: Tokens, value: Tokens, decay: Decay, reverse: bool = False
-) -> Float[Array, "chunk batch head key value"]:
-    """S in front of every chunk: S_c = sum_{s before c} zeta k_s v_s^T.
+@jax.custom_jvp
+def _products(forget: Scalars) -> tuple[Array, Scalars]:
+    """`Decay.within` and `since_start`, zeta_ts and zeta_t0.
 
-    With `reverse` the sum of the tokens behind every chunk, zeta_ts k_t v_t^T over t after c, as
-    the last token of the chunk sees it.
+    Products, not differences of logarithms, which would cost all digits of small gates; and their
+    derivatives, zeta_ts sum_{s < j <= t} dgamma_j / gamma_j, by sums of what enters them.
     """
-    weight = decay.since_start if reverse else decay.until_end
-    added = dot((key * weight[..., None]).mT, value)
+    lower = jnp.tril(jnp.ones(forget.shape[-1:] * 2, forget.dtype))
+    gates = jnp.where(jnp.tril(lower, -1) > 0, forget[..., None], 1)
+    within = lax.cumprod(gates, axis=gates.ndim - 2) * lower
+    return within, within[..., :, 0] * forget[..., :1]
+
+
+@_products.defjvp
+def _products_jvp(
+    forget: tuple[Scalars], change: tuple[Scalars]
+) -> tuple[tuple[Array, Scalars], tuple[Array, Scalars]]:
+    within, since_start = _products(*forget)
+    rate = (change[0] / forget[0])[..., None]
+    lower = jnp.tril(jnp.ones_like(within[0, 0, 0]))
+    inside = dot(lower, jnp.where(jnp.tril(lower, -1) > 0, rate, 0))
+    changes = within * inside, since_start * dot(lower, rate)[..., 0]
+    return (within, since_start), changes
+
+
+def states(key: Tokens, value: Tokens, decay: Decay) -> Float[Array, "chunk batch head key value"]:
+    """S in front of every chunk: S_c = sum_{s before c} zeta k_s v_s^T."""
+    added = dot((key * decay.until_end[..., None]).mT, value)
 
     def step(state: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:
         product, kept = xs
         return kept[..., None, None] * state + product, state
 
-    return lax.scan(step, jnp.zeros_like(added[0]), (added, decay.across), reverse=reverse)[1]
+    return lax.scan(step, jnp.zeros_like(added[0]), (added, decay.across))[1]
 
 
 def causal(
@@ -97,14 +113,6 @@ def causal(
     """sum_{s <= t} zeta_ts (q_t . k_s) v_s, with `before` = states(key, value)."""
     carried = dot(query * decay.since_start[..., None], before)
     return carried + dot(dot(query, key.mT) * decay.within, value)
-
-
-def anticausal(
-    query: Tokens, key: Tokens, value: Tokens, after: States, decay: Decay
-) -> Float[Array, "chunk batch head time value"]:
-    """sum_{t >= s} zeta_ts (q_s . k_t) v_t, with `after` = states(key, value, reverse=True)."""
-    carried = dot(query * decay.until_end[..., None], after)
-    return carried + dot(dot(query, key.mT) * decay.within.mT, value)
 
 
 LEAF = 4  # below this the products are too small to pay
@@ -173,7 +181,6 @@ class Problem(NamedTuple):
         key: k_s.
         ridge: the diagonal of the ridge, which does not decay.
         input_gate: beta_s, or None for ones.
-        forget_gate: gamma_s, or None for ones.
         decay: zeta, the products of the forget gates.
         gram: H in front of every chunk.
         root: L^-1 of the Cholesky factor L L^T = H + ridge in front of every chunk.
@@ -182,18 +189,9 @@ class Problem(NamedTuple):
     key: Tokens
     ridge: Float[Array, "head 1 dim"]
     input_gate: Scalars | None
-    forget_gate: Scalars | None
     decay: Decay
     gram: States
     root: States
-
-
-class Settings(NamedTuple):
-    """What a method may be told: static, so that it can be part of a compiled function."""
-
-    refinements: int
-    steps: int
-    tolerance: float
 
 
 def weighted(x: Tokens, input_gate: Scalars | None) -> Tokens:
@@ -205,13 +203,12 @@ def problem_of(
     key: Tokens,
     ridge: Float[Array, "head 1 dim"],
     input_gate: Scalars | None,
-    forget_gate: Scalars | None,
     decay: Decay,
 ) -> Problem:
-    """The systems with these keys."""
+    """The systems with these keys; their roots have no derivative."""
     gram = states(key, weighted(key, input_gate), decay)
-    root = inverse_cholesky(gram + diagonal(ridge), ridge[:, 0])
-    return Problem(key, ridge, input_gate, forget_gate, decay, gram, root)
+    fixed, floor = lax.stop_gradient((gram + diagonal(ridge), ridge[:, 0]))
+    return Problem(key, ridge, input_gate, decay, gram, inverse_cholesky(fixed, floor))
 
 
 def multiply(problem: Problem, x: Tokens) -> Tokens:
