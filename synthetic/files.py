@@ -12,11 +12,12 @@ within a word.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -168,3 +169,14 @@ def parse_json_text(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("values are nested too deeply") from None
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: tuples as lists, and None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "dtype"):  # a number of numpy's
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

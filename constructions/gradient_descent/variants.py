@@ -18,6 +18,7 @@ from constructions.core.compile import compile_program, config_of
 from constructions.core.config import NormConfig
 from constructions.core.program import Layer
 from constructions.core.transformer import Transformer, randomise
+from constructions.gradient_descent import paper
 from constructions.gradient_descent.construction import GradientDescent
 from synthetic.fitting.train import fit
 from synthetic.tasks.task import Batch, Task
@@ -52,8 +53,7 @@ def one_layer(heads: int, mixer: str = "softmax", norm: NormConfig | None = None
     (head,) = layer.single_heads
     nothing = replace(head, mixer=mixer, write={slot: 0 * m for slot, m in head.write.items()})
     program = replace(c.program, layers=[Layer([nothing] * heads)])
-    shape = config_of(program)
-    shape = shape.with_heads(shape.width, shape.width)
+    shape = config_of(program).wide
     model = compile_program(program, config=shape)
     if norm is None:
         return model
@@ -79,9 +79,16 @@ def excess(base: Transformer, task: Task, seed: int, **changes: Any) -> np.ndarr
     examples = c.task.sample(jax.random.key(seed + 1000), _EXAMPLES)
     step, *losses = (
         float(c.task.loss(predict(c, model, *examples.inputs), examples).mean())
-        for model in (c.compile().model, *fitted.models)
+        for model in (c.reference, *fitted.models)
     )
     return np.array(losses) / step - 1
+
+
+def published(quick: bool, seed: int) -> Iterator[Measurement]:
+    """The published numbers of the family: those of `paper`, and unless `quick` the fits here."""
+    yield from paper.measure(quick, seed)
+    if not quick:
+        yield from measure(seed)
 
 
 def measure(seed: int = 0) -> Iterator[Measurement]:

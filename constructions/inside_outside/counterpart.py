@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from constructions.claims import NearMiss
-from constructions.core.compile import blank, compile_program
+from constructions.core.compile import blank
 from constructions.core.config import (
     Config,
     HeadsConfig,
@@ -23,7 +23,7 @@ from constructions.core.config import (
     SegmentConfig,
     TokensConfig,
 )
-from constructions.core.program import Head, HeadFamily, Program
+from constructions.core.program import Head, HeadFamily
 from constructions.core.transformer import Transformer, randomise
 from constructions.family import Counterpart
 from constructions.inside_outside.paper import divergence
@@ -109,14 +109,11 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
     """Parses by a grammar that is off, or with half of the outside pass."""
     g = c.grammar
 
-    def of(program: Program) -> NearMiss:
-        return NearMiss(compile_program(program), c)
-
     def with_grammar(**changes: Any) -> NearMiss:
         parts = {"root": g.root, "rules": g.rules, "emission": g.emission} | changes
         names = (g.nonterminals, g.preterminals, g.vocabulary)
         other = replace(c, grammar=Grammar(*names, **parts))
-        return of(other.program)
+        return c.near_miss(other)
 
     alike = (g.rules > 0) / np.maximum((g.rules > 0).sum((1, 2), keepdims=True), 1)
     words = 0.7 * g.emission + 0.3 * g.emission.sum(1, keepdims=True) / g.emission.shape[1]
@@ -132,5 +129,5 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
     return {
         "every rule alike": with_grammar(rules=alike),
         "uniform words": with_grammar(emission=words),
-        "left children only": of(replace(c.program, layers=layers)),
+        "left children only": c.near_miss(replace(c.program, layers=layers)),
     }

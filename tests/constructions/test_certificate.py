@@ -129,7 +129,10 @@ def test_mistakes_are_errors_in_one_line(name):
 @pytest.mark.parametrize(
     ("drawn", "message"),
     [
-        (lambda x: ((x,), x), r"Task\.sample gives a tuple, must give synthetic\.task\.Batch"),
+        (
+            lambda x: ((x,), x),
+            r"Task\.sample gives a tuple, must give synthetic\.tasks\.task\.Batch",
+        ),
         (
             lambda x: Batch(x, x),
             r"Task\.sample: inputs is a .*, must be a tuple of arrays",
@@ -190,7 +193,7 @@ def test_what_depends_on_the_batch_size_is_found(side):
         wrong = {"trace": lambda self, x: {"x": x, "prediction": 2 * x * by_batch(x)}}
     else:
         embed = Multiple.embed
-        wrong = {"embed": lambda self, m, x: embed(self, m, x * by_batch(x))}
+        wrong = {"embed": lambda self, x: embed(self, x * by_batch(x))}
     certificate = check(but(**wrong))
     (error,) = certificate.errors
     assert certificate.verdict == "failed" and error.batch == 1
