@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from constructions import CATALOGUE as CATALOGUE
+    from constructions.catalogue import Family as Family
     from constructions.claims import Claim as Claim
     from constructions.claims import Evidence as Evidence
     from constructions.claims import Measurement as Measurement
@@ -32,16 +33,19 @@ if TYPE_CHECKING:
     from constructions.core.program import Norm as Norm
     from constructions.core.program import Program as Program
     from constructions.core.slots import Slots as Slots
+    from constructions.core.slots import concatenate as concatenate
+    from constructions.core.slots import constant as constant
     from constructions.core.softmax import soften as soften
     from constructions.core.transformer import Transformer as Transformer
     from constructions.family import Certificate as Certificate
     from constructions.family import Construction as Construction
     from constructions.family import Counterpart as Counterpart
-    from constructions.family import Family as Family
+    from constructions.family import Gauge as Gauge
     from constructions.family import Place as Place
     from constructions.family import Tokens as Tokens
     from constructions.family import verify as verify
     from constructions.mesa_layer import mesa as mesa
+    from constructions.regression import Regression as Regression
     from constructions.runs import Run as Run
     from constructions.runs import fit_family as fit_family
     from constructions.runs import load_checkpoints as load_checkpoints
@@ -53,11 +57,13 @@ if TYPE_CHECKING:
     from probes.comparison import compare as compare
     from probes.ledger import ledger as ledger
     from probes.report import write_report as write_report
+    from probes.sites import read_sites as read_sites
     from probes.tools import TOOLS as TOOLS
     from synthetic.fitting.recipe import Recipe as Recipe
     from synthetic.fitting.train import fit as fit
     from synthetic.grammar import chart as chart
     from synthetic.grammar.grammar import Grammar as Grammar
+    from synthetic.tasks.regression import RegressionTask as RegressionTask
     from synthetic.tasks.task import Batch as Batch
     from synthetic.tasks.task import Task as Task
 
@@ -66,14 +72,16 @@ PACKAGES = ("constructions", "synthetic", "probes")
 #: Where every public name is.
 HOMES = {
     "constructions": "CATALOGUE",
+    "constructions.catalogue": "Family",
     "constructions.claims": "Claim Evidence Measurement NearMiss",
     "constructions.core.compile": "compile_program",
     "constructions.core.evaluate": "evaluate",
-    "constructions.family": "Certificate Construction Counterpart Family Place Tokens verify",
-    "constructions.core.program": "Head Layer Mlp Norm Program",
+    "constructions.family": "Certificate Construction Counterpart Gauge Place Tokens verify",
     "constructions.mesa_layer": "mesa",
+    "constructions.core.program": "Head Layer Mlp Norm Program",
+    "constructions.regression": "Regression",
     "constructions.runs": "Run fit_family load_checkpoints load_run",
-    "constructions.core.slots": "Slots",
+    "constructions.core.slots": "Slots concatenate constant",
     "constructions.core.softmax": "soften",
     "constructions.softened": "Softened",
     "constructions.tint": "TrainedAuxiliary load_auxiliary save_auxiliary",
@@ -81,10 +89,12 @@ HOMES = {
     "probes.comparison": "compare",
     "probes.ledger": "ledger",
     "probes.report": "write_report",
+    "probes.sites": "read_sites",
     "probes.tools": "TOOLS",
     "synthetic.grammar": "chart",
     "synthetic.grammar.grammar": "Grammar",
     "synthetic.fitting.recipe": "Recipe",
+    "synthetic.tasks.regression": "RegressionTask",
     "synthetic.tasks.task": "Batch Task",
     "synthetic.fitting.train": "fit",
 }

@@ -1,5 +1,6 @@
 """Hand-built transformers, and the one class that they share with trained ones.
 
+catalogue          families by name, those of other packages too
 core               the one transformer, and the compiler of programs into its weights
 mesa_layer         in-context least squares as a layer, usable alone
 inputs             what a model is given, checked once for all families
@@ -19,39 +20,27 @@ mesa               in-context least squares on sequences
 tint               a transformer that trains another one in its forward pass
 hyper_transformer  attention that writes the weights of a classifier
 
-`CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it.
+`CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it. It
+needs no JAX: a family is imported when it is taken out.
 """
 
-from constructions.family import Family
-from constructions.gradient_descent import GD_PLUS_PLUS, GRADIENT_DESCENT
-from constructions.hyper_transformer import (
-    HYPER_GRADIENT,
-    HYPER_PROTOTYPES,
-    HYPER_SEMI_SUPERVISED,
-)
-from constructions.inside_outside import INSIDE_OUTSIDE
-from constructions.kernel_descent import KERNEL_DESCENT
-from constructions.mesa import MESA_POLYNOMIAL, MESA_RIDGE
-from constructions.noisy_regression import NOISY_REGRESSION
-from constructions.separate_tokens import SEPARATE_TOKENS
-from constructions.tint import TINT
+from constructions.catalogue import Catalogue
 
-CATALOGUE: dict[str, Family] = {
-    family.name: family
-    for family in (
-        GRADIENT_DESCENT,
-        GD_PLUS_PLUS,
-        SEPARATE_TOKENS,
-        KERNEL_DESCENT,
-        NOISY_REGRESSION,
-        INSIDE_OUTSIDE,
-        MESA_RIDGE,
-        MESA_POLYNOMIAL,
-        TINT,
-        HYPER_GRADIENT,
-        HYPER_PROTOTYPES,
-        HYPER_SEMI_SUPERVISED,
-    )
-}
+CATALOGUE = Catalogue(
+    {
+        "gradient-descent": "constructions.gradient_descent:GRADIENT_DESCENT",
+        "gd-plus-plus": "constructions.gradient_descent:GD_PLUS_PLUS",
+        "separate-tokens": "constructions.separate_tokens:SEPARATE_TOKENS",
+        "kernel-descent": "constructions.kernel_descent:KERNEL_DESCENT",
+        "noisy-regression": "constructions.noisy_regression:NOISY_REGRESSION",
+        "inside-outside": "constructions.inside_outside:INSIDE_OUTSIDE",
+        "mesa-ridge": "constructions.mesa:MESA_RIDGE",
+        "mesa-polynomial": "constructions.mesa:MESA_POLYNOMIAL",
+        "tint": "constructions.tint:TINT",
+        "hyper-gradient": "constructions.hyper_transformer:HYPER_GRADIENT",
+        "hyper-prototypes": "constructions.hyper_transformer:HYPER_PROTOTYPES",
+        "hyper-semi-supervised": "constructions.hyper_transformer:HYPER_SEMI_SUPERVISED",
+    }
+)
 
 __all__ = ["CATALOGUE"]

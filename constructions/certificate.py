@@ -224,7 +224,9 @@ def check_settings(construction: Any) -> None:
         hash(construction)
     except TypeError as error:
         kind = type(construction).__name__
-        for name, value in getattr(construction, "__dict__", {}).items():
+        settings = getattr(construction, "__dataclass_fields__", {})
+        for name in settings or getattr(construction, "__dict__", {}):
+            value = getattr(construction, name)
             try:
                 hash(value)
             except TypeError:

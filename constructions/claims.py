@@ -22,7 +22,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike
 
-from constructions.core.canonical import canonical_distance, head_products, obstacle, unlike
 from constructions.core.transformer import Transformer
 from synthetic.tasks.task import Batch
 
@@ -244,6 +243,8 @@ ROUNDING = 1e-5
 @partial(jax.jit, static_argnums=0)
 def weight_distance(construction: Any, model: Transformer, reference: Transformer) -> Array:
     """`canonical_distance` under the construction's gauge, jitted."""
+    from constructions.core.canonical import canonical_distance  # where weights are compared only
+
     return canonical_distance(model, reference, construction.gauge())
 
 
@@ -262,6 +263,8 @@ def same_width(e: Evidence) -> str:
 
 def linear_attention(e: Evidence) -> str:
     """Linear attention alone, in the sizes of the construction."""
+    from constructions.core.canonical import obstacle, unlike
+
     if missing := known_weights(e):
         return missing
     for model, whose in ((e.model, "the model"), (e.reference, "the construction")):
@@ -308,6 +311,8 @@ def masks_alike(e: Evidence) -> str:
 
 def masks(model: Transformer) -> list[np.ndarray]:
     """The different masks of every layer's heads, `[mask, entry]`; see `HeadProducts.wiring`."""
+    from constructions.core.canonical import head_products
+
     wiring = np.asarray(head_products(model).wiring)
     heads = [sum(group.heads for group in layer.heads) for layer in model.config.layers()]
     return [np.unique(own[:n], axis=0) for own, n in zip(wiring, heads, strict=True)]

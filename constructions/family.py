@@ -9,10 +9,10 @@ equals the first.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from jaxtyping import Array
 
 from constructions.certificate import Certificate, Error, check_settings, verify
 from constructions.claims import Claim, Measurement, NearMiss
-from constructions.core.compile import compile_program
+from constructions.core.compile import compile_program, config_of
+from constructions.core.config import Config
 from constructions.core.embedding import Gauge, Place, Stream, Tokens, make_stream
 from constructions.core.program import Program
 from constructions.core.transformer import Transformer, randomise
@@ -32,9 +33,13 @@ from constructions.inputs import (
     check_prediction,
     converted,
     model_type,
+    number,
 )
-from synthetic.fitting.train import Fit, Recipe, fit
 from synthetic.tasks.task import Task, checked
+
+if TYPE_CHECKING:
+    import synthetic.fitting.recipe
+    import synthetic.fitting.train
 
 __all__ = [
     "Certificate",
@@ -43,7 +48,6 @@ __all__ = [
     "Construction",
     "Counterpart",
     "Error",
-    "Family",
     "Gauge",
     "Measurement",
     "NearMiss",
@@ -52,6 +56,31 @@ __all__ = [
     "Tokens",
     "verify",
 ]
+
+
+Made = TypeVar("Made")
+
+
+def once(method: Callable[[Any], Made]) -> Callable[[Any], Made]:
+    """A method without arguments that runs once per object and default float type of JAX.
+
+    What it makes is kept in the object's `__dict__`, which frozen dataclasses have as well, and
+    holds no tracers: where it is first asked for under a trace, it is made outside of it.
+    """
+
+    @wraps(method)
+    def made(self: Any) -> Made:
+        memo = self.__dict__.setdefault(_MADE, {})
+        key = method.__qualname__, jnp.result_type(float)
+        if key not in memo:
+            with jax.ensure_compile_time_eval():
+                memo[key] = method(self)
+        return memo[key]
+
+    return made
+
+
+_MADE = "_made"
 
 
 @dataclass(frozen=True)
@@ -73,10 +102,10 @@ class Counterpart:
 
     init: Callable[[Array], Transformer]
     task: Task
-    recipe: Recipe
+    recipe: synthetic.fitting.recipe.Recipe
     optimum: float | None = None
     metrics: Callable[[Transformer], dict[str, Array]] | None = None
-    quick: Recipe | None = None
+    quick: synthetic.fitting.recipe.Recipe | None = None
     exact: Callable[[Transformer], Array] | None = None
     random: Callable[[Array], Transformer] | None = None
 
@@ -109,7 +138,21 @@ class Construction(ABC):
     arguments. Every trace has an entry "prediction", which is
     what `task.loss` compares with the target; its other entries are named by the algorithm. Each
     of these has a place in the stream (`places`) or is declared to have none (`unplaced`).
+
+    `program` and `counterpart` of a subclass run once per construction, as `reference` does.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        program, counterpart = (vars(cls).get(name) for name in ("program", "counterpart"))
+        if isinstance(program, property) and program.fget is not None:
+            cls.program = property(once(program.fget), doc=program.__doc__)  # type: ignore[method-assign]
+        if counterpart is not None:
+            cls.counterpart = once(counterpart)  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings, without what was made of them."""
+        return {name: value for name, value in vars(self).items() if name != _MADE}
 
     @property
     @abstractmethod
@@ -257,15 +300,61 @@ class Construction(ABC):
         check_settings(self)
         return Compiled(compile_program(self.program, dtype), self)
 
+    @property
+    @once
+    def reference(self) -> Any:
+        """The compiled model in JAX's default float type, made once: edit what `compile` gives."""
+        return self.compile().model
+
+    @property
+    def trained_shape(self) -> Config:
+        """The shape in which papers train it: that of the program, heads as wide as the stream."""
+        return config_of(self.program).wide
+
+    def in_trained_shape(self, program: Program | None = None) -> Transformer:
+        """A program, by default the construction's own, compiled in `trained_shape`."""
+        return compile_program(program or self.program, config=self.trained_shape)
+
+    def random_weights(
+        self, std: float, base: Transformer | None = None
+    ) -> Callable[[Array], Transformer]:
+        """key -> a model of the shape of `base` with weights N(0, std^2); by default `reference`'s.
+
+        The masks of its heads stay.
+        """
+        like = self.reference if base is None else base
+        return lambda key: randomise(like, key, std)
+
+    @once
     def counterpart(self) -> Counterpart:
         """The trained model of the same class; the default suits small regression models."""
-        return Counterpart(self._random_weights(0.02), self.task, Recipe())
+        from synthetic.fitting.recipe import Recipe
 
-    def _random_weights(self, std: float) -> Callable[[Array], Transformer]:
-        base = self.compile().model
-        return lambda key: randomise(base, key, std)
+        return Counterpart(self.random_weights(0.02), self.task, Recipe())
 
-    def fit(self, *, init_std: float | None = None, **options: Any) -> Fit:
+    def near_miss(self, other: Program | Construction, shape: Config | None = None) -> NearMiss:
+        """Another program, or another construction's, whose claims are measured as this one's.
+
+        Args:
+            other: what is compiled.
+            shape: compile into this one, such as `trained_shape`; None: into the smallest.
+        """
+        if isinstance(other, Construction) and shape is None:
+            return NearMiss(other.compile().model, self)
+        program = other.program if isinstance(other, Construction) else other
+        return NearMiss(compile_program(program, config=shape), self)
+
+    def whole(self, *names: str) -> None:
+        """ValueError unless these settings are integers of at least 1."""
+        for name in names:
+            number(name, getattr(self, name), whole=True, least=1)
+
+    def finite(self, *names: str, above: int | float | None = None) -> None:
+        """These settings as floats; ValueError unless they are finite numbers, above a bound."""
+        for name in names:
+            object.__setattr__(self, name, number(name, getattr(self, name), above=above))
+
+    def fit(self, *, init_std: float | None = None, **options: Any) -> synthetic.fitting.train.Fit:
         """Fit the counterpart; `options` of `synthetic.fitting.train.fit` override its settings.
 
         Args:
@@ -277,6 +366,8 @@ class Construction(ABC):
             ValueError: init_std is out of range, or the family has initial weights of its own; an
                 option is out of range.
         """
+        from synthetic.fitting.train import fit
+
         counterpart = self.counterpart()
         if init_std is not None:
             if not (isinstance(init_std, float | int) and 0 < init_std < np.inf):
@@ -286,7 +377,7 @@ class Construction(ABC):
                 raise ValueError(
                     f"init_std is {init_std}, but {who}.counterpart draws its own initial weights"
                 )
-            counterpart = replace(counterpart, init=self._random_weights(init_std))
+            counterpart = replace(counterpart, init=self.random_weights(init_std))
         settings = {
             "recipe": counterpart.recipe,
             "predict": self.apply,
@@ -319,32 +410,3 @@ class Construction(ABC):
         """What makes `tolerance` as large as it is, in numbers; said where it is too large."""
         del dtype
         return ""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A paper's claim that a transformer runs an algorithm: a constructor with example settings.
-
-    Attributes:
-        name: in the catalogue.
-        construct: settings -> construction.
-        settings: of the example.
-        about, source: the claim in a sentence, and the paper.
-        measure: (quick, seed) -> the published numbers that need no counterpart of the example,
-            beside ours, one after the other; None where there are none.
-    """
-
-    name: str
-    construct: Callable[..., Construction]
-    settings: Mapping[str, Any]
-    about: str
-    source: str
-    measure: Callable[[bool, int], Iterator[Measurement]] | None = None
-
-    def __call__(self, *arguments: Any, **settings: Any) -> Construction:
-        """The construction with these settings, in the order of its class or by name."""
-        return self.construct(*arguments, **settings)
-
-    def example(self) -> dict[str, Any]:
-        """Settings that tests, the demonstration and the command use where none are given."""
-        return dict(self.settings)

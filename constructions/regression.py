@@ -43,19 +43,3 @@ class Regression(Construction):
         x, y, x_query = inputs
         index = np.asarray(kept, int)
         return x[:, index], y[:, index], x_query
-
-
-def at_least_one(construction: Any, *names: str) -> None:
-    """ValueError unless these settings are integers of at least 1."""
-    for name in names:
-        value = getattr(construction, name)
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}, must be an integer of at least 1")
-
-
-def finite_number(name: str, value: Any) -> float:
-    """The setting as a float; ValueError unless it is a finite number."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not np.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, must be a finite number")
-    return float(value)

@@ -2,7 +2,7 @@
 
 `config.json` of such a run holds, beside what every fit keeps,
 
-    {"family": name in CATALOGUE, "settings": {...}, "dtype": of the weights}
+    {"family": name in CATALOGUE, or module:attribute, "settings": {...}, "dtype": of the weights}
 
 which is all that is needed to rebuild the construction and the structure of the model; the file
 of weights is then checked against that structure, name by name.
@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from constructions import CATALOGUE
 from constructions.core.transformer import Transformer
-from constructions.family import Construction, Counterpart, Family
+from constructions.family import Construction, Counterpart
 from synthetic.files import RunError
 from synthetic.fitting import devices
 from synthetic.fitting.recipe import Recipe
@@ -43,20 +43,13 @@ def construct(name: str, settings: Mapping[str, Any] | None = None) -> Construct
     Raises:
         ValueError: unknown family or setting, or a setting out of range.
     """
-    return construct_exactly(name, {**family_of(name).example(), **(settings or {})})
-
-
-def family_of(name: str) -> Family:
-    """The family of that name; ValueError lists the known ones."""
-    if name not in CATALOGUE:
-        raise ValueError(f"unknown family {name!r}, must be one of {', '.join(sorted(CATALOGUE))}")
-    return CATALOGUE[name]
+    return construct_exactly(name, {**CATALOGUE.find(name).example(), **(settings or {})})
 
 
 def construct_exactly(name: str, settings: Mapping[str, Any]) -> Construction:
     """The construction with these settings and no others; errors as in `construct`."""
-    family = family_of(name)
-    known = inspect.signature(family.construct).parameters
+    family = CATALOGUE.find(name)
+    known = inspect.signature(family.constructor).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for setting in settings:
         if setting not in known and not free:
@@ -89,7 +82,7 @@ class Run:
     """A fit of a family's counterpart.
 
     Attributes:
-        family: its name in the catalogue.
+        family: its name in the catalogue, or "module:attribute".
         settings: of the construction, as plain data.
         construction: the construction with these settings.
         models: the fitted model of every seed.
@@ -130,7 +123,7 @@ def fit_family(
     """Fit the counterpart of a family's construction.
 
     Args:
-        name: in the catalogue.
+        name: in the catalogue, or "module:attribute" of a family.
         settings: of the construction, in place of its example settings.
         out: the run directory; None keeps nothing.
         quick: use the settings for a demonstration, where the counterpart has them.
@@ -166,7 +159,7 @@ def fit_family(
             seed, seeds = old.get("seed"), old.get("seeds")
         base = _recipe(begun, old)
     else:
-        settings = {**family_of(name).example(), **given}
+        settings = {**CATALOGUE.find(name).example(), **given}
         base = None
     construction = construct_exactly(name, settings)
     settings = plain_settings(name, settings)
@@ -309,9 +302,10 @@ def _recipe(run: RunDirectory, config: Mapping[str, Any]) -> Recipe:
 
 def _rebuild(run: RunDirectory) -> tuple[dict[str, Any], Construction, Counterpart]:
     config = _read_config(run)
-    if config["family"] not in CATALOGUE:
-        known = ", ".join(sorted(CATALOGUE))
-        raise RunError(f"{run.config}: family: {config['family']!r}, must be one of {known}")
+    try:
+        CATALOGUE.find(config["family"])
+    except ValueError as error:
+        raise RunError(f"{run.config}: family: {error}") from error
     try:
         construction = construct_exactly(config["family"], config["settings"])
     except ValueError as error:

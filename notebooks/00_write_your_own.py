@@ -18,7 +18,7 @@
 #
 # **Answer, for a weighted moving average:** yes, with one head per weight, to rounding error; and
 # the trained one computes the same function with the same heads, up to factors that cancel.
-# The last figure shows both. All that a new family needs is the class below.
+# The last figure shows both. All that a new family needs are the two classes below.
 
 # %%
 import os
@@ -29,11 +29,19 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from constructions.core.program import Head, Layer, Program
-from constructions.core.slots import Slots, constant
-from constructions.family import Construction, Place, Tokens, verify
-from probes.sites import read_sites
-from synthetic.tasks.task import Batch
+from orrery import (
+    Batch,
+    Construction,
+    Head,
+    Layer,
+    Place,
+    Program,
+    Slots,
+    Tokens,
+    constant,
+    read_sites,
+    verify,
+)
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 
@@ -48,7 +56,9 @@ training_steps = 500 if QUICK else 1500
 # ## The construction, in thirty lines
 #
 # The algorithm is $m_t = \sum_k w_k\, x_{t-k}$. As heads: the one with offset $-k$ looks $k$ tokens
-# back with score 1, and writes $w_k x_{t-k}$ into a slot of its own.
+# back with score 1, and writes $w_k x_{t-k}$ into a slot of its own. `program` says so in names of
+# slots, `embed` what the tokens hold, `places` where the result stands. `trace` is the algorithm
+# itself, as one would write it anywhere. The rest comes with the base class.
 
 
 # %%
@@ -58,44 +68,45 @@ class MovingAverage(Construction):
     dim: int
     length: int
 
-    def __post_init__(self):  # settings are hashable: jitted functions take them as constants
-        object.__setattr__(self, "weights", tuple(self.weights))
-
     @property
     def program(self):
         slots = Slots()
-        x = slots.add("x", self.dim)
-        average = slots.add("average", self.dim, born=1)
+        x, average = slots.add("x", self.dim), slots.add("average", self.dim, born=1)
         one = constant(1.0)
         return Program(slots, [Layer([
             Head(query=one, key=one, value=x, write={average: w}, window=(-k, -k))
             for k, w in enumerate(self.weights)
         ])])  # fmt: skip
 
-    def trace(self, x):
-        def back(k):  # x_{t-k}, 0 before the beginning
-            return jnp.pad(x, ((0, 0), (k, 0), (0, 0)))[:, : x.shape[1]]
-
-        return {"prediction": sum(w * back(k) for k, w in enumerate(self.weights))}
-
-    def embed(self, x):
+    def embed(self, x):  # [batch, time, dim]
         return [Tokens("token", {"x": x})]
 
     def places(self, depth, x):
         return {"prediction": Place.of("average", range(x.shape[1]), depth)}
 
+    def trace(self, x):
+        before = [jnp.pad(x, ((0, 0), (k, 0), (0, 0))) for k in range(len(self.weights))]
+        parts = [w * b[:, : x.shape[1]] for w, b in zip(self.weights, before, strict=True)]
+        return {"prediction": sum(parts)}
+
     @property
     def task(self):
-        return MovingAverageTask(self)
+        return Averages(self)
 
 
+# %% [markdown]
+# A task is a sampler of batches and a loss; the inputs are the construction's, the target is what a
+# model is trained on.
+
+
+# %%
 @dataclass(frozen=True)
-class MovingAverageTask:
-    average: MovingAverage
+class Averages:
+    of: MovingAverage
 
     def sample(self, key, batch):
-        x = jax.random.normal(key, (batch, self.average.length, self.average.dim))
-        return Batch((x,), self.average.trace(x)["prediction"])
+        x = jax.random.normal(key, (batch, self.of.length, self.of.dim))
+        return Batch((x,), self.of.trace(x)["prediction"])
 
     def loss(self, prediction, batch):
         return 0.5 * jnp.square(prediction - batch.target).sum(-1).mean(-1)
@@ -105,10 +116,10 @@ class MovingAverageTask:
 # ## Is it right?
 #
 # `verify` compiles the program, runs it on fresh inputs and compares every named value with the
-# algorithm, in float64 and float32.
+# algorithm, in float64 and float32, in batches of several sizes.
 
 # %%
-construction = MovingAverage(weights, dim, length)
+construction = MovingAverage(tuple(weights), dim, length)  # settings are hashable
 certificate = verify(construction)
 for error in certificate.errors:
     print(f"{error.dtype}: relative error {error.max_rel_error:.1e}, allowed {error.tolerance:.0e}")
@@ -137,7 +148,7 @@ print(f"loss {result.history[0]['loss']:.3f} -> {result.history[-1]['loss']:.2e}
 
 # %%
 inputs = construction.sample(jax.random.key(1), 64)
-models = {"construction": construction.compile().model, "trained": result.model}
+models = {"construction": construction.reference, "trained": result.model}
 attention = {
     name: np.asarray(read_sites(construction, model, inputs, ["attention"])["attention"])
     for name, model in models.items()
@@ -162,7 +173,9 @@ plt.show()
 x = inputs[0]
 wanted = construction.trace(x)["prediction"]
 errors = {
-    name: float(jnp.sqrt(jnp.mean((construction.apply(m, x) - wanted) ** 2) / jnp.mean(wanted**2)))
+    name: float(
+        jnp.sqrt(jnp.mean((construction.predict(m, x) - wanted) ** 2) / jnp.mean(wanted**2))
+    )
     for name, m in models.items()
 }
 print({name: f"{error:.1e}" for name, error in errors.items()})
@@ -175,3 +188,16 @@ assert errors["trained"] < most, (
     f"expected a trained model within {most:.0%} of the average, got {errors['trained']:.1%}: "
     f"{training_steps} steps may be too few for {heads} weights"
 )
+
+# %% [markdown]
+# ## From the command
+#
+# In a module of its own, `mine.py` say, the family takes part in every command under
+# `mine:MovingAverage`, once its settings have defaults:
+#
+#     orrery verify mine:MovingAverage
+#     orrery fit mine:MovingAverage --out run
+#     orrery compare mine:MovingAverage --run run --out report
+#
+# A package registers it under a name, `[project.entry-points."orrery.families"]` in its
+# `pyproject.toml`, and what `claims` of the class says is then decided by `orrery claims`.

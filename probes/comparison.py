@@ -16,7 +16,6 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import numpy as np
 
 from constructions.claims import Measurement
 from constructions.family import Certificate
@@ -36,6 +35,7 @@ from probes.losses import Curves, RollOut, ScaleCurve
 from probes.sections import NotApplicable, Patches, Weights
 from probes.style import number
 from probes.table import ProbeTable
+from synthetic.files import plain
 
 FORMAT, VERSION = "orrery-report", 1
 #: Trained models that the probe table has a column for.
@@ -246,14 +246,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: tuples as lists, and None for numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value

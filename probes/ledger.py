@@ -236,7 +236,7 @@ def compiled_like(construction: Construction, model: Transformer) -> Transformer
     try:
         return compile_program(construction.program, config=model.config)
     except ProgramError:
-        return construction.compile().model
+        return construction.reference
 
 
 def ledger(

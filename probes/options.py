@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from synthetic.files import atomic, check_writable, parse_json, parse_json_text
+from synthetic.files import atomic, check_writable, parse_json, parse_json_text, plain
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -63,12 +65,22 @@ def _grammar(given: str) -> Any:
 
 
 def family_names(names: Sequence[str]) -> list[str]:
-    """The families named, or all of them; ValueError lists the known ones."""
+    """The families named, or all of them; needs no JAX where they are in the catalogue.
+
+    In the place of a name may stand module:attribute, also of the current directory.
+
+    Raises:
+        ValueError: lists the known names; or the object cannot be imported, or is no family.
+    """
     from constructions import CATALOGUE
 
     for name in names:
-        if name not in CATALOGUE:
-            raise ValueError(f"unknown family {name!r}; known: {', '.join(sorted(CATALOGUE))}")
+        if ":" in name:
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())  # behind all others: it hides nothing
+            CATALOGUE.find(name)
+        elif name not in CATALOGUE:
+            CATALOGUE.find(name)  # lists the names
     return list(names or CATALOGUE)
 
 
@@ -116,8 +128,6 @@ def write_json(path: Path | None, content: Any, overwrite: bool) -> None:
     """Write JSON where a path is given; numbers that are not finite become null."""
     if path is None:
         return
-    from probes.comparison import plain
-
     check_free(path, overwrite)
     text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
     write_file(path, text.encode())

@@ -76,7 +76,7 @@ def position_probes(
         raise ValueError(
             f"models are {list(models)}, targets {list(targets)}: must be some, none '{INPUT}'"
         )
-    stream, _, read = construction.stream(construction.compile().model, *inputs)
+    stream, _, read = construction.stream(construction.reference, *inputs)
     tokens = range(stream.shape[1])[read]
     if not 0 <= position < len(tokens):
         raise ValueError(f"position is {position}, must be 0 to {len(tokens) - 1}")

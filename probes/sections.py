@@ -172,7 +172,7 @@ def patches(
 
 def probes(construction: Construction, models: Mapping[str, Subject], seed: int) -> ProbeTable:
     """The probe table of the values that the construction keeps in its stream."""
-    check_size(construction, construction.compile().model)
+    check_size(construction, construction.reference)
     inputs = construction.sample(jax.random.key(0), 2)
     names = tuple(construction.places(construction.program.depth, *inputs))
     return probe_table(construction, models, jax.random.key(seed), names=names)

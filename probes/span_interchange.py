@@ -114,7 +114,7 @@ def span_interchange(
         raise ValueError(f"models are named {list(models)}, must not be '{CONSTRUCTION}'")
     if len(pairs.first) > AT_ONCE:
         raise ValueError(f"there are {len(pairs.first)} pairs, must be at most {AT_ONCE}")
-    compiled = construction.compile().model if compiled is None else compiled
+    compiled = construction.reference if compiled is None else compiled
     given = jax.tree.map(jnp.asarray, pairs)
     found = {CONSTRUCTION: _in_slots(compiled, given, construction=construction)}
     for column, model in models.items():

@@ -25,7 +25,7 @@ def word_stream(construction: Construction, model: Subject, inputs: Inputs) -> n
     are read out are the words, such as "inside-outside".
     """
     found = activations(construction, model, ("residual",))(*inputs)["residual"]
-    holder = model if isinstance(model, Transformer) else construction.compile().model
+    holder = model if isinstance(model, Transformer) else construction.reference
     read = construction.stream(holder, *inputs).read
     return np.asarray(found[:, :, read])
 

@@ -131,7 +131,7 @@ def probe_table(
         raise ValueError(f"models are named {list(models)}, must be some, and none of {CONTROLS}")
     draw, cut, shuffle, init = jax.random.split(key, 4)
     inputs = jax.jit(construction.sample, static_argnums=1)(draw, batch)
-    compiled = construction.compile().model
+    compiled = construction.reference
     initial = construction.counterpart().untrained(init)
     subjects: dict[str, Subject] = {**models, "construction": compiled, "random init": initial}
     embedded = construction.stream(compiled, *inputs)

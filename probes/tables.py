@@ -1,21 +1,15 @@
-"""What the command prints: tables of families, certificates, claims and probe results."""
+"""What the command prints of what it computes: certificates, claims and probe results."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import shutil
 import sys
-import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from constructions import CATALOGUE
 from constructions.claims import Measurement
 from constructions.family import Certificate
 from probes.ledger import CONSTRUCTION, HOLDS, NOT_APPLICABLE, RANDOM, REFUTED, VOID, Row
@@ -44,52 +38,6 @@ def _table(title: str, *columns: str) -> Table:
     first, *others = (Column(name, overflow="fold") for name in columns)
     first.no_wrap = True
     return Table(first, *others, title=title, title_justify="left", header_style="bold")
-
-
-def describe(name: str) -> dict[str, Any]:
-    """A family as plain data: what it claims, its example settings, its task, its claims."""
-    family = CATALOGUE[name]
-    construction = family(**family.example())
-    return {
-        "about": family.about,
-        "source": family.source,
-        "settings": family.example(),
-        "task": repr(construction.task),
-        "claims": {claim.name: claim.statement for claim in construction.claims},
-    }
-
-
-def show_families(families: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print `describe` of every family, as text that breaks between words only.
-
-    A line is longer than the terminal only where one word, which one may have to type, is.
-    """
-    width = min(shutil.get_terminal_size((80, 24)).columns, WIDTH)
-    for name, family in families.items():
-        print(name)
-        lines = {
-            "": f"{family['about']} ({family['source']})",
-            "settings": " ".join(setting(k, v) for k, v in family["settings"].items()),
-            "task": family["task"],
-            "claims": ", ".join(family["claims"]),
-        }
-        for title, text in lines.items():
-            first = f"  {title}: " if title else "  "
-            indent = "    " if title else "  "
-            print(
-                textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent, **WHOLE)
-            )
-        print()
-
-
-#: How text is broken: words, and names with hyphens, stay whole.
-WHOLE: Any = {"break_long_words": False, "break_on_hyphens": False}
-
-
-def setting(key: str, value: Any) -> str:
-    """A setting as it is typed after `--set`."""
-    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    return shlex.quote(f"{key}={text}")
 
 
 def show_certificate(name: str, certificate: Certificate) -> None:

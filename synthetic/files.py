@@ -11,11 +11,12 @@ and U+2028 as well, which may stand within a word.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -180,3 +181,14 @@ def json_object(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RunError(f"{file}: must be a JSON object")
     return data
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: tuples as lists, and None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "dtype"):  # a number of numpy's
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -264,6 +264,11 @@ class Config:
         segments = (replace(s, pattern=tuple(map(widen, s.pattern))) for s in self.segments)
         return replace(self, segments=tuple(segments))
 
+    @property
+    def wide(self) -> Config:
+        """The same shape with heads as wide as the stream."""
+        return self.with_heads(self.width, self.width)
+
     def shapes(self) -> Shapes:
         """Shape of every array of the model, nested like its parameter tree.
 

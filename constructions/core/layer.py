@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from constructions.core.config import Config, HeadsConfig, LayerConfig, MlpConfig, NormConfig
-from constructions.mesa_layer import mesa, mesa_attention
 
-__all__ = ["MIXERS", "TRANSPOSED", "centred", "linear", "mesa", "softmax", "transposed_softmax"]
+__all__ = ["MIXERS", "TRANSPOSED", "centred", "linear", "softmax", "transposed_softmax"]
 
 Scores = Float[Array, "*batch query key"]
 Mask = Bool[Array, "*#batch query key"]
@@ -240,6 +239,8 @@ def _absorbs(heads: HeadsConfig, queries: Array, x: Array) -> bool:
 
 def _regress(einsum: Any, w: Mapping[str, Array], x: Array, groups: Array) -> Array:
     """sum_j a_ij v_j of mesa heads at all tokens, `[batch, token, head, row]`."""
+    from constructions.mesa_layer import mesa  # a dozen modules, of which no other mixer has need
+
     query, key, ridge, gates = _systems(einsum, w, x, groups)
     value = _affine(einsum, "bth,nvh->btnv", x, w["value"], w.get("value_bias"))
     mixed = mesa(query, key, value, ridge, **gates)
@@ -251,6 +252,8 @@ def _mesa_weights(
     einsum: Any, w: Mapping[str, Array], x: Array, groups: Array, chosen: slice
 ) -> Array:
     """a_ij of mesa heads, `[batch, head, read, token]`."""
+    from constructions.mesa_layer import mesa_attention
+
     query, key, ridge, gates = _systems(einsum, w, x, groups)
     weights = mesa_attention(query, key, ridge, **gates)[:, :, chosen]
     return MIXERS["mesa"](weights * w["scale"][:, None, None], _mask(w, groups, chosen))

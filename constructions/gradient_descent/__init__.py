@@ -5,26 +5,34 @@ paper           the paper's statements about trained models, as claims
 measurements    its published numbers beside ours
 """
 
-from constructions.family import Family
-from constructions.gradient_descent.construction import GradientDescent
-from constructions.gradient_descent.measurements import measure
+from typing import TYPE_CHECKING
+
+from constructions.catalogue import Family, lazily
+
+if TYPE_CHECKING:
+    from constructions.gradient_descent.construction import GradientDescent as GradientDescent
 
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
-    construct=GradientDescent,
+    construct="constructions.gradient_descent.construction:GradientDescent",
     settings={"dim_x": 10, "dim_y": 1, "num_examples": 10, "steps": 1},
     about="linear self-attention runs gradient descent on in-context linear regression",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 1",
-    measure=measure,
+    measure="constructions.gradient_descent.measurements:measure",
 )
 
 GD_PLUS_PLUS = Family(
     name="gd-plus-plus",
-    construct=GradientDescent,
+    construct="constructions.gradient_descent.construction:GradientDescent",
     settings={"steps": 2, "step_size": 13.5, "curvature": 0.176, "recurrent": True},
     about="one layer of linear attention, applied twice, is gradient descent that flattens its "
     "own curvature",
     source="von Oswald et al. 2022, arXiv 2212.07677, appendix A.10",
+)
+
+__getattr__ = lazily(
+    __name__,
+    GradientDescent="constructions.gradient_descent.construction",
 )
 
 __all__ = ["GD_PLUS_PLUS", "GRADIENT_DESCENT", "GradientDescent"]

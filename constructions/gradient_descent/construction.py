@@ -37,11 +37,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from constructions.core.canonical import canonical_distance, layer_tensors
-from constructions.core.compile import compile_program, config_of
-from constructions.core.config import Config
+from constructions.core.compile import config_of
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, concatenate
-from constructions.core.transformer import Transformer, randomise
+from constructions.core.transformer import Transformer
 from constructions.family import Claim, Counterpart, Gauge, NearMiss, Place, Tokens
 from constructions.gradient_descent.paper import (
     ONE_STEP_CLAIMS,
@@ -50,14 +49,8 @@ from constructions.gradient_descent.paper import (
     STEPS_CLAIMS,
     TWO_STEP_CLAIMS,
 )
-from constructions.regression import (
-    Inputs,
-    Outputs,
-    Queries,
-    Regression,
-    at_least_one,
-    finite_number,
-)
+from constructions.inputs import number
+from constructions.regression import Inputs, Outputs, Queries, Regression
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.regression import RegressionTask
 from synthetic.theory.one_layer import one_layer_excess, optimal_one_layer, optimal_step_size
@@ -90,7 +83,7 @@ class GradientDescent(Regression):
     recurrent: bool = False
 
     def __post_init__(self) -> None:
-        at_least_one(self, "dim_x", "dim_y", "num_examples", "steps")
+        self.whole("dim_x", "dim_y", "num_examples", "steps")
         if self.step_size is None and self.steps == 1:
             object.__setattr__(self, "step_size", optimal_step_size(self.task))
         if self.step_size is None:
@@ -105,8 +98,8 @@ class GradientDescent(Regression):
     def _one_or_each(self, name: str, given: Any) -> float | tuple[float, ...]:
         """A number, or one for each step; K equal numbers are one."""
         if np.ndim(given) == 0:
-            return finite_number(name, given)
-        each = tuple(finite_number(f"{name}[{k}]", v) for k, v in enumerate(given))
+            return number(name, given)
+        each = tuple(number(f"{name}[{k}]", v) for k, v in enumerate(given))
         if len(each) != self.steps:
             raise ValueError(f"{name} has {len(each)} numbers, must be one or {self.steps}")
         if len({*each}) == 1:
@@ -274,7 +267,6 @@ class GradientDescent(Regression):
         Several layers start from smaller weights (from larger ones, most seeds stay on a plateau)
         and see several queries to each context, which cost little and say more.
         """
-        base = compile_program(self.program, config=self._trained_config(self.program))
         std, task = 0.2, self.task
         recipe = Recipe(
             steps=3000, batch=512, learning_rate=1e-2, schedule="linear", average_tail=0.6
@@ -285,14 +277,14 @@ class GradientDescent(Regression):
                 steps=4000, batch=256, learning_rate=2e-2, schedule="cosine", b2=0.99,
                 average_tail=0.05,
             )  # fmt: skip
-        reference, gauge = self.compile().model, self.gauge()
+        reference, gauge = self.reference, self.gauge()
 
         def distance(model: Transformer) -> dict[str, Array]:
             return {"canonical_distance": canonical_distance(model, reference, gauge)}
 
         optimum, metrics = None, distance
         if self.steps == 1 and self.init_weight is None:
-            reference = replace(self, step_size=None).compile().model
+            reference = replace(self, step_size=None).reference
             optimum = self.optimal_loss
 
             def measure(model: Transformer) -> dict[str, Array]:
@@ -302,7 +294,7 @@ class GradientDescent(Regression):
             metrics = measure
 
         return Counterpart(
-            lambda key: randomise(base, key, std),
+            self.random_weights(std, self.in_trained_shape()),
             task,
             recipe,
             optimum,
@@ -310,11 +302,6 @@ class GradientDescent(Regression):
             quick=replace(recipe, steps=recipe.steps // 2),
             exact=None if optimum is None else self.population_excess,
         )
-
-    def _trained_config(self, program: Program) -> Config:
-        """Heads as wide as the tokens; near-misses in this shape share its compilations."""
-        shape = config_of(program)
-        return shape.with_heads(shape.width, shape.width)
 
     @property
     def optimal_loss(self) -> float:
@@ -344,8 +331,8 @@ class GradientDescent(Regression):
 
         def of(construction: GradientDescent, **changes: Any) -> NearMiss:
             program = construction._program(**({"mixer": "linear", "keys": "context"} | changes))
-            config = self._trained_config(program)
-            return NearMiss(compile_program(program, config=config), construction)
+            # as wide as the counterpart, whose compilations it shares
+            return construction.near_miss(program, config_of(program).wide)
 
         elsewhere = replace(self, init_weight=np.full((self.dim_y, self.dim_x), 0.5))
         others = {

@@ -80,7 +80,7 @@ def _coefficients(construction: Any, model: Transformer, parts: Any) -> Array:
 def coefficients(e: Evidence) -> tuple[float, float]:
     """(eta, gamma) of GD++ nearest to a model's first layer, in the canonical tensor."""
     parts = [
-        replace(e.construction, step_size=step, curvature=gamma).compile().model
+        replace(e.construction, step_size=step, curvature=gamma).reference
         for step, gamma in ((1.0, 0.0), (0.0, 1.0))
     ]
     eta, gamma = _coefficients(e.construction, e.model, parts)

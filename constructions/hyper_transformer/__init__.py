@@ -7,16 +7,20 @@ paper           statements about trained models
 measurements    what examples without labels are worth
 """
 
-from constructions.family import Family
-from constructions.hyper_transformer.gradient import HyperGradient
-from constructions.hyper_transformer.measurements import measure
-from constructions.hyper_transformer.prototypes import HyperPrototypes, Memory
+from typing import TYPE_CHECKING
+
+from constructions.catalogue import Family, lazily
+
+if TYPE_CHECKING:
+    from constructions.hyper_transformer.gradient import HyperGradient as HyperGradient
+    from constructions.hyper_transformer.prototypes import HyperPrototypes as HyperPrototypes
+    from constructions.hyper_transformer.prototypes import Memory as Memory
 
 _SOURCE = "after Zhmoginov et al. 2022, arXiv 2201.04182"
 
 HYPER_GRADIENT = Family(
     name="hyper-gradient",
-    construct=HyperGradient,
+    construct="constructions.hyper_transformer.gradient:HyperGradient",
     settings={"dim": 5, "classes": 4, "shots": 2},
     about="linear attention writes the classifier of one gradient step on cross-entropy",
     source=_SOURCE,
@@ -24,7 +28,7 @@ HYPER_GRADIENT = Family(
 
 HYPER_PROTOTYPES = Family(
     name="hyper-prototypes",
-    construct=HyperPrototypes,
+    construct="constructions.hyper_transformer.prototypes:HyperPrototypes",
     settings={"dim": 5, "classes": 4, "shots": 2},
     about="softmax attention writes class means, and the classifier of the nearest is the exact "
     "posterior; it goes on from task to task and forgets nothing",
@@ -33,7 +37,7 @@ HYPER_PROTOTYPES = Family(
 
 HYPER_SEMI_SUPERVISED = Family(
     name="hyper-semi-supervised",
-    construct=HyperPrototypes,
+    construct="constructions.hyper_transformer.prototypes:HyperPrototypes",
     # sharpness to shrinkage minimise the loss on the task
     settings={
         "dim": 8,
@@ -47,7 +51,14 @@ HYPER_SEMI_SUPERVISED = Family(
     },
     about="a layer before guesses the labels of examples that have none, and they count as well",
     source=_SOURCE,
-    measure=measure,
+    measure="constructions.hyper_transformer.measurements:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    HyperGradient="constructions.hyper_transformer.gradient",
+    HyperPrototypes="constructions.hyper_transformer.prototypes",
+    Memory="constructions.hyper_transformer.prototypes",
 )
 
 __all__ = [

@@ -18,13 +18,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from constructions.core.compile import compile_program, config_of
 from constructions.core.indices import or_nan
 from constructions.core.transformer import Transformer, randomise
 from constructions.core.weights import Part
 from constructions.family import Construction, Counterpart
 from constructions.inputs import INTEGERS, Input
-from constructions.regression import at_least_one, finite_number
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.classes import GaussianClasses, Labels, Queries, Support
 
@@ -47,9 +45,8 @@ class FewShot(Construction):
 
     def _check_sizes(self) -> None:
         """ValueError for sizes that no episode has, or scales that are not finite."""
-        at_least_one(self, "dim", "classes", "shots", "queries")
-        for name in ("spread", "noise"):
-            object.__setattr__(self, name, finite_number(name, getattr(self, name)))
+        self.whole("dim", "classes", "shots", "queries")
+        self.finite("spread", "noise")
         _ = self.task  # which has checks of its own
 
     @property
@@ -113,8 +110,7 @@ class FewShot(Construction):
 
     def counterpart(self) -> Counterpart:
         """Heads as wide as the stream, trained with Adam from `aligned` weights."""
-        shape = config_of(self.program)
-        base = compile_program(self.program, config=shape.with_heads(shape.width, shape.width))
+        base = self.in_trained_shape()
         recipe = Recipe(
             steps=3000, batch=256, learning_rate=1e-2, schedule="cosine", warmup=50, clip=1.0,
             b2=0.99, average_tail=0.1,

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from constructions.claims import Claim, NearMiss
-from constructions.core.compile import compile_program
 from constructions.core.program import Head, Layer, Program, erase
 from constructions.core.slots import Slots, concatenate
 from constructions.family import Place, Tokens
 from constructions.hyper_transformer.episodes import GROUPS, FewShot
 from constructions.hyper_transformer.paper import GRADIENT_CLAIMS
-from constructions.regression import at_least_one, finite_number
 from synthetic.tasks.classes import Labels, Queries, Support
 
 
@@ -74,11 +73,12 @@ class HyperGradient(FewShot):
 
     def __post_init__(self) -> None:
         self._check_sizes()
-        at_least_one(self, "steps")
+        self.whole("steps")
         if self.step_size is None and self.steps > 1:
             raise ValueError(f"step_size is None, must be given for steps={self.steps}")
-        size = self.task.step_size() if self.step_size is None else self.step_size
-        object.__setattr__(self, "step_size", finite_number("step_size", size))
+        if self.step_size is None:
+            object.__setattr__(self, "step_size", self.task.step_size())
+        self.finite("step_size")
 
     @property
     def rate(self) -> float:
@@ -215,20 +215,19 @@ class HyperGradient(FewShot):
     def near_misses(self) -> dict[str, NearMiss]:
         """Wrong step sizes, a step too many, and a head that is not quite the one of the step."""
         eta = self.rate * self.task.labelled
-        others = {
+        others: dict[str, Any] = {
             "step size + 10 %": replace(self, step_size=1.1 * eta),
             "step size - 10 %": replace(self, step_size=0.9 * eta),
             "one step too many": replace(self, steps=self.steps + 1, step_size=eta),
         }
         order = np.roll(np.arange(self.classes), 1)
-        programs = {name: other.program for name, other in others.items()} | {
+        others |= {
             "codes exchanged": self._program(order=order),
             "1/C left out": self._program(centre=False),
             "softmax for linear": self._program(mixer="softmax"),
             "a feature left out": self._program(without=0),
         }
-        # the model is another construction's, the claims are measured as this one's
-        return {name: NearMiss(compile_program(p), self) for name, p in programs.items()}
+        return {name: self.near_miss(other) for name, other in others.items()}
 
     @property
     def claims(self) -> tuple[Claim, ...]:

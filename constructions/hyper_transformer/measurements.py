@@ -27,7 +27,7 @@ def accuracies(unlabelled: int, seed: int, tasks: int) -> dict[str, np.ndarray]:
     c = HyperPrototypes(**_SIZES, unlabelled=unlabelled, **_TUNED[unlabelled])
     episodes = c.task.sample(jax.random.key(seed), tasks)
     found = {
-        "construction": predict(c, c.compile().model, *episodes.inputs),
+        "construction": predict(c, c.reference, *episodes.inputs),
         "ablated": predict(c, c.near_misses()["no guesses"].model, *episodes.inputs),
         "posterior": c.task.posterior(*episodes.inputs),
     }

@@ -49,7 +49,6 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from constructions.claims import Claim, NearMiss
-from constructions.core.compile import compile_program
 from constructions.core.program import Head, Layer, Mlp, Program
 from constructions.core.slots import Slots, concatenate
 from constructions.core.transformer import Transformer
@@ -63,7 +62,6 @@ from constructions.inputs import (
     check_prediction,
     model_type,
 )
-from constructions.regression import finite_number
 from synthetic.tasks.classes import Labels, Logits, Queries, Support
 
 #: Score of a class token that has seen nothing: its weight is 0 in float64.
@@ -125,11 +123,8 @@ class HyperPrototypes(FewShot):
                         f"{name} is None, must be given for unlabelled={self.unlabelled}"
                     )
                 object.__setattr__(self, name, value)
-        for name in ("sharpness", "similarity", *exact):
-            object.__setattr__(self, name, finite_number(name, getattr(self, name)))
-        for name in ("sharpness", "scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be above 0")
+        self.finite("similarity", "shrinkage")
+        self.finite("sharpness", "scale", above=0)
 
     @property
     def program(self) -> Program:
@@ -384,18 +379,17 @@ class HyperPrototypes(FewShot):
     def near_misses(self) -> dict[str, NearMiss]:
         """Wrong scales, no norms, blunt means, codes exchanged, linear for softmax, no guesses."""
         assert self.scale is not None
-        programs = {
-            "scale + 20 %": replace(self, scale=1.2 * self.scale).program,
-            "scale - 20 %": replace(self, scale=0.8 * self.scale).program,
-            "no norm": replace(self, shrinkage=0.0).program,
-            "sharpness 1": replace(self, sharpness=1.0).program,
+        others: dict[str, Any] = {
+            "scale + 20 %": replace(self, scale=1.2 * self.scale),
+            "scale - 20 %": replace(self, scale=0.8 * self.scale),
+            "no norm": replace(self, shrinkage=0.0),
+            "sharpness 1": replace(self, sharpness=1.0),
             "codes exchanged": self._program(order=np.roll(np.arange(self.classes), 1)),
             "linear for softmax": self._program(mixer="linear"),
         }
         if self.unlabelled:
-            programs["no guesses"] = self._program(guesses=False)
-        # the model is another construction's, the claims are measured as this one's
-        return {name: NearMiss(compile_program(p), self) for name, p in programs.items()}
+            others["no guesses"] = self._program(guesses=False)
+        return {name: self.near_miss(other) for name, other in others.items()}
 
     @property
     def claims(self) -> tuple[Claim, ...]:

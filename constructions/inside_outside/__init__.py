@@ -8,17 +8,25 @@ paper           the paper's statements about masked language models, the counter
 measurements    its statements about sizes beside ours
 """
 
-from constructions.family import Family
-from constructions.inside_outside.construction import InsideOutside
-from constructions.inside_outside.measurements import measure
+from typing import TYPE_CHECKING
+
+from constructions.catalogue import Family, lazily
+
+if TYPE_CHECKING:
+    from constructions.inside_outside.construction import InsideOutside as InsideOutside
 
 INSIDE_OUTSIDE = Family(
     name="inside-outside",
-    construct=InsideOutside,
+    construct="constructions.inside_outside.construction:InsideOutside",
     settings={"grammar": "toy", "max_length": 8},
     about="attention between the ends of spans computes their inside and outside probabilities",
     source="Zhao et al. 2023, arXiv 2303.08117",
-    measure=measure,
+    measure="constructions.inside_outside.measurements:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    InsideOutside="constructions.inside_outside.construction",
 )
 
 __all__ = ["INSIDE_OUTSIDE", "InsideOutside"]

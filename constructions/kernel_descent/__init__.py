@@ -5,15 +5,24 @@ construction    the algorithm, the hand-built weights with sine and cosine as an
 paper           the paper's statements about a trained model on sine waves
 """
 
-from constructions.family import Family
-from constructions.kernel_descent.construction import KernelDescent
+from typing import TYPE_CHECKING
+
+from constructions.catalogue import Family, lazily
+
+if TYPE_CHECKING:
+    from constructions.kernel_descent.construction import KernelDescent as KernelDescent
 
 KERNEL_DESCENT = Family(
     name="kernel-descent",
-    construct=KernelDescent,
+    construct="constructions.kernel_descent.construction:KernelDescent",
     settings={"dim_x": 1, "dim_y": 1, "num_examples": 10, "steps": 1},
     about="an MLP in front of linear self-attention runs gradient descent on its features",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 2",
+)
+
+__getattr__ = lazily(
+    __name__,
+    KernelDescent="constructions.kernel_descent.construction",
 )
 
 __all__ = ["KERNEL_DESCENT", "KernelDescent"]

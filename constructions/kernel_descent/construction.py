@@ -37,22 +37,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
-from constructions.core.compile import compile_program, config_of
 from constructions.core.layer import ACTIVATIONS
 from constructions.core.program import Head, Layer, Mlp, Program
 from constructions.core.slots import Slots
 from constructions.core.transformer import Transformer, randomise
 from constructions.core.weights import Part
 from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
+from constructions.inputs import number
 from constructions.kernel_descent.paper import FROM_PRIOR_MEAN_CLAIMS, FROM_ZERO_CLAIMS
-from constructions.regression import (
-    Inputs,
-    Outputs,
-    Queries,
-    Regression,
-    at_least_one,
-    finite_number,
-)
+from constructions.regression import Inputs, Outputs, Queries, Regression
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.regression import RegressionTask
 from synthetic.tasks.sine import SineTask, coefficient_moments, optimal_step, sine_and_cosine
@@ -137,12 +130,12 @@ class KernelDescent(Regression):
     amplitudes: Sequence[float | int] = (0.1, 0.5)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "dim_x", "dim_y", "num_examples", "steps", "knots")
+        self.whole("dim_x", "dim_y", "num_examples", "steps", "knots")
         if self.knots < 2:
             raise ValueError(f"knots is {self.knots}, must be at least 2")
         if np.shape(self.amplitudes) != (2,):
             raise ValueError(f"amplitudes is {self.amplitudes!r}, must be two numbers")
-        bounds = tuple(finite_number("amplitudes", a) for a in self.amplitudes)
+        bounds = tuple(number("amplitudes", a) for a in self.amplitudes)
         object.__setattr__(self, "amplitudes", bounds)
         if self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
@@ -155,7 +148,7 @@ class KernelDescent(Regression):
             raise ValueError(f"activation is {self.activation!r}, must be 'relu' for features=None")
         self._check_start()
         if self.step_size is not None:
-            object.__setattr__(self, "step_size", finite_number("step_size", self.step_size))
+            self.finite("step_size")
             return
         task = self.task
         if self.steps > 1 or not isinstance(task, SineTask):
@@ -368,8 +361,7 @@ class KernelDescent(Regression):
         Its MLP reads and writes every column. The least loss of this class has no closed form;
         `synthetic.tasks.sine.optimal_kernel_loss` bounds what affine functions of y can reach.
         """
-        shape = config_of(self.program)
-        base = compile_program(self.program, config=shape.with_heads(shape.width, shape.width))
+        base = self.in_trained_shape()
         recipe = Recipe(
             steps=6000, batch=128, learning_rate=1e-2, schedule="cosine", warmup=100, clip=0.1
         )
@@ -393,13 +385,12 @@ class KernelDescent(Regression):
         if isinstance(self.task, SineTask) and self.features is None:
             other = PRIOR_MEAN if self.init_weight is None else None
             near[f"W_0 = {other or 0}"] = replace(self, init_weight=other)
-        programs = {name: construction.program for name, construction in near.items()} | {
+        near |= {
             "centred attention": self._program(mixer="centred"),
             "shifted features": self._program(shift=0.2),
             "keys that read y": self._program(leak=0.5),
         }
-        # the model is another construction's, the claims are measured as this one's
-        return {name: NearMiss(compile_program(p), self) for name, p in programs.items()}
+        return {name: self.near_miss(other) for name, other in near.items()}
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -14,28 +14,36 @@ measurements    its published losses, and ours
 trained         deep layers in numbers
 """
 
-from constructions.family import Family
-from constructions.mesa import trained
-from constructions.mesa.measurements import measure
-from constructions.mesa.polynomial import MesaPolynomial
-from constructions.mesa.ridge import MesaRidge
+from typing import TYPE_CHECKING
+
+from constructions.catalogue import Family, lazily
+
+if TYPE_CHECKING:
+    from constructions.mesa.polynomial import MesaPolynomial as MesaPolynomial
+    from constructions.mesa.ridge import MesaRidge as MesaRidge
 
 MESA_RIDGE = Family(
     name="mesa-ridge",
-    construct=MesaRidge,
+    construct="constructions.mesa.ridge:MesaRidge",
     settings={"dim": 4, "length": 16, "tokens": "constructed"},
     about="one mesa head predicts the next state by ridge regression on all states so far",
     source="von Oswald et al. 2023, arXiv 2309.05858, section 5",
-    measure=measure,
+    measure="constructions.mesa.measurements:measure",
 )
 
 MESA_POLYNOMIAL = Family(
     name="mesa-polynomial",
-    construct=MesaPolynomial,
+    construct="constructions.mesa.polynomial:MesaPolynomial",
     settings={"dim": 8, "length": 40, "tokens": "constructed", "coefficients": (0.041,)},
     about="linear attention takes a gradient step, with any polynomial as preconditioner",
     source="von Oswald et al. 2023, arXiv 2309.05858, Prop. 1 and 2",
-    measure=trained.measure,
+    measure="constructions.mesa.trained:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    MesaPolynomial="constructions.mesa.polynomial",
+    MesaRidge="constructions.mesa.ridge",
 )
 
 __all__ = ["MESA_POLYNOMIAL", "MESA_RIDGE", "MesaPolynomial", "MesaRidge"]

@@ -30,9 +30,10 @@ from jaxtyping import Array
 from numpy.polynomial import Chebyshev, Polynomial
 
 from constructions.claims import Claim, NearMiss
-from constructions.core.compile import compile_program
+from constructions.core.config import Config
 from constructions.core.program import CAUSAL, Head, Layer, Program
 from constructions.family import Counterpart, Place, Tokens
+from constructions.inputs import number
 from constructions.mesa.paper import DEEP_CLAIMS, ONE_LAW, ONE_STEP_CLAIMS
 from constructions.mesa.tokens import (
     CLIP,
@@ -42,10 +43,7 @@ from constructions.mesa.tokens import (
     causal_sums,
     copy,
     shifted,
-    wide_config,
-    wide_counterpart,
 )
-from constructions.regression import finite_number
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.dynamics import LinearDynamics, States
 
@@ -68,11 +66,11 @@ class MesaPolynomial(NextState):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = np.atleast_1d(np.asarray(self.coefficients, object)).tolist()
-        numbers = tuple(finite_number(f"coefficients[{k}]", c) for k, c in enumerate(given))
+        numbers = tuple(number(f"coefficients[{k}]", c) for k, c in enumerate(given))
         if not numbers:
             raise ValueError("coefficients is empty, must hold at least one number")
         object.__setattr__(self, "coefficients", numbers)
-        if self.step is not None and finite_number("step", self.step) == 0:
+        if self.step is not None and number("step", self.step) == 0:
             raise ValueError("step is 0, must not be")
         try:
             _ = self.rates
@@ -123,13 +121,13 @@ class MesaPolynomial(NextState):
         if self.tokens == "raw":
             copies = [copy(state, x)] if self.depth > 1 else []
             layers.append(Layer([self.binding(slots), *copies], name="binding"))
-        for number, rate in enumerate(self.rates):
+        for power, rate in enumerate(self.rates):
             value = state if turn is None else turn @ state
             heads = [Head(value=value, write={y: rate}, name="step", **common)]
-            if number < self.depth - 1:
+            if power < self.depth - 1:
                 write = {x: -self.contraction}
                 heads.append(Head(value=previous, write=write, name="preconditioner", **common))
-            layers.append(Layer(heads, name=f"power {number}"))
+            layers.append(Layer(heads, name=f"power {power}"))
         return Program(slots, layers, token_groups=GROUPS)
 
     def trace(self, states: States) -> dict[str, Array]:
@@ -176,8 +174,9 @@ class MesaPolynomial(NextState):
         return super().places(depth, states) | {"preconditioned": Place.of(slot, tokens, depth)}
 
     @property
-    def _clip(self) -> float | None:
-        return CLIP if self.depth > 1 else None
+    def trained_shape(self) -> Config:
+        """As the base class has it; that of several layers bounds its stream."""
+        return replace(super().trained_shape, clip=CLIP if self.depth > 1 else None)
 
     def counterpart(self) -> Counterpart:
         """The same layers with heads as wide as the stream; deep ones with a bounded stream."""
@@ -188,16 +187,13 @@ class MesaPolynomial(NextState):
         if self.depth > 1:
             recipe = replace(recipe, batch=128, learning_rate=1e-3, warmup=300)
             quick = replace(recipe, steps=1500)
-        return wide_counterpart(self, recipe, quick, self._clip)
+        return self.wide_counterpart(recipe, quick)
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Steps that are too long or too short, on the wrong pairs, turned, or none at all."""
 
-        # shared with the counterpart, and its compilations
-        wide = wide_config(self.program, self._clip)
-
-        def of(program: Program) -> NearMiss:
-            return NearMiss(compile_program(program, config=wide), self)
+        def of(program: Program) -> NearMiss:  # shares the counterpart's compilations
+            return self.near_miss(program, self.trained_shape)
 
         def scaled(factor: float) -> NearMiss:
             coefficients = tuple(factor * c for c in self.coefficients)

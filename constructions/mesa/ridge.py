@@ -34,8 +34,6 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array
 
 from constructions.claims import Claim, NearMiss
-from constructions.core.compile import compile_program
-from constructions.core.config import Config
 from constructions.core.program import CAUSAL, Head, Layer, Mlp, Norm, Program
 from constructions.core.slots import Slots
 from constructions.family import Counterpart, Place
@@ -48,10 +46,7 @@ from constructions.mesa.tokens import (
     NextState,
     causal_sums,
     shifted,
-    wide_config,
-    wide_counterpart,
 )
-from constructions.regression import finite_number
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.dynamics import EPS, NonlinearDynamics, States
 
@@ -72,8 +67,7 @@ class MesaRidge(NextState):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if finite_number("regularization", self.regularization) <= 0:
-            raise ValueError(f"regularization is {self.regularization!r}, must be above 0")
+        self.finite("regularization", above=0)
 
     @property
     def program(self) -> Program:
@@ -121,25 +115,22 @@ class MesaRidge(NextState):
         recipe = Recipe(
             steps=3000, batch=256, learning_rate=5e-3, schedule="cosine", warmup=100, clip=1.0
         )
-        return wide_counterpart(self, recipe, quick=replace(recipe, steps=1500, batch=128))
+        return self.wide_counterpart(recipe, quick=replace(recipe, steps=1500, batch=128))
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Ridge regression on the wrong pairs, or with the wrong regularisation, or none of it."""
 
-        def of(program: Program, config: Config | None = None) -> NearMiss:
-            return NearMiss(compile_program(program, config=config), self)
-
-        wide = wide_config(self.program)  # shared with the counterpart, and its compilations
+        wide = self.trained_shape  # the counterpart's, whose compilations they share
         heavy = replace(self, regularization=1e3 * self.regularization)
         (step,) = best_coefficients(self.task, 0, jax.random.key(0), 2**11)
         found = {
-            "regularization x 1000": of(heavy.program, wide),
-            "one gradient step": of(self._program(step=step)),
-            "pairs a state with itself": of(self._program(key="state"), wide),
+            "regularization x 1000": self.near_miss(heavy, wide),
+            "one gradient step": self.near_miss(self._program(step=step)),
+            "pairs a state with itself": self.near_miss(self._program(key="state"), wide),
             ONE_LAW: self.one_law(),
         }
         if self.tokens == "raw":
-            found["no BOS"] = of(self._program(bos=False), wide)
+            found["no BOS"] = self.near_miss(self._program(bos=False), wide)
         return found
 
     @property
@@ -206,8 +197,7 @@ class MesaFeatures(NextState):
         super().__post_init__()
         if self.tokens != "raw":
             raise ValueError(f"tokens is {self.tokens!r}, must be 'raw'")
-        if finite_number("regularization", self.regularization) <= 0:
-            raise ValueError(f"regularization is {self.regularization!r}, must be above 0")
+        self.finite("regularization", above=0)
 
     @property
     def task(self) -> NonlinearDynamics:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -281,7 +271,7 @@ class MesaFeatures(NextState):
         recipe = Recipe(
             steps=6000, batch=256, learning_rate=5e-3, schedule="cosine", warmup=100, clip=1.0
         )
-        return wide_counterpart(self, recipe, quick=replace(recipe, steps=1500, batch=128))
+        return self.wide_counterpart(recipe, quick=replace(recipe, steps=1500, batch=128))
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Ridge regression on other features, with the wrong regularisation, or on a false pair."""
@@ -292,8 +282,8 @@ class MesaFeatures(NextState):
             "regularization x 1000": heavy.program,
             "no BOS": self._program(bos=False),
         }
-        wide = wide_config(self.program)  # shared with the counterpart, and its compilations
-        return {n: NearMiss(compile_program(p, config=wide), self) for n, p in programs.items()}
+        # in the counterpart's shape, whose compilations they share
+        return {n: self.near_miss(p, self.trained_shape) for n, p in programs.items()}
 
     def tolerance(self, dtype: str) -> float:
         """What `mesa` promises of its output, at any regularization."""

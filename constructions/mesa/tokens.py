@@ -14,7 +14,7 @@ first token BOS whose state is 0 is what t = 1 finds; without it s_1 would be pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,14 +24,10 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from constructions.claims import NearMiss
-from constructions.core.compile import compile_program, config_of
-from constructions.core.config import Config
 from constructions.core.program import CAUSAL, SELF, Head, Layer, Program
 from constructions.core.slots import Slot, Slots, constant
-from constructions.core.transformer import randomise
 from constructions.family import Construction, Counterpart, Gauge, Place, Tokens
 from constructions.inputs import Input
-from constructions.regression import at_least_one
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.dynamics import LinearDynamics, States
 
@@ -67,7 +63,7 @@ class NextState(Construction):
     noise: float = 0.01
 
     def __post_init__(self) -> None:
-        at_least_one(self, "dim", "length")
+        self.whole("dim", "length")
         if self.tokens not in TOKENS:
             raise ValueError(f"tokens is {self.tokens!r}, must be one of {TOKENS}")
         _ = self.task  # checks its numbers
@@ -153,6 +149,12 @@ class NextState(Construction):
         tokens = self.at_states(states.shape[1])
         return {name: Place.of(name, tokens, depth) for name in ("previous", "prediction")}
 
+    def wide_counterpart(self, recipe: Recipe, quick: Recipe) -> Counterpart:
+        """The same layers in `trained_shape`, with the same masks."""
+        base = self.in_trained_shape()
+        std = 0.1 if base.config.clip is None else 0.05  # deep linear attention starts small
+        return Counterpart(self.random_weights(std, base), self.task, recipe, quick=quick)
+
     def slots(self) -> tuple[Slots, int]:
         """Slots of states, their predecessors and predictions; and the first layer that is free."""
         slots, first = Slots(), 2 if self.tokens == "raw" else 1
@@ -181,7 +183,7 @@ class NextState(Construction):
         head = Head(one, one, law @ slots["state"], write, window=SELF, queries=STATE, keys=STATE)
         layers = [Layer([self.binding(slots)])] if first > 1 else []
         program = Program(slots, [*layers, Layer([head])], token_groups=GROUPS)
-        return NearMiss(compile_program(program), self)
+        return self.near_miss(program)
 
     def binding(self, slots: Slots) -> Head:
         """The head that copies the state before."""
@@ -196,24 +198,6 @@ class NextState(Construction):
             queries=STATE,
             name="previous state",
         )
-
-
-def wide_config(program: Program, clip: float | None = None) -> Config:
-    """The shape of a program with heads as wide as the stream, and its entries bounded."""
-    shape = config_of(program)
-    return replace(shape.with_heads(shape.width, shape.width), clip=clip)
-
-
-def wide_counterpart(
-    construction: NextState, recipe: Recipe, quick: Recipe, clip: float | None = None
-) -> Counterpart:
-    """The construction's layers with heads as wide as the stream, and the same masks."""
-    shape = wide_config(construction.program, clip)
-    base = compile_program(construction.program, config=shape)
-    std = 0.1 if clip is None else 0.05  # deep linear attention starts small
-    return Counterpart(
-        lambda key: randomise(base, key, std), construction.task, recipe, quick=quick
-    )
 
 
 def shifted(states: States) -> States:

@@ -75,8 +75,8 @@ def mesa(
 
     with zeta_ts the product of the forget gates in (s, t]; the pair at t is included and the ridge
     does not decay (von Oswald et al. 2023, arXiv 2309.05858, eq. 4-8, whose 1 / lambda is the ridge
-    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit and
-    as cheap as the layer, in reverse mode, forward mode, and one over the other (Hessian-vector
+    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit
+    and as cheap as the layer, in reverse mode, forward mode, and one over the other (Hessian-vector
     products); nothing of size time x dim^2 is stored.
 
     Precision, of every method unless `refinements` is 0. Errors of the output are relative to its

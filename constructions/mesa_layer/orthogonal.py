@@ -16,7 +16,8 @@ section 6.5): where a row x of weight w meets row i, u of weight d, with a = x_i
 
 Errors are those of rounding each pair by itself. Weights enter as they are, not by their roots, so
 a gate of 0 or 1 has a derivative like any other. Nothing is ever taken away from U^T D U: a forget
-gate g multiplies all weights, the ridge's too, and (1 - g) ridge is added back as rows of their own.
+gate g multiplies all weights, the ridge's too, and (1 - g) ridge is added back as rows of their
+own.
 """
 
 import math

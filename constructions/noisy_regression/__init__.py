@@ -8,13 +8,16 @@ table           Table 1 of the paper, measured
 paper           the paper's statements about trained models
 """
 
-from constructions.family import Family
-from constructions.noisy_regression.construction import NoisyRegression
-from constructions.noisy_regression.table import measure
+from typing import TYPE_CHECKING
+
+from constructions.catalogue import Family, lazily
+
+if TYPE_CHECKING:
+    from constructions.noisy_regression.construction import NoisyRegression as NoisyRegression
 
 NOISY_REGRESSION = Family(
     name="noisy-regression",
-    construct=NoisyRegression,
+    construct="constructions.noisy_regression.construction:NoisyRegression",
     settings={
         "dim_x": 10,
         "num_examples": 20,
@@ -24,7 +27,12 @@ NOISY_REGRESSION = Family(
     },
     about="linear transformers estimate the noise of a context and shrink by it",
     source="Vladymyrov et al. 2024, arXiv 2402.14180",
-    measure=measure,
+    measure="constructions.noisy_regression.table:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    NoisyRegression="constructions.noisy_regression.construction",
 )
 
 __all__ = ["NOISY_REGRESSION", "NoisyRegression"]

@@ -30,14 +30,13 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from constructions.core.canonical import canonical_distance
-from constructions.core.compile import compile_program, config_of
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, concatenate
-from constructions.core.transformer import Transformer, randomise
+from constructions.core.transformer import Transformer
 from constructions.family import Claim, Counterpart, Gauge, NearMiss, Place, Tokens
 from constructions.noisy_regression.paper import claims_of
 from constructions.noisy_regression.recursion import context_gram, diag_states
-from constructions.regression import Inputs, Outputs, Queries, Regression, at_least_one
+from constructions.regression import Inputs, Outputs, Queries, Regression
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.noisy import NoisyRegressionTask
 
@@ -80,7 +79,7 @@ class NoisyRegression(Regression):
     noise_levels: Sequence[float | int] = ()
 
     def __post_init__(self) -> None:
-        at_least_one(self, "dim_x", "num_examples")
+        self.whole("dim_x", "num_examples")
         try:
             table = np.asarray(self.layers, float)
         except (TypeError, ValueError):
@@ -224,8 +223,6 @@ class NoisyRegression(Regression):
         Several queries to each context cost little and say more; with one, batches must be larger.
         """
         both = replace(self, layers=[(0.0, 1.0, 1.0, 0.0)] * len(self.layers))
-        shape = config_of(both.program)
-        base = compile_program(both.program, config=shape.with_heads(shape.width, shape.width))
         recipe = Recipe(
             steps=4000,
             batch=128,
@@ -235,13 +232,13 @@ class NoisyRegression(Regression):
             clip=1.0,
             average_tail=0.1,
         )
-        reference, gauge = self.compile().model, self.gauge()
+        reference, gauge = self.reference, self.gauge()
 
         def measure(model: Transformer) -> dict[str, Array]:
             return {"canonical_distance": canonical_distance(model, reference, gauge)}
 
         return Counterpart(
-            lambda key: randomise(base, key, 0.05),
+            self.random_weights(0.05, both.in_trained_shape()),
             replace(self.task, queries=8),
             recipe,
             metrics=measure,
@@ -252,11 +249,10 @@ class NoisyRegression(Regression):
         """Parts of the layers left out, a step off, centred attention, the query among the keys."""
 
         def with_layers(change: Any) -> NearMiss:
-            other = replace(self, layers=[change(*w) for w in self.layers])
-            return NearMiss(other.compile().model, self)
+            return self.near_miss(replace(self, layers=[change(*w) for w in self.layers]))
 
         def of(**changes: Any) -> NearMiss:
-            return NearMiss(compile_program(self._program(**({"mixer": "linear"} | changes))), self)
+            return self.near_miss(self._program(**({"mixer": "linear"} | changes)))
 
         misses = {
             "step size + 10 %": with_layers(lambda a, b, c, d: (a, b, 1.1 * c, d)),

@@ -5,17 +5,25 @@ paper           the paper's statements about two trained layers
 measurements    what becomes of them when the first layer is another one
 """
 
-from constructions.family import Family
-from constructions.separate_tokens.construction import SeparateTokens
-from constructions.separate_tokens.measurements import measure
+from typing import TYPE_CHECKING
+
+from constructions.catalogue import Family, lazily
+
+if TYPE_CHECKING:
+    from constructions.separate_tokens.construction import SeparateTokens as SeparateTokens
 
 SEPARATE_TOKENS = Family(
     name="separate-tokens",
-    construct=SeparateTokens,
+    construct="constructions.separate_tokens.construction:SeparateTokens",
     settings={"dim_x": 3, "dim_y": 1, "num_examples": 6, "queries": 6},
     about="copy, erase, then gradient descent, where inputs and outputs are separate tokens",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 3",
-    measure=measure,
+    measure="constructions.separate_tokens.measurements:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    SeparateTokens="constructions.separate_tokens.construction",
 )
 
 __all__ = ["SEPARATE_TOKENS", "SeparateTokens"]

@@ -41,20 +41,12 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from constructions.certificate import LARGEST_TOLERANCE
-from constructions.core.compile import compile_program, config_of
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Affine, Slots
 from constructions.core.transformer import Transformer, randomise
 from constructions.core.weights import Part
 from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
-from constructions.regression import (
-    Inputs,
-    Outputs,
-    Queries,
-    Regression,
-    at_least_one,
-    finite_number,
-)
+from constructions.regression import Inputs, Outputs, Queries, Regression
 from constructions.separate_tokens.paper import claims
 from synthetic.fitting.recipe import Recipe
 from synthetic.fitting.train import Fit
@@ -95,15 +87,13 @@ class SeparateTokens(Regression):
     attends: str = "position"
 
     def __post_init__(self) -> None:
-        at_least_one(self, "dim_x", "dim_y", "num_examples", "queries", "steps")
+        self.whole("dim_x", "dim_y", "num_examples", "queries", "steps")
         if self.step_size is None and self.steps > 1:
             raise ValueError(f"step_size is None, must be given for steps={self.steps}")
         if self.step_size is None:
             object.__setattr__(self, "step_size", optimal_step_size(self.task))
-        for name in ("step_size", "score_scale"):
-            object.__setattr__(self, name, finite_number(name, getattr(self, name)))
-        if self.score_scale <= 0:
-            raise ValueError(f"score_scale is {self.score_scale}, must be above 0")
+        self.finite("step_size")
+        self.finite("score_scale", above=0)
         if self.mixer not in ("softmax", "linear"):
             raise ValueError(f"mixer is {self.mixer!r}, must be 'softmax' or 'linear'")
         if self.attends not in ("position", "anything"):
@@ -301,8 +291,7 @@ class SeparateTokens(Regression):
         """
 
         def of(construction: SeparateTokens, **changes: Any) -> NearMiss:
-            # the model is another one's, the claims are measured as this construction's
-            return NearMiss(compile_program(construction._program(**changes)), self)
+            return self.near_miss(construction._program(**changes))
 
         found = {
             "step size + 10 %": of(replace(self, step_size=1.1 * self.eta)),
@@ -324,9 +313,7 @@ class SeparateTokens(Regression):
         With attends="position" the first layer's heads have no weights on what tokens hold, only
         on where they stand, and get none in `fit`.
         """
-        shape = config_of(self._program())
-        wide = shape.with_heads(shape.width, shape.width)
-        base = compile_program(replace(self, score_scale=1.0)._program(), config=wide)
+        base = self.in_trained_shape(replace(self, score_scale=1.0).program)
 
         def init(key: Array) -> Transformer:
             model = randomise(base, key, 0.2)

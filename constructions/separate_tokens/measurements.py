@@ -21,7 +21,7 @@ def loss_ratios(construction: SeparateTokens, seed: int, seeds: int) -> np.ndarr
     examples = construction.task.sample(jax.random.key(seed), _EXAMPLES)
     loss, *losses = (
         float(construction.task.loss(predict(construction, m, *examples.inputs), examples).mean())
-        for m in (construction.compile().model, *fitted.models)
+        for m in (construction.reference, *fitted.models)
     )
     return np.array(losses) / loss
 

@@ -12,15 +12,24 @@ experiments   hardness of attention, labels learnt in context, sizes of simulato
 The decoder that is trained comes from `constructions.interchange`.
 """
 
-from constructions.family import Family
-from constructions.interchange.decoder import TrainedAuxiliary, decoder, logits
-from constructions.interchange.huggingface import load_auxiliary, save_auxiliary
-from constructions.tint.algorithm import MODES, Backward
-from constructions.tint.construction import Outcome, Tint
+from typing import TYPE_CHECKING
+
+from constructions.catalogue import Family, lazily
+
+if TYPE_CHECKING:
+    from constructions.interchange.decoder import TrainedAuxiliary as TrainedAuxiliary
+    from constructions.interchange.decoder import decoder as decoder
+    from constructions.interchange.decoder import logits as logits
+    from constructions.interchange.huggingface import load_auxiliary as load_auxiliary
+    from constructions.interchange.huggingface import save_auxiliary as save_auxiliary
+    from constructions.tint.algorithm import MODES as MODES
+    from constructions.tint.algorithm import Backward as Backward
+    from constructions.tint.construction import Outcome as Outcome
+    from constructions.tint.construction import Tint as Tint
 
 TINT = Family(
     name="tint",
-    construct=Tint,
+    construct="constructions.tint.construction:Tint",
     settings={
         "auxiliary": {
             "grammar": "toy",
@@ -34,6 +43,19 @@ TINT = Family(
     },
     about="A transformer trains another on its input, by gradient descent within one forward pass.",
     source="Panigrahi, Malladi, Xia, Arora 2023, arXiv 2307.01189",
+)
+
+__getattr__ = lazily(
+    __name__,
+    TrainedAuxiliary="constructions.interchange.decoder",
+    decoder="constructions.interchange.decoder",
+    logits="constructions.interchange.decoder",
+    load_auxiliary="constructions.interchange.huggingface",
+    save_auxiliary="constructions.interchange.huggingface",
+    MODES="constructions.tint.algorithm",
+    Backward="constructions.tint.algorithm",
+    Outcome="constructions.tint.construction",
+    Tint="constructions.tint.construction",
 )
 
 __all__ = [

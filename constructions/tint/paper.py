@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence, NearMiss, known_weights
-from constructions.core.compile import compile_program
 from constructions.core.transformer import Transformer, randomise
 from constructions.family import Counterpart
 from constructions.interchange.decoder import CHANGED
@@ -131,7 +130,7 @@ QUICK = replace(RECIPE, steps=60, batch=8, chunk=20)
 
 def counterpart(c: Any) -> Counterpart:
     """`Tint.counterpart` where its weights are dense."""
-    base = c.compile().model
+    base = c.reference
     std = base.config.width**-0.5
     inputs = c.task.sample(jax.random.key(2**20), 32).inputs
     wanted = jax.jit(c.trace)(*inputs)
@@ -139,8 +138,12 @@ def counterpart(c: Any) -> Counterpart:
     def measure(model: Transformer) -> dict[str, Array]:
         return alignment(c.read(model, *inputs), wanted)._asdict()
 
+    def init(key: Array) -> Transformer:  # arrays of its own: a fit may give its first ones away
+        del key
+        return Transformer(base.config, jax.tree.map(jnp.copy, base.arrays()))
+
     return Counterpart(
-        lambda key: base,
+        init,
         c.task,
         RECIPE,
         metrics=measure,
@@ -153,7 +156,7 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
     """`Tint.near_misses` where its weights are dense."""
 
     def other(**changes: Any) -> NearMiss:
-        return NearMiss(replace(c, **changes).compile().model, c)
+        return c.near_miss(replace(c, **changes))
 
     def without(*names: str) -> NearMiss:
         """Heads whose names begin like this write nothing."""
@@ -169,7 +172,7 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
             )
             for layer in c.program.layers
         ]
-        return NearMiss(compile_program(replace(c.program, layers=layers)), c)
+        return c.near_miss(replace(c.program, layers=layers))
 
     return {
         "up the gradient": other(learning_rate=-c.learning_rate),

@@ -33,7 +33,7 @@ def linear(run: Run, seed: int) -> Result:
     """
     construction = run.construction
     models = {f"trained {s}": m for s, m in zip(run.seeds, run.models, strict=True)}
-    if sections.check_size(construction, construction.compile().model) > SMALL:
+    if sections.check_size(construction, construction.reference) > SMALL:
         found = sections.probes(construction, models, seed)
     else:
         found = probe_table(construction, models, jax.random.key(seed))
@@ -42,7 +42,7 @@ def linear(run: Run, seed: int) -> Result:
 
 def interchange(run: Run, seed: int) -> Result:
     """Effect of exchanging one token's stream after every layer."""
-    reference = run.construction.compile().model
+    reference = run.construction.reference
     found = sections.patches(run.construction, run.models, reference, seed)
     rows, values = [], []
     for name in ("construction", "trained"):
@@ -62,7 +62,7 @@ def functions(run: Run, seed: int) -> Result:
 
     Logits are compared up to a number common to all outcomes.
     """
-    construction, reference = run.construction, run.construction.compile().model
+    construction, reference = run.construction, run.construction.reference
     inputs = construction.sample(jax.random.key(seed), 256)
     values = []
     for model in run.models:
@@ -86,7 +86,7 @@ def interpolation(run: Run, seed: int) -> Result:
 
     Raises ValueError for models that are more than attention.
     """
-    construction, reference = run.construction, run.construction.compile().model
+    construction, reference = run.construction, run.construction.reference
     batch = construction.task.sample(jax.random.key(seed), 2048)
     for model in run.models:
         if missing := obstacle(model.config, reference.config):
@@ -98,7 +98,7 @@ def interpolation(run: Run, seed: int) -> Result:
 
 def roll_out(run: Run, seed: int) -> Result:
     """Loss of the last layer looped, undamped and damped."""
-    reference = run.construction.compile().model
+    reference = run.construction.reference
     found = losses.roll_out(run.construction, run.models, reference, seed, 2048)
     rows, values = [], []
     for damping, built, trained in zip(
@@ -114,7 +114,7 @@ def training(run: Run, seed: int) -> Result:
     """The match along the run's checkpoints: prediction distance and canonical distance."""
     if run.path is None:
         raise ValueError("the run was not kept, so it has no checkpoints")
-    construction, reference = run.construction, run.construction.compile().model
+    construction, reference = run.construction, run.construction.reference
     key = jax.random.key(seed)
     inputs = construction.sample(key, 1024)
     rows, values = [], []

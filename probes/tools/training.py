@@ -88,7 +88,7 @@ def _subjects(run: Run, tool: str) -> tuple[dict[str, tuple[Subject, Array]], st
     trained = Subject(Flat(run.construction, run.models[0]))
     check_weights(trained.flat, tool, MOST)
     found = {name: (trained, trained.flat.vector(model)) for name, model in models.items()}
-    built = run.construction.compile().model
+    built = run.construction.reference
     with suppress(ValueError):  # in the trained models' shape, where it fits into that
         built = compile_program(run.construction.program, config=run.models[0].config)
         return {"construction": (trained, trained.flat.vector(built)), **found}, ""

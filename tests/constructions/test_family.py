@@ -1,5 +1,6 @@
 """The protocol: a certificate that can fail, and a second family that shows nothing is special."""
 
+import pickle
 from dataclasses import dataclass, replace
 
 import jax
@@ -13,7 +14,10 @@ from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, constant
 from constructions.family import Construction, Place, Tokens, verify
 from constructions.gradient_descent import GradientDescent
+from constructions.inputs import number
 from synthetic.tasks.task import Batch
+
+KEY = jax.random.key(0)
 
 
 @dataclass(frozen=True)
@@ -169,3 +173,90 @@ def test_place_gathers_entry_by_entry():
     for b, i, j, k in np.ndindex(2, 2, 3, 2):
         wanted = -2 * residual[layer[i, j], b, token[i, j], 2 * which[i, j] + k]
         np.testing.assert_allclose(found[b, i, j, k], wanted, rtol=1e-6)
+
+
+@dataclass(frozen=True)
+class Counting(WeightedAverage):
+    """Says how often its parts are made; its counterpart goes by way of the base class's."""
+
+    made = []  # not a setting
+
+    @property
+    def program(self):
+        self.made.append("program")
+        return super().program
+
+    def counterpart(self):
+        self.made.append("counterpart")
+        return replace(super().counterpart(), optimum=float(jnp.float32(1) + 1))
+
+
+def test_program_reference_and_counterpart_are_made_once():
+    c = Counting(length=5)
+    Counting.made.clear()
+
+    @jax.jit
+    def traced(x):  # what is made under a trace must not hold its tracers
+        counterpart = c.counterpart()
+        return c.apply(c.reference, x) + counterpart.optimum, c.apply(counterpart.init(KEY), x)
+
+    x = jnp.ones((2, 5, 2))
+    first, _ = traced(x)
+    assert Counting.made == ["counterpart", "program"]
+    assert c.program is c.program and c.counterpart() is c.counterpart()
+    assert c.reference is c.reference is not c.compile().model
+    np.testing.assert_allclose(c.apply(c.reference, x) + 2, first, rtol=1e-6)
+    assert c.counterpart().optimum == 2
+    assert Counting.made == ["counterpart", "program"]
+    # a type of weights each, and nothing of it in what is compared, copied or saved
+    weights = jax.tree.leaves(nnx.state(c.reference))[0]
+    with jax.enable_x64(weights.dtype != jnp.float64):
+        other = jax.tree.leaves(nnx.state(c.reference))[0]
+        assert {str(weights.dtype), str(other.dtype)} == {"float32", "float64"}
+    assert jax.tree.leaves(nnx.state(c.reference))[0] is weights
+    fresh = pickle.loads(pickle.dumps(c))
+    assert fresh == c == replace(c) and hash(fresh) == hash(c) and vars(fresh) == {
+        "weights": c.weights, "length": 5
+    }  # fmt: skip
+
+
+def test_near_misses_and_shapes_come_with_the_base_class():
+    c = FAMILIES[0]
+    other = replace(c, step_size=0.25)
+    by_program, by_construction = c.near_miss(other.program), c.near_miss(other)
+    wide = c.near_miss(other, c.trained_shape)
+    inputs = c.sample(KEY, 3)
+    expected = other.predict(other.reference, *inputs)
+    for miss in (by_program, by_construction, wide):
+        assert miss.construction is c
+        np.testing.assert_allclose(c.predict(miss.model, *inputs), expected, rtol=1e-5, atol=1e-6)
+    assert by_program.model.config == by_construction.model.config == c.reference.config
+    assert wide.model.config == c.in_trained_shape().config == c.counterpart().init(KEY).config
+    width = c.program.slots.width
+    for layer in c.trained_shape.layers():
+        assert all(h.key_dim == h.value_dim == width for h in layer.heads)
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "message"),
+    [
+        (0, {"whole": True, "least": 1}, "n is 0, must be an integer of at least 1"),
+        (True, {"whole": True, "least": 1}, "n is True, must be an integer of at least 1"),
+        (2.0, {"whole": True}, r"n is 2\.0, must be an integer$"),
+        ("3", {}, "n is '3', must be a finite number$"),
+        (None, {"above": 0}, "n is None, must be a finite number above 0"),
+        (False, {}, "n is False, must be a finite number$"),
+        (np.float32("nan"), {}, "must be a finite number$"),
+        (-np.inf, {"above": 0}, "n is -inf, must be a finite number above 0"),
+        (0.0, {"above": 0}, r"n is 0\.0, must be above 0$"),
+        (0.5, {"least": 1}, r"n is 0\.5, must be a finite number of at least 1"),
+    ],
+)
+def test_one_guard_for_numbers(value, limits, message):
+    with pytest.raises(ValueError, match=message):
+        number("n", value, **limits)
+
+
+def test_what_the_guard_lets_through():
+    assert number("n", np.int32(3), whole=True, least=3) == 3
+    assert type(number("n", 3)) is float and number("n", np.float32(0.5), above=0) == 0.5

@@ -87,7 +87,7 @@ def test_mistakes(call: Any, message: str) -> None:
 def test_another_basis_is_another_place() -> None:
     """The average of a model with itself is itself only where both are in one basis."""
     construction = GradientDescent(dim_x=2, num_examples=4)
-    shape = construction._trained_config(construction.program)
+    shape = construction.trained_shape
     model = compile_program(construction.program, config=shape)
     first, second = jax.random.split(jax.random.key(3))
     turned = change_value_basis(change_key_basis(model, first), second)

@@ -19,7 +19,7 @@ import pytest
 
 from constructions import CATALOGUE
 from constructions.claims import Measurement
-from constructions.family import verify
+from constructions.family import Certificate, Error, verify
 from constructions.runs import construct, load_run, plain_settings
 from probes.cli import installed_version, main
 from probes.ledger import ledger
@@ -60,8 +60,25 @@ def test_help_needs_no_jax() -> None:
         assert command in done.stdout
 
 
+def test_what_needs_no_jax_takes_none(capsys: Any) -> None:
+    """`list`, `--help` and a mistake in a family's name; in a process that has nothing loaded."""
+    code = (
+        "import sys; from probes.cli import main; "
+        "status = [main(['list']), main(['verify', 'nope']), main(['fit', 'nope', '--out', 'x'])]; "
+        "sys.exit(status != [0, 2, 2] or 'jax' in sys.modules or 'flax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out == done.stdout
+    assert done.stderr.count("unknown family 'nope', must be one of gd-plus-plus, ") == 2
+
+
 def test_list(capsys: Any, tmp_path: Path) -> None:
-    assert main(["list", "--json", str(tmp_path / "l.json")]) == 0
+    # without names the settings, with them tasks and claims as well
+    assert main(["list"]) == 0
+    every = capsys.readouterr().out
+    assert main(["list", *CATALOGUE, "--json", str(tmp_path / "l.json")]) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "l.json").read_text())
     assert set(found) == set(CATALOGUE)
@@ -77,10 +94,16 @@ def test_list(capsys: Any, tmp_path: Path) -> None:
         shown = line[line.index("settings: ") + 10 : line.index("  task: ")]
         assert parse_settings(shlex.split(shown)) == json.loads(json.dumps(family.example()))
     assert "tokens, 18 words)" in " ".join(words)  # of a corpus
+    short = [part[: part.index("\n  task: ")] for part in out.split("\n\n") if part]
+    assert every.split("\n\n")[:-1] == short
+    assert all(found[name]["task"] and found[name]["claims"] for name in CATALOGUE)
+    assert "unknown family 'nope'" in complaint(capsys, ["list", "nope"])
 
 
 def test_verify_prints_each_family_when_it_is_done(monkeypatch: Any, capsys: Any) -> None:
-    names, certificate = ["mesa-ridge", NAME, "tint"], verify(CATALOGUE[NAME](), dtypes=())
+    names = ["mesa-ridge", NAME, "tint"]
+    error = Error("float64", 0.0, 0.0, 1e-13, "prediction", 1)
+    certificate = Certificate("c", (error,), {}, ("prediction",), (), (1,))
     printed = []
 
     def verified(construction: Any, **_: Any) -> Any:
@@ -89,7 +112,9 @@ def test_verify_prints_each_family_when_it_is_done(monkeypatch: Any, capsys: Any
 
     monkeypatch.setattr("constructions.family.verify", verified)
     assert main(["verify", *names]) == 0
-    assert printed == ["", "mesa-ridge\n", f"{NAME}\n"]
+    assert printed[0] == "" and len(printed) == 3
+    for name, said in zip(names, printed[1:], strict=False):
+        assert said.startswith(f"{name}\n  float64: passed") and said.count("compared") == 1
 
 
 def test_a_grammar_from_a_file(tmp_path: Path) -> None:
@@ -287,7 +312,7 @@ MISTAKES = [
     (["demo", "--out", "linked"], "linked/tint: is a symbolic link, must be a folder in linked"),
     (["verify", "inside-outside", "--set", "grammar=g.txt"], "grammar=g.txt: must be one of toy, "),
     (["verify", "inside-outside", "--set", "grammar=file"], "file: .*precious"),
-    (["verify", "nope"], "unknown family 'nope'; known: .*gradient-descent"),
+    (["verify", "nope"], "unknown family 'nope', must be one of .*gradient-descent"),
     (["fit", "nope", "--out", "x"], "unknown family"),
     (["probe", "nope", "--run", "x"], "unknown tool 'nope', must be one of linear"),
     (["probe", "linear", "--run", "absent"], "absent/config.json: missing"),

@@ -155,7 +155,7 @@ def test_tool(tmp_path: Any) -> None:
     assert "seeds 0 and 1" in found.note and "assumption is not met" in found.note
     # a copy in another basis is the same function, and merges no better than a stranger
     construction: Any = run.construction
-    shape = construction._trained_config(construction.program)
+    shape = construction.trained_shape
     built = compile_program(construction.program, config=shape)
     turned = change_value_basis(change_key_basis(built, KEY), jax.random.key(1))
     copies = tools.fisher_merge(replace(run, models=(built, turned), path=None), 0)
