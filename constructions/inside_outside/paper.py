@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from constructions.claims import Claim, Evidence
+from synthetic.compilation import compile_once
 from synthetic.grammar import chart
 
 _PAPER = "Zhao et al. 2023, arXiv 2303.08117"
@@ -34,7 +34,7 @@ def _posterior(e: Evidence) -> Array:
 
 def from_posterior(e: Evidence) -> float:
     """Mean KL divergence of the exact posterior from the model, at hidden words, in nats."""
-    return float(jax.jit(divergence)(_posterior(e), e.prediction, e.examples.inputs[2]))
+    return float(compile_once(divergence)(_posterior(e), e.prediction, e.examples.inputs[2]))
 
 
 def beyond_bayes(e: Evidence) -> float:
