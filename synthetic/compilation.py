@@ -21,9 +21,9 @@ from contextlib import suppress
 from functools import cache, partial, wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, TypeVar, overload
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Compiler options of XLA on CPUs. One that a jaxlib does not know is an error, so they are given to
 # the versions on which they were tried, by the first two numbers of the version.
@@ -50,15 +50,11 @@ LARGEST_CACHE = 256 * 2**20
 
 
 @overload
-def compile_once(
-    function: Callable[P, R], /, *, often: bool = False, **options: Any
-) -> Callable[P, R]: ...
+def compile_once(function: F, /, *, often: bool = False, **options: Any) -> F: ...
 
 
 @overload
-def compile_once(
-    *, often: bool = False, **options: Any
-) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def compile_once(*, often: bool = False, **options: Any) -> Callable[[F], F]: ...
 
 
 def compile_once(function: Any = None, /, *, often: bool = False, **options: Any) -> Any:
@@ -105,9 +101,10 @@ def _within_a_program(args: Any, kwargs: Any) -> bool:
     """Whether a call is traced: JAX takes compiler options of the outermost program alone."""
     import jax
     import jax.numpy as jnp
+    from jax.core import Tracer
 
-    given = (isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
-    return any(given) or isinstance(jnp.zeros(()), jax.core.Tracer)  # all may be constants
+    given = (isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs)))
+    return any(given) or isinstance(jnp.zeros(()), Tracer)  # all may be constants
 
 
 def keep_programs() -> Path | None:

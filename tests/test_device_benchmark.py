@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(name="device")
 def _device(monkeypatch: Any) -> Any:
-    monkeypatch.setenv("XLA_FLAGS", "")  # which the scripts that it uses add to
+    # the scripts that it uses add flags, which are not for the tests after this one
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module("device")
 
