@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from synthetic.compilation import compile_once
+
 #: Above this relative error a certificate would be worthless, whatever the rounding error is.
 LARGEST_TOLERANCE = 1e-2
 #: Sizes of the batches that are compared besides the one asked for.
@@ -24,10 +26,6 @@ SMALL_BATCHES = (1, 7)
 DTYPES = ("float64", "float32")
 
 Verdict = Literal["passed", "failed", "not certified"]
-
-# Small batches are there to find what depends on the batch size; they are compiled ten times
-# faster without optimisation, which changes the order of rounding and nothing else.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclass(frozen=True)
@@ -192,17 +190,14 @@ def verify(
             with jax.enable_x64(True):
                 # both sides see inputs that the narrower dtype can hold
                 inputs = tuple(_through(a, name) for a in _inputs(construction, seed, batch, size))
-                quick = size != batch
-                expected = jax.device_get(_jitted(_trace, quick)(construction, *inputs))
+                expected = jax.device_get(_trace(construction, *inputs))
                 _check_trace(construction, expected)
                 domain = domain or construction.domain(*inputs)
             with jax.enable_x64(name == "float64"):
                 given = tuple(jnp.asarray(_narrow(a, name)) for a in inputs)
                 if subject is None:
                     subject = construction.compile(name).model if model is None else model(name)
-                read, prediction = jax.device_get(
-                    _jitted(_values, quick)(construction, subject, *given)
-                )
+                read, prediction = jax.device_get(_values(construction, subject, *given))
             compared = _check_names(construction, expected, read)
             found = {n: [read[n]] if n in read else [] for n in compared}
             found["prediction"].append(prediction)
@@ -238,27 +233,15 @@ def check_settings(construction: Any) -> None:
         raise ValueError(f"{kind} is not hashable, must be a frozen dataclass") from error
 
 
+@compile_once(static_argnums=0)
 def _trace(construction: Any, *inputs: Array) -> Any:
     return construction.trace(*inputs)
 
 
+@compile_once(static_argnums=0)
 def _values(construction: Any, model: Any, *inputs: Array) -> tuple[dict[str, Array], Array]:
     """All that is read, and the prediction as users get it, of the tokens that are read alone."""
     return construction.read(model, *inputs), construction.apply(model, *inputs)
-
-
-def _jitted(function: Callable[..., Any], quick: bool) -> Callable[..., Any]:
-    options = _QUICK if quick and jax.default_backend() == "cpu" else None
-    return _JITTED[function, options is not None]
-
-
-_JITTED = {
-    (function, quick): jax.jit(
-        function, static_argnums=0, compiler_options=_QUICK if quick else None
-    )
-    for function in (_trace, _values)
-    for quick in (False, True)
-}
 
 
 def _inputs(construction: Any, seed: int, batch: int, size: int) -> tuple[Array, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -23,10 +23,11 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike
 
 from constructions.core.transformer import Transformer
+from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def _apply(construction: Any, model: Any, *inputs: ArrayLike) -> Array:
     return construction.apply(model, *inputs)
 
@@ -240,7 +241,7 @@ class Measurement:
 ROUNDING = 1e-5
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0)
 def weight_distance(construction: Any, model: Transformer, reference: Transformer) -> Array:
     """`canonical_distance` under the construction's gauge, jitted."""
     from constructions.core.canonical import canonical_distance  # where weights are compared only

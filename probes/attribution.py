@@ -6,7 +6,6 @@ the source input's, 1 being all the way.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from probes.patching import (
     with_sites,
 )
 from probes.sites import Edited, Inputs, Subject
+from synthetic.compilation import compile_once
 
 
 def attribution(
@@ -80,7 +80,7 @@ def path_patch(
     return np.asarray(effect)
 
 
-@partial(jax.jit, static_argnames=("construction", "site", "axes"))
+@compile_once(static_argnames=("construction", "site", "axes"), often=True)
 def _attribution(
     model: Transformer, base: Any, source: Any, *, construction: Any, site: str, axes: Any
 ) -> tuple[Array, Array]:
@@ -104,7 +104,7 @@ def _attribution(
     return jax.lax.map(at_layer, jnp.arange(len(here))), pair.gap
 
 
-@partial(jax.jit, static_argnames=("construction", "chunk"))
+@compile_once(static_argnames=("construction", "chunk"), often=True)
 def _path_patch(
     model: Transformer, base: Any, source: Any, *, construction: Any, chunk: int
 ) -> tuple[Array, Array]:

@@ -44,6 +44,7 @@ from probes.options import (
     write_file,
     write_json,
 )
+from synthetic.compilation import forget_programs, keep_programs
 
 
 @dataclass
@@ -297,11 +298,14 @@ def _run(argv: list[str]) -> int:
     if argv == ["--version"]:
         print(f"orrery {installed_version()}")
         return OK
+    anew = "--no-cache" in argv
+    argv = [word for word in argv if word != "--no-cache"]
     commands = {command.__name__.lower(): command for command in COMMANDS}
     said = io.StringIO()
     about = (
         "Hand-built transformers, their trained counterparts, and probes of both. "
-        "--version says which this is."
+        "--version says which this is. --no-cache (or ORRERY_NO_CACHE=1) compiles every program "
+        "anew, and keeps none in the user's cache folder."
     )
     try:
         with contextlib.redirect_stderr(said):
@@ -314,6 +318,10 @@ def _run(argv: list[str]) -> int:
             )
     except SystemExit as stop:
         return _complain(_first_part(said.getvalue()), BAD_INPUT) if stop.code else OK
+    if anew:
+        forget_programs()
+    elif not isinstance(command, List):
+        keep_programs()
     try:
         return command.run()
     except SystemExit:  # rich's answer to a pipe that nobody reads

@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from synthetic.compilation import compile_once
+
 Theta = Float[Array, " weight"]
 Loss = Callable[[Any, Any], Array]
 
@@ -115,7 +117,7 @@ def root(loss: Loss) -> Loss:
     return square_root
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@compile_once(static_argnums=(0, 1), often=True)
 def gradient_moments(
     loss: Loss, sample: Callable[[Any], Any], theta: Theta, keys: Array
 ) -> tuple[Theta, Float[Array, ""]]:

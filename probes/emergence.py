@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from constructions.core.transformer import Transformer
 from constructions.inside_outside.construction import InsideOutside
 from probes.arcs import arc_scores
+from synthetic.compilation import compile_once
 from synthetic.grammar.dependencies import Headed, dependencies
 from synthetic.grammar.sentences import Sentences, ends, sample
 
@@ -45,7 +46,7 @@ def emergence(
     if headed.grammar != construction.grammar:
         raise ValueError("headed is of another grammar, must be of the construction's")
     drawn = sample(construction.grammar, key, sentences, construction.max_length)
-    gold = jax.jit(dependencies, static_argnums=0)(headed, drawn)
+    gold = compile_once(dependencies, static_argnums=0)(headed, drawn)
     told = construction.counterpart().metrics
     assert told is not None
     visible = jnp.zeros(drawn.tokens.shape, bool)

@@ -21,7 +21,6 @@ lineage: the same initial weights, and so the same basis.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from probes.flat import Flat
+from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch, outcome
 
 #: Examples whose gradients are taken at once.
@@ -94,7 +94,7 @@ def divergences(
     return jnp.stack([apart(other) for other in others])
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def _outputs(flat: Flat, theta: Array, batch: Batch) -> tuple[Array, Array]:
     """Values or log probabilities, and which of them the loss looks at."""
     kind = outcome(flat.construction.task)
@@ -113,7 +113,7 @@ def _keys(key: Any, batch: Batch) -> Array:
     return jax.random.split(jax.random.key(0) if key is None else key, count)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@compile_once(static_argnums=(0, 1, 2), often=True)
 def _blocks(
     flat: Flat, samples: int, squared: bool, theta: Array, batch: Batch, keys: Array
 ) -> Array:

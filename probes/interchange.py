@@ -15,7 +15,6 @@ Patches at all layers and positions are arrays, so that a whole sweep is one com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +39,7 @@ from probes.patching import (
     with_sites,
 )
 from probes.sites import Inputs, Subject, place_mask, site_axes
+from synthetic.compilation import compile_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +192,7 @@ def exchange(
     return dict(zip(masks, np.asarray(effect, float).tolist(), strict=True))
 
 
-@partial(jax.jit, static_argnames=("construction", "site"))
+@compile_once(static_argnames=("construction", "site"), often=True)
 def _interchange(
     model: Transformer, base: Any, source: Any, where: Array, *, construction: Any, site: str
 ) -> Array:
@@ -200,7 +200,7 @@ def _interchange(
     return patched_prediction(construction, model, base, site, edit)
 
 
-@partial(jax.jit, static_argnames=("construction", "site", "axes", "chunk"))
+@compile_once(static_argnames=("construction", "site", "axes", "chunk"), often=True)
 def _sweep(
     model: Transformer,
     base: Any,
@@ -223,7 +223,7 @@ def _sweep(
     return (*map_grid(patched, sizes, chunk), pair.gap)
 
 
-@partial(jax.jit, static_argnames=("construction", "site", "axes", "chunk"))
+@compile_once(static_argnames=("construction", "site", "axes", "chunk"))
 def _agreement(
     model: Transformer,
     reference: Transformer,
@@ -254,7 +254,7 @@ def _agreement(
     return (*[(*e, pair.gap) for e, pair in zip(effects, pairs, strict=True)], apart)
 
 
-@partial(jax.jit, static_argnames=("construction",))
+@compile_once(static_argnames=("construction",), often=True)
 def _exchange(
     model: Transformer, base: Any, source: Any, masks: Array, *, construction: Any
 ) -> tuple[Array, Array, Array]:

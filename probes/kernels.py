@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from probes.descent import Loss, Theta, descend
+from synthetic.compilation import compile_once
 
 Function = Callable[[Any, Any], Array]
 Jacobian = Float[Array, "output weight"]
@@ -30,7 +31,7 @@ Kernel = Float[Array, "left right"]
 Rule = Literal["gradient", "sign"]
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def jacobian(f: Function, theta: Theta, data: Any) -> Jacobian:
     """df_i / dtheta_p, for all outputs i in one row after another."""
 

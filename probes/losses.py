@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from constructions.family import Construction
 from constructions.runs import Run
 from probes import interpolation
 from probes.sections import NotApplicable
+from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
@@ -159,7 +159,7 @@ def roll_out(
     return RollOut(list(DAMPINGS), losses[:, 0].tolist(), losses[:, 1:].tolist())
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@compile_once(static_argnums=(0, 3), often=True)
 def _rolled(construction: Any, model: Transformer, drawn: Batch, depth: int, damping: Any) -> Array:
     steps = interpolation.roll_out(construction, model, *drawn.inputs, depth=depth, damping=damping)
     return jax.vmap(lambda p: construction.task.loss(p, drawn).mean())(steps)

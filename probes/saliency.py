@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from constructions.family import Construction
 from probes.subsets import answers
+from synthetic.compilation import compile_once
 from synthetic.tasks.task import outcome
 
 ALPHA, BETA, EPSILON = 1.0, 0.1, 0.1
@@ -66,7 +67,7 @@ class Saliency:
         return np.minimum(np.maximum(BETA, self.probability[:, 1:]) / self.auc[:, 1:], 1)
 
 
-@jax.jit
+@compile_once(often=True)
 def _scores(prediction: Array) -> Array:
     tiny = jnp.finfo(prediction.dtype).tiny
     return jnp.log(jnp.maximum(prediction, tiny))

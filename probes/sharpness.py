@@ -17,7 +17,6 @@ along the minimisers towards less sharp ones (Arora et al. 2022, arXiv 2205.0974
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,9 +27,10 @@ from jaxtyping import Array, Float
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from probes.descent import Loss, Path, Theta
+from synthetic.compilation import compile_once
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def hessian_vector(loss: Loss, theta: Theta, data: Any, vector: Theta) -> Theta:
     """H v, at about the cost of two gradients."""
 

@@ -10,7 +10,6 @@ part as `Activations`, a function from inputs to named arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jax import Array
 from constructions.core.config import Config
 from constructions.core.transformer import SITES, Edit, Transformer
 from constructions.family import Construction
+from synthetic.compilation import compile_once
 
 __all__ = [
     "Activations",
@@ -91,7 +91,7 @@ def _join(older: Mapping[str, Edit], newer: Mapping[str, Edit]) -> dict[str, Edi
     return {**older, **newer}
 
 
-@partial(jax.jit, static_argnames=("construction", "sites"))
+@compile_once(static_argnames=("construction", "sites"))
 def _read(
     model: Transformer, inputs: tuple[Array, ...], *, construction: Any, sites: tuple[str, ...]
 ) -> dict[str, Array]:

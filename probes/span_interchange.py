@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +39,7 @@ from constructions.inside_outside.tableau import Layout
 from probes.patching import patched_prediction, site_values, with_sites
 from probes.sites import Subject
 from probes.span_pairs import SpanPairs
+from synthetic.compilation import compile_once
 
 CONSTRUCTION = "construction"
 KINDS = ("nothing", "ends", "span", "crossing")
@@ -190,7 +190,7 @@ def _judge(pairs: SpanPairs, start: Array, patched: Array) -> tuple[Array, Array
     return along, nats
 
 
-@partial(jax.jit, static_argnames="construction")
+@compile_once(static_argnames="construction", often=True)
 def _in_slots(compiled: Transformer, pairs: SpanPairs, *, construction: Any) -> tuple[Array, Array]:
     """By kind, `[kind, 1, pair]`."""
     values = site_values(construction, compiled, pairs.source, "residual")
@@ -207,7 +207,7 @@ def _in_slots(compiled: Transformer, pairs: SpanPairs, *, construction: Any) -> 
     return along[:, None], nats[:, None]
 
 
-@partial(jax.jit, static_argnames="construction")
+@compile_once(static_argnames="construction", often=True)
 def _by_layer(model: Transformer, pairs: SpanPairs, *, construction: Any) -> tuple[Array, Array]:
     """By kind and layer, `[kind, layer, pair]`."""
     values = site_values(construction, model, pairs.source, "residual")

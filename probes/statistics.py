@@ -23,12 +23,13 @@ from constructions.family import Construction
 from probes import interpolation, similarity
 from probes.fourier import degree_weights
 from probes.subsets import all_subsets
+from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch, outcome
 
 FRACTIONS = tuple(n / 10 for n in range(11))
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0)
 def sensitivities(
     construction: Construction, model: Transformer, reference: Transformer, inputs: Any
 ) -> Array:
@@ -37,7 +38,7 @@ def sensitivities(
     return similarity.sensitivity_cosine(ours, theirs, inputs)
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def between(
     construction: Construction, model: Transformer, reference: Transformer, examples: Batch
 ) -> Array:
@@ -127,7 +128,7 @@ def interpolation_gap(e: Evidence) -> float:
     return float(interpolation.interpolation_gap(losses))
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def _rolled(construction: Construction, model: Transformer, examples: Batch) -> Array:
     predictions = interpolation.roll_out(
         construction, model, *examples.inputs, depth=20, damping=0.75

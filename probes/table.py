@@ -20,6 +20,7 @@ from jax import Array
 from constructions.family import Construction
 from probes.linear import Ridge, Split, ridge, split
 from probes.sites import Subject, activations, variables
+from synthetic.compilation import compile_once
 
 CONTROLS = ("construction", "input-only", "random init", "control task")
 
@@ -130,7 +131,7 @@ def probe_table(
     if not models or set(models) & set(CONTROLS):
         raise ValueError(f"models are named {list(models)}, must be some, and none of {CONTROLS}")
     draw, cut, shuffle, init = jax.random.split(key, 4)
-    inputs = jax.jit(construction.sample, static_argnums=1)(draw, batch)
+    inputs = compile_once(construction.sample, static_argnums=1)(draw, batch)
     compiled = construction.reference
     initial = construction.counterpart().untrained(init)
     subjects: dict[str, Subject] = {**models, "construction": compiled, "random init": initial}

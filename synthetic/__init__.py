@@ -1,6 +1,7 @@
 """Tasks, what is known of them in closed form, and fitting models to them.
 
 threefry   uniform and normal numbers, fast on a CPU, the same bits as `jax.random`
+compilation  how programs are compiled, and where compiled ones are kept
 files      text and JSON out of files, and files that are written as a whole
 grammar    probabilistic context-free grammars, their sentences, and exact inference
 tasks      samplers of batches, each with its loss

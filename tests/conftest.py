@@ -20,6 +20,13 @@ os.environ.setdefault(
     }.get(version("jaxlib")[:4], ""),
 )
 
+# Compiled programs are kept from run to run, and shared by the workers and the commands they start.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "programs")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import hypothesis
 import jax
 import jaxtyping
@@ -34,6 +41,14 @@ hypothesis.settings.register_profile(
     "orrery", deadline=None, derandomize=True, database=None, max_examples=25
 )
 hypothesis.settings.load_profile("orrery")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs that were not used for longest make room, once for all workers."""
+    if not hasattr(config, "workerinput"):
+        from synthetic.compilation import clear_up
+
+        clear_up(Path(__file__).parents[1] / ".pytest_cache" / "programs", 512 * 2**20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

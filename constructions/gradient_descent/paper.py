@@ -1,23 +1,22 @@
 """What von Oswald et al. 2022 state of one trained layer, as claims that a number decides."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence, masks_alike
 from constructions.core.canonical import layer_tensors
 from constructions.core.transformer import Transformer
+from synthetic.compilation import compile_once
 from synthetic.theory.one_layer import optimal_step_size
 
 #: A setting may be so far from the one that a claim is about, relatively.
 NEAR = 0.01
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0)
 def _forms(construction: Any, model: Transformer) -> tuple[Array, Array]:
     """(canonical tensor, exact excess) of a one-layer model."""
     return layer_tensors(model, construction.gauge())[0], construction.population_excess(model)
@@ -70,7 +69,7 @@ def input_scale_gap(e: Evidence) -> float:
     return max(gaps)
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def _coefficients(construction: Any, model: Transformer, parts: Any) -> Array:
     """Least-squares coefficients of the first layer's canonical tensor in those of `parts`."""
     ours, *units = (layer_tensors(m, construction.gauge())[0] for m in (model, *parts))

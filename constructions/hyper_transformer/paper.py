@@ -5,7 +5,6 @@ compared with their mean over classes taken away; the constructions differ in wh
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence, same_width
 from constructions.core.transformer import Transformer
+from synthetic.compilation import compile_once
 
 #: Episodes from which class tokens are read, half of them to fit the map and half to judge it.
 EPISODES = 2048
@@ -59,7 +59,7 @@ def input_scale_gap(e: Evidence) -> float:
     return max(gaps)
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def _held(construction: Any, model: Transformer, *inputs: Array) -> tuple[Array, Array]:
     """What the class tokens hold before the last layer, and the weights of the algorithm."""
     stream, groups, _ = construction.stream(model, *inputs)

@@ -29,6 +29,7 @@ from constructions.core.program import Head, HeadFamily, Program
 from constructions.core.transformer import Transformer, randomise
 from constructions.family import Counterpart
 from constructions.inside_outside.tableau import GROUPS
+from synthetic.compilation import compile_once
 from synthetic.fitting.train import Recipe
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
@@ -58,7 +59,7 @@ def _posterior(e: Evidence) -> Array:
 
 def from_posterior(e: Evidence) -> float:
     """Mean KL divergence of the exact posterior from the model, at hidden words, in nats."""
-    return float(jax.jit(divergence)(_posterior(e), e.prediction, e.examples.inputs[2]))
+    return float(compile_once(divergence)(_posterior(e), e.prediction, e.examples.inputs[2]))
 
 
 def beyond_bayes(e: Evidence) -> float:

@@ -1,15 +1,14 @@
 """What von Oswald et al. 2022 state of sine waves (fig. 4), as claims that a number decides."""
 
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence, same_width
 from constructions.core.transformer import Transformer
+from synthetic.compilation import compile_once
 from synthetic.tasks.sine import optimal_smoother, optimal_step
 
 _PAPER = "von Oswald et al. 2022, arXiv 2212.07677, fig. 4"
@@ -55,7 +54,7 @@ def optimality_ratio(e: Evidence) -> float:
     return e.loss(e.prediction) / e.loss(e.expected) * exact / best
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def _after_mlp(construction: Any, model: Transformer, *inputs: Array) -> Array:
     """The stream behind layer 1, `[batch, token, width]`."""
     stream, groups, _ = construction.stream(model, *inputs)

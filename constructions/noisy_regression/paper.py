@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence
+from synthetic.compilation import compile_once
 from synthetic.theory.ridge import ridge
 
-_ridge = jax.jit(ridge)
+_ridge = compile_once(ridge)
 
 _PAPER = "Vladymyrov et al. 2024, arXiv 2402.14180"
 

@@ -1,7 +1,6 @@
 """What von Oswald et al. 2022 state of two layers trained on separate tokens, as claims."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence, known_weights
 from constructions.core.transformer import Transformer
+from synthetic.compilation import compile_once
 
 
 def loss_ratio(e: Evidence) -> float:
@@ -17,7 +17,7 @@ def loss_ratio(e: Evidence) -> float:
     return e.loss(e.prediction) / e.loss(e.expected)
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def _found(construction: Any, model: Transformer, *inputs: Array) -> Array:
     stream, groups, _ = construction.stream(model, *inputs)
     attention = model.run(stream, groups, sites=("attention",))[1]["attention"][0]

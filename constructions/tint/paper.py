@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from constructions.claims import Claim, Evidence, NearMiss, known_weights
 from constructions.core.transformer import Transformer, randomise
 from constructions.family import Counterpart
 from constructions.interchange.decoder import CHANGED
+from synthetic.compilation import compile_once
 from synthetic.fitting.train import Recipe
 
 _SOURCE = "construction of Panigrahi et al. 2023, arXiv 2307.01189; trained further here"
@@ -54,14 +54,14 @@ def alignment(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Alignm
     )
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def _alignment(construction: Any, model: Any, wanted: Mapping[str, Array], *inputs: Array) -> Any:
     return alignment(construction.read(model, *inputs), wanted)
 
 
 def _aligned(e: Evidence) -> Alignment:
     inputs = e.examples.inputs
-    wanted = e.once("changes", lambda: jax.jit(e.construction.trace)(*inputs))
+    wanted = e.once("changes", lambda: compile_once(e.construction.trace)(*inputs))
     return _alignment(e.construction, e.model, wanted, *inputs)
 
 
@@ -133,7 +133,7 @@ def counterpart(c: Any) -> Counterpart:
     base = c.reference
     std = base.config.width**-0.5
     inputs = c.task.sample(jax.random.key(2**20), 32).inputs
-    wanted = jax.jit(c.trace)(*inputs)
+    wanted = compile_once(c.trace)(*inputs)
 
     def measure(model: Transformer) -> dict[str, Array]:
         return alignment(c.read(model, *inputs), wanted)._asdict()

@@ -15,6 +15,7 @@ from constructions.runs import Run, initial_models
 from probes.arcs import DIRECTIONS, OFFSETS, ArcScores, arc_scores, words_and_attention
 from probes.selectivity import check_units, selectivity, with_units
 from probes.tools.result import Result, seed_names, table
+from synthetic.compilation import compile_once
 from synthetic.grammar.dependencies import Headed, dependencies
 from synthetic.grammar.examples import headed
 from synthetic.grammar.grammar import Grammar
@@ -52,7 +53,7 @@ def arcs(run: Run, seed: int, heads: Headed | None = None) -> Result:
         raise ValueError("heads is of another grammar, must be of the run's")
     time = run.construction.task.max_length  # type: ignore[attr-defined]
     drawn = sample(grammar, jax.random.key(seed), SENTENCES, time)
-    gold = jax.jit(dependencies, static_argnums=0)(marked, drawn)
+    gold = compile_once(dependencies, static_argnums=0)(marked, drawn)
     attend, count = words_and_attention(run.construction), len(marked.relations)
 
     @jax.jit

@@ -24,6 +24,7 @@ from probes import npeff as factors
 from probes.flat import Flat
 from probes.interpolation import interpolate
 from probes.tools.result import MOST_WEIGHTS, Result, check_weights, seed_names, table
+from synthetic.compilation import compile_once
 from synthetic.tasks.masked_language import MaskedLanguageTask
 from synthetic.tasks.task import Batch
 
@@ -86,7 +87,7 @@ def graft(run: Run, seed: int) -> Result:
 
     first, second, third = jax.random.split(jax.random.key(seed), 3)
     batch = task.sample(first, _batch_size(flat, 2048))
-    losses = jax.jit(flat.losses)
+    losses = compile_once(flat.losses, often=True)
     rows, values = [], []
     for name, (before, after) in zip(seed_names(run), pairs, strict=True):
         start, end = losses(before, batch), losses(after, batch)
@@ -206,8 +207,8 @@ def fisher_merge(run: Run, seed: int) -> Result:
         )
     )
     samples = DRAWN if fisher.outcomes(flat, informing) > DRAWN else 0
-    losses = jax.jit(flat.losses)
-    between = jax.jit(partial(interpolate, run.construction))
+    losses = compile_once(flat.losses, often=True)
+    between = compile_once(partial(interpolate, run.construction), often=True)
     rows, values, lost = [], [], []
     for name, models in pairs.items():
         thetas = jnp.stack([flat.vector(model) for model in models])
@@ -275,7 +276,7 @@ def averaging(run: Run, seed: int) -> Result:
         )
     flat, count = Flat(run.construction, run.models[0]), len(kept)
     batch = run.construction.task.sample(jax.random.key(seed), _batch_size(flat, 2**14))
-    losses = jax.jit(flat.losses)
+    losses = compile_once(flat.losses, often=True)
     groups = {
         name: [flat.vector(models[n]) for _, models in kept]
         for n, name in enumerate(seed_names(run))

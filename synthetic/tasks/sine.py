@@ -23,15 +23,14 @@ seen, and the best step does not start from zero.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from synthetic.compilation import compile_once
 from synthetic.tasks.regression import _size
 from synthetic.tasks.task import Batch
 from synthetic.threefry import unit_uniform
@@ -113,7 +112,7 @@ class SineTask:
         return 0.5 * jnp.sum((prediction - batch.target) ** 2, -1).mean(-1)
 
 
-@partial(jax.jit, static_argnums=(0, 2))
+@compile_once(static_argnums=(0, 2), often=True)
 def _draw(task: SineTask, key: Array, batch: int) -> Batch:
     n = task.num_examples
     # the batch is the fast axis, as in `synthetic.tasks.regression`
