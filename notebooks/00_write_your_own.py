@@ -32,7 +32,7 @@ import numpy as np
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, constant
 from constructions.family import Construction, Place, Tokens, verify
-from probes.sites import read_sites
+from probes.subject import read_sites
 from synthetic.tasks.task import Batch
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))

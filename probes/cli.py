@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from probes.judging import Claims, Compare, Demo
+from probes import PROBES, find
 from probes.options import (
     BAD_INPUT,
     FAILED,
@@ -40,6 +40,7 @@ from probes.options import (
     write_file,
     write_json,
 )
+from probes.report.commands import Claims, Compare, Demo
 
 
 @dataclass
@@ -52,7 +53,7 @@ class List:
 
     def run(self) -> int:
         """Run the command; the exit status."""
-        from probes import tables
+        from probes.report import tables
 
         families = {name: tables.describe(name) for name in family_names(())}
         write_json(self.json, families, self.overwrite)
@@ -80,7 +81,7 @@ class Verify:
         check_seed(self.seed)
         from constructions.family import verify
         from constructions.runs import construct
-        from probes import tables
+        from probes.report import tables
 
         check_free(self.json, self.overwrite)
         dtypes = ("float64", "float32") if self.dtype is None else (self.dtype,)
@@ -152,12 +153,15 @@ class Fit:
         return OK
 
 
+#: What may be typed after `orrery probe`.
+KNOWN = f"{', '.join(PROBES)}; or module:attribute. README.md says what each answers"
+
+
 @dataclass
 class Probe:
     """Use one probe on a saved run."""
 
-    tool: Positional[str]
-    """such as linear or degrees: README.md says what each answers; a wrong name lists all"""
+    name: Annotated[Positional[str], arg(help=KNOWN)]
     run_directory: Annotated[Path, arg(name="run")]
     seed: int = 0
     json: Path | None = None
@@ -168,9 +172,9 @@ class Probe:
 
     def run(self) -> int:
         """Run the command; the exit status."""
-        from probes import tables, tools
+        from probes.report import tables
 
-        tool = tools.find(self.tool)
+        probe = find(self.name)
         check_seed(self.seed)
         from constructions.runs import load_run
 
@@ -178,7 +182,7 @@ class Probe:
         check_free(self.figure, self.overwrite)
         if self.json is not None and self.json == self.figure:
             raise ValueError(f"--json {self.json}: must be another file than --figure")
-        result = tool(load_run(self.run_directory), self.seed)
+        result = probe(load_run(self.run_directory), self.seed)
         tables.show_result(result)
         write_json(self.json, result.to_json(), self.overwrite)
         if self.figure is not None:
