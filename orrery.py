@@ -84,7 +84,7 @@ HOMES = {
     "probes.probe": "Probe Result",
     "probes.report.data": "compare",
     "probes.report.page": "write_report",
-    "synthetic": "chart",
+    "synthetic.grammar": "chart",
     "synthetic.grammar.grammar": "Grammar",
     "synthetic.fitting.recipe": "Recipe",
     "synthetic.tasks.task": "Batch Task",

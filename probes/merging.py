@@ -46,12 +46,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from constructions.core.transformer import Transformer
-from constructions.runs import Run, load_checkpoints
+from constructions.runs import Run
 from probes.interpolation import interpolate, obstacle
 from probes.probe import (
     Probe,
     Result,
     batch_size,
+    checkpoints_of,
     in_its_precision,
     larger,
     seed_names,
@@ -332,7 +333,7 @@ def measure_fisher_merge(run: Run, seed: int) -> Result:
 def _pairs(run: Run) -> dict[str, Sequence[Transformer]]:
     """What can be merged: the ends of what is kept of each seed, three pairs of seeds."""
     found: dict[str, Sequence[Transformer]] = {}
-    kept = _kept(run)
+    kept = checkpoints_of(run)
     if len(kept) > 1:
         for n, name in enumerate(seed_names(run)):
             found[f"{name}, steps {kept[0][0]} and {kept[-1][0]}"] = (kept[0][1][n], kept[-1][1][n])
@@ -351,7 +352,7 @@ def _half_way(between: Callable[..., Array], models: Sequence[Transformer], batc
 @in_its_precision
 def measure_averages(run: Run, seed: int) -> Result:
     """What averages of the kept checkpoints gain over the last one, and averages of seeds lose."""
-    kept = _kept(run)
+    kept = checkpoints_of(run)
     flat, count = ParameterVector(run.construction, run.models[0]), len(kept)
     batch = run.construction.task.sample(jax.random.key(seed), batch_size(flat, 2**14))
     losses = jax.jit(flat.losses)
@@ -392,23 +393,18 @@ def measure_averages(run: Run, seed: int) -> Result:
     return table("losses of averages of checkpoints", columns, list(groups), values, note)
 
 
-def _kept(run: Run) -> list[tuple[int, tuple[Transformer, ...]]]:
-    """The run's checkpoints, none where it was not kept."""
-    return load_checkpoints(run.path) if run.path is not None else []
-
-
 def needs_a_pair(run: Run) -> str:
     """Not too many weights, and two checkpoints or seeds."""
     if missing := too_many_weights(run, "Fisher merging"):
         return missing
-    if len(run.seeds) < 2 and len(_kept(run)) < 2:
+    if len(run.seeds) < 2 and len(checkpoints_of(run)) < 2:
         return "the run has one seed and fewer than two checkpoints: nothing to merge"
     return ""
 
 
 def needs_checkpoints(run: Run) -> str:
     """Two checkpoints."""
-    if (kept := len(_kept(run))) < 2:
+    if (kept := len(checkpoints_of(run))) < 2:
         return (
             f"the run has {kept} checkpoints, averaging needs two: fit for longer, or with a "
             "smaller checkpoint_every"

@@ -22,7 +22,7 @@ from constructions.core.checks import ProgramError
 from constructions.core.compile import compile_program
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.runs import Run
+from constructions.runs import Run, load_checkpoints
 from probes.style import WIDTH, Picture, headed_table, number, plain, png
 from probes.subject import ParameterVector, no_weights
 
@@ -176,6 +176,11 @@ def table(title: str, columns: Any, rows: Any, values: Any, note: str = "", **mo
     array = np.asarray(values, float)
     finite = [[float(v) if np.isfinite(v) else None for v in row] for row in array]
     return Result(title, [str(c) for c in columns], [str(r) for r in rows], finite, note, **more)
+
+
+def checkpoints_of(run: Run) -> list[tuple[int, tuple[Transformer, ...]]]:
+    """The run's checkpoints by step, none where it was not kept."""
+    return load_checkpoints(run.path) if run.path is not None else []
 
 
 def seed_names(run: Run) -> list[str]:

@@ -46,7 +46,7 @@ def roll_out(
     depth: int,
     damping: ArrayLike = 1.0,
     layer: int = -1,
-) -> Float[Array, step * prediction]:
+) -> Float[Array, "step *prediction"]:  # noqa: UP037
     """Predictions along h <- h + damping * delta(h), the same layer over and over.
 
     For a layer that does one step of gradient descent this is gradient descent with step size

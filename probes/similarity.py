@@ -25,8 +25,8 @@ from constructions.claims import Evidence, comparable_weights, predict
 from constructions.core.canonical import canonical_distance
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.runs import Run, load_checkpoints
-from probes.probe import Probe, Result, seed_names, table
+from constructions.runs import Run
+from probes.probe import Probe, Result, checkpoints_of, seed_names, table
 from synthetic.tasks.task import Batch, outcome
 
 Apply = Callable[..., Array]
@@ -281,7 +281,7 @@ def measure_along_the_fit(run: Run, seed: int) -> Result:
     key = jax.random.key(seed)
     inputs = construction.sample(key, 1024)
     rows, values = [], []
-    for step, models in load_checkpoints(run.path):
+    for step, models in checkpoints_of(run):
         for name, model in zip(seed_names(run), models, strict=True):
             ours, theirs = (partial(predict, construction, m) for m in (model, reference))
             distance = prediction_distance(ours, theirs, inputs)
@@ -299,7 +299,7 @@ def has_checkpoints(run: Run) -> str:
     """Weights that were kept along the fit."""
     if run.path is None:
         return "the run was not kept, so it has no checkpoints"
-    return "" if load_checkpoints(run.path) else f"{run.path}: holds no readable checkpoint"
+    return "" if checkpoints_of(run) else f"{run.path}: holds no readable checkpoint"
 
 
 SIMILARITY = Probe(

@@ -218,7 +218,7 @@ def emergence(
     assert told is not None
     visible = jnp.zeros(drawn.tokens.shape, bool)
 
-    def scores(model: Transformer) -> dict[str, Array]:
+    def metrics(model: Transformer) -> dict[str, Array]:
         stream, groups, read = construction.stream(model, drawn.tokens, drawn.lengths, visible)
         _, sites = model.run(stream, groups, sites=("attention", "residual"))
         attention = sites["attention"][..., read, read]
@@ -232,7 +232,7 @@ def emergence(
             **told(model),
         }
 
-    return measure
+    return metrics
 
 
 def span_f1(

@@ -257,8 +257,8 @@ def measure(run: Run, seed: int) -> Result:
     construction: Any = run.construction
     few = replace(construction, max_length=min(construction.max_length, LONGEST))
     sentences, choice = jax.random.split(jax.random.key(seed))
-    inputs = few.task.sample(sentences, SENTENCES).inputs
-    pairs = span_pairs(few, *inputs, choice, most=PAIRS)
+    tokens, lengths, mask = few.task.sample(sentences, SENTENCES).inputs
+    pairs = span_pairs(few, tokens, lengths, mask, choice, most=PAIRS)
     models = {f"trained, {n}": m for n, m in zip(seed_names(run), run.models, strict=True)}
     models["random init"] = initial_models(run)[0]
     found = span_interchange(few, models, pairs)
