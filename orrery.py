@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from probes.report.page import write_report as write_report
     from synthetic.fitting.recipe import Recipe as Recipe
     from synthetic.fitting.train import fit as fit
+    from synthetic.grammar import chart as chart
     from synthetic.grammar.grammar import Grammar as Grammar
     from synthetic.tasks.task import Batch as Batch
     from synthetic.tasks.task import Task as Task
