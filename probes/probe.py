@@ -107,7 +107,8 @@ class Result:
         shown, text = self.__rich__(), io.StringIO()
         shown.box = box.ASCII2
         Console(file=text, highlight=False, width=WIDTH).print(shown)
-        return text.getvalue().rstrip("\n") + (f"\n{self.note}" if self.note else "")
+        lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
+        return "\n".join([*lines, *filter(None, [self.note])])
 
     def _repr_html_(self) -> str:
         """The table in a notebook."""
