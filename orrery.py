@@ -54,11 +54,12 @@ if TYPE_CHECKING:
     from constructions.tint import TrainedAuxiliary as TrainedAuxiliary
     from constructions.tint import load_auxiliary as load_auxiliary
     from constructions.tint import save_auxiliary as save_auxiliary
-    from probes.comparison import compare as compare
+    from probes import PROBES as PROBES
     from probes.ledger import ledger as ledger
-    from probes.report import write_report as write_report
-    from probes.sites import read_sites as read_sites
-    from probes.tools import TOOLS as TOOLS
+    from probes.probe import Probe as Probe
+    from probes.probe import Result as Result
+    from probes.report.data import compare as compare
+    from probes.report.page import write_report as write_report
     from synthetic.fitting.recipe import Recipe as Recipe
     from synthetic.fitting.train import fit as fit
     from synthetic.grammar import chart as chart
@@ -86,11 +87,11 @@ HOMES = {
     "constructions.softened": "Softened",
     "constructions.tint": "TrainedAuxiliary load_auxiliary save_auxiliary",
     "constructions.core.transformer": "Transformer",
-    "probes.comparison": "compare",
+    "probes": "PROBES",
     "probes.ledger": "ledger",
-    "probes.report": "write_report",
-    "probes.sites": "read_sites",
-    "probes.tools": "TOOLS",
+    "probes.probe": "Probe Result",
+    "probes.report.data": "compare",
+    "probes.report.page": "write_report",
     "synthetic.grammar": "chart",
     "synthetic.grammar.grammar": "Grammar",
     "synthetic.fitting.recipe": "Recipe",

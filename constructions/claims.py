@@ -81,7 +81,7 @@ class Claim:
     Attributes:
         name: short and unique within a family.
         statement: one sentence.
-        statistic: a name in `probes.ledger.STATISTICS`, or a function of the `Evidence`.
+        statistic: a name in `probes.statistics.STATISTICS`, or a function of the `Evidence`.
         threshold, direction: the claim holds if the statistic is "<=" or ">=" the threshold.
         source: paper, figure or equation.
         catches: near-misses (names in `Construction.near_misses`) on which the claim must fail.

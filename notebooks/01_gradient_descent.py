@@ -31,8 +31,8 @@ import numpy as np
 
 from constructions import CATALOGUE
 from constructions.core.canonical import canonical, without_inert
-from probes.interpolation import roll_out
 from probes.ledger import ledger
+from probes.roll_out import roll_out
 from synthetic.theory.one_layer import optimal_one_layer, saddle_levels
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))

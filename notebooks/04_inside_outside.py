@@ -35,10 +35,9 @@ import nltk
 import numpy as np
 
 from constructions import CATALOGUE
-from probes.span_interchange import span_interchange
-from probes.span_pairs import span_pairs
-from probes.spans import span_probe, tag_probe, word_stream
-from probes.trees import tree_probe
+from probes.syntax.constituents import span_probe, tag_probe, tree_probe, word_stream
+from probes.syntax.span_interchange import span_interchange
+from probes.syntax.span_pairs import span_pairs
 from synthetic.grammar import chart
 from synthetic.grammar.examples import named
 from synthetic.grammar.sentences import sample

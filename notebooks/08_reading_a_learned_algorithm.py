@@ -36,9 +36,8 @@ import numpy as np
 
 from constructions import CATALOGUE
 from constructions.core.compile import compile_program, config_of
-from probes import fourier
-from probes.flat import Flat
-from probes.saliency import saliency
+from probes.context import Spectrum, degree_weights, saliency, spectrum
+from probes.subject import ParameterVector
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
@@ -67,7 +66,7 @@ with jax.enable_x64(True):
         ),
     }
     inputs = built["1 step"].sample(jax.random.key(0), 16)
-    spectra = {n: fourier.spectrum(c, c.compile().model, inputs) for n, c in built.items()}
+    spectra = {n: spectrum(c, c.compile().model, inputs) for n, c in built.items()}
     x, y, query = map(np.asarray, inputs)
 
 
@@ -89,8 +88,8 @@ others = {
     "softmax attention": softmax,
 }
 for name, algorithm in others.items():
-    weights = fourier.degree_weights(on_subsets(algorithm))
-    spectra[name] = fourier.Spectrum(weights, float(np.finfo(float).eps))
+    weights = degree_weights(on_subsets(algorithm))
+    spectra[name] = Spectrum(weights, float(np.finfo(float).eps))
 
 figure, axis = plt.subplots(figsize=(7, 4))
 for name, found in spectra.items():
@@ -177,7 +176,7 @@ from probes.grafting import gains, learn_mask, overlap, random_mask, top_movemen
 
 descent = CATALOGUE["gradient-descent"](dim_x=5, num_examples=10)
 shape = config_of(descent.program).with_heads(6, 6)
-flat = Flat(descent, compile_program(descent.program, config=shape))
+flat = ParameterVector(descent, compile_program(descent.program, config=shape))
 skill = flat.theta != 0
 names = {part.rsplit(".", 1)[-1]: where for part, where in flat.parts.items()}
 inert = jnp.zeros(144, bool).at[names["output"].start : names["output"].start + 30].set(True)
@@ -253,13 +252,13 @@ assert jnp.abs(gap).max() < 1e-5 and other.sum() > 40
 # elsewhere. Nobody says which is which, and the control has inputs of all six coordinates.
 
 # %%
-from probes.fisher import fisher_rows
+from probes.merging import fisher_rows
 from probes.npeff import decompose, isotropic_rows, top_examples
 from synthetic.tasks.task import Batch
 
 six = CATALOGUE["gradient-descent"](dim_x=6, num_examples=10)
 wide = config_of(six.program).with_heads(7, 7)
-model = Flat(six, compile_program(six.program, config=wide))
+model = ParameterVector(six, compile_program(six.program, config=wide))
 query = next(part for name, part in model.parts.items() if name.endswith("query"))
 kinds = np.repeat(np.arange(3), 100)
 
@@ -322,10 +321,10 @@ assert min(purest) == 1
 
 # %%
 from constructions.runs import fit_family
-from probes.tools.weights import fisher_merge
+from probes.merging import FISHER_MERGE
 
 run = fit_family("gradient-descent", quick=True, seeds=(0, 1), steps=600 if QUICK else 1500)
-merged = fisher_merge(run, 0)
+merged = FISHER_MERGE(run, 0)
 values = dict(zip(merged.columns, merged.values[0], strict=True))
 values = {n: v for n, v in values.items() if n != "share of the first"}
 print(merged.note)

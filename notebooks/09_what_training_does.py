@@ -39,8 +39,8 @@ from constructions.core.compile import compile_program
 from constructions.core.transformer import Transformer, randomise
 from probes import kernels
 from probes.descent import descend, gradient_moments
-from probes.flat import Flat
 from probes.sharpness import along, edge, sharpness
+from probes.subject import ParameterVector
 from synthetic.tasks.regression import RegressionTask, Uniform
 from synthetic.theory.one_layer import optimal_step_size
 
@@ -51,7 +51,7 @@ ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
 task = RegressionTask(5, 10, inputs=Uniform(-1, 1))
 descent = CATALOGUE["gradient-descent"](dim_x=5, num_examples=10, step_size=optimal_step_size(task))
 wide = descent.counterpart().init(jax.random.key(0)).config
-built = Flat(descent, compile_program(descent.program, config=wide))
+built = ParameterVector(descent, compile_program(descent.program, config=wide))
 random = built.vector(randomise(built.model, jax.random.key(6), 0.2))
 print(f"one layer of linear attention, {built.theta.size} weights")
 
@@ -154,7 +154,7 @@ def attention(layers, std, seed):
     shape = CATALOGUE["gradient-descent"](dim_x=5, num_examples=10, steps=layers, step_size=1.0)
     like = shape.counterpart().init(jax.random.key(0))
     model = randomise(like, jax.random.key(seed + 1), std)
-    return Flat(shape, Transformer(model.config, divided(model.arrays())))
+    return ParameterVector(shape, Transformer(model.config, divided(model.arrays())))
 
 
 def squared(flat, theta, batch):
@@ -290,7 +290,7 @@ found = curves(small, counterpart, by_descent, recipe, excess)
 panels = {"excess loss over the best layer": (found, 0.02)}
 assert found[1.0][1][-1].mean() < found[0.0][1][-1].mean()
 
-best = Flat(
+best = ParameterVector(
     small, compile_program(small.program, config=counterpart.init(jax.random.key(0)).config)
 )
 share = noise(best, best.theta, small.task, by_descent)
@@ -312,7 +312,7 @@ if not QUICK:  # half a minute to compile
     recipe = Recipe(steps=1000, batch=32, learning_rate=3e-3, chunk=20)
     found = curves(words, reader, by_chart, recipe, divergence)
     panels["KL from the posterior, nats"] = found, 0.2
-    untrained = Flat(words, reader.init(jax.random.key(0)))
+    untrained = ParameterVector(words, reader.init(jax.random.key(0)))
     share = noise(untrained, untrained.theta, reader.task, by_chart)
     print(f"and {share:.2f} of it for the untrained reader of sentences")
 

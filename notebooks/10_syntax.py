@@ -34,8 +34,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from constructions import CATALOGUE
-from probes.arcs import OFFSETS, choose, named_offsets, words_and_attention
-from probes.emergence import emergence
+from probes.syntax.arcs import OFFSETS, choose, emergence, named_offsets, words_and_attention
 from synthetic.fitting.step import seed_keys
 from synthetic.fitting.train import fit
 from synthetic.grammar.dependencies import dependencies

@@ -1,22 +1,117 @@
-"""How alike are a construction and a trained model? Every tool says when it misleads.
+"""How alike are a construction and a trained model? Every probe says when it misleads.
 
-sites                          read and edit named values of a model
-linear, nonlinear, table       what can be read off the stream, with controls
-spans, trees, rows             tags, spans and trees in the stream, beside the exact chart
-positions                      vectors at one position of a sequence, held out and in sample
-span_interchange, span_pairs   whether a constituent is passed on as one thing
-interchange, attribution       what a model uses: exchanged values, their first-order estimate
-patching                       the machinery that those two share
-similarity                     predictions, sensitivities, activations
-subsets, fourier, saliency     what a prediction makes of the examples in its context
-flat                           a model as a function of one vector, for all that follows
-grafting, npeff                which weights carry a skill, which examples are treated alike
-fisher, averaging              merging models by Fisher information, averages of checkpoints
-kernels, descent, sharpness    what training does: empirical kernels, paths, curvature
-arcs, emergence, selectivity   heads that follow dependency arcs, when; units that follow classes
-interpolation                  lines between models, damped roll-outs
-ledger                         claims, their controls, their verdicts
-comparison, sections, losses   everything a report shows, as data
-report, figures, style         the report
-cli, judging, tools            the command; options and tables are its inputs and outputs
+probe              what a probe is: its question, its measurement, its result
+subject            what is probed: named values of a model, its weights as one vector
+regression         held-out linear and logistic probes, with control tasks
+linear, positions  what can be read off the stream, at all places or at one of a sequence
+patching           exchanged values: the machinery, their first-order estimate, single paths
+interchange        which values a model uses
+similarity         predictions, sensitivities, activations; at the end of a fit and along it
+losses, weights    levels of the loss, on and off the task; matrices up to their symmetries
+interpolation      lines between what the layers of two models do
+roll_out           a layer that is applied again and again
+context            what a prediction makes of the examples in its context
+grafting, npeff    which weights carry a skill, which examples are treated alike
+merging            merging models by Fisher information, averages of checkpoints
+descent            full-batch descent; descent without gradients, or with a teacher
+kernels, sharpness empirical kernels, curvature
+selectivity        units that follow classes
+syntax             sentences: heads along arcs, spans, trees, constituents passed on as one thing
+statistics, ledger claims, their controls, their verdicts
+report             a page of probes and the ledger
+style              how numbers and figures look
+cli, options       the command
+
+`PROBES` maps the name of every probe to where it is, "module:attribute", so that names can be
+listed before anything heavy is imported; `find` gives the probe. A package of somebody else adds
+its own through the entry points `orrery.probes`.
 """
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probes.probe import Probe
+
+GROUP = "orrery.probes"
+
+#: The probes of this package, in the order of README.md.
+PROBES: dict[str, str] = {
+    "losses": "probes.losses:LOSSES",
+    "scale": "probes.losses:SCALE",
+    "similarity": "probes.similarity:SIMILARITY",
+    "training": "probes.similarity:TRAINING",
+    "weights": "probes.weights:WEIGHTS",
+    "interpolation": "probes.interpolation:INTERPOLATION",
+    "roll-out": "probes.roll_out:ROLL_OUT",
+    "linear": "probes.linear:LINEAR",
+    "positions": "probes.positions:POSITIONS",
+    "interchange": "probes.interchange:INTERCHANGE",
+    "degrees": "probes.context:DEGREES",
+    "saliency": "probes.context:SALIENCY",
+    "arcs": "probes.syntax.arcs:ARCS",
+    "spans": "probes.syntax.constituents:SPANS",
+    "trees": "probes.syntax.constituents:TREES",
+    "span-interchange": "probes.syntax.span_interchange:SPAN_INTERCHANGE",
+    "selectivity": "probes.selectivity:SELECTIVITY",
+    "graft": "probes.grafting:GRAFT",
+    "npeff": "probes.npeff:NPEFF",
+    "fisher-merge": "probes.merging:FISHER_MERGE",
+    "averaging": "probes.merging:AVERAGING",
+    "kernel": "probes.kernels:KERNEL",
+    "sharpness": "probes.sharpness:SHARPNESS",
+    "zeroth-order": "probes.descent:ZEROTH_ORDER",
+    "distillation": "probes.descent:DISTILLATION",
+}
+
+__all__ = ["GROUP", "PROBES", "find", "places", "readme_table"]
+
+
+def places() -> dict[str, str]:
+    """Name -> "module:attribute" of our probes and those of installed packages.
+
+    ValueError for a probe of a package that is named as another one is.
+    """
+    found = dict(PROBES)
+    for entry in entry_points(group=GROUP):
+        if found.setdefault(entry.name, entry.value) != entry.value:
+            raise ValueError(
+                f"entry point {entry.name!r} = {entry.value!r} of {GROUP}: the name is that of "
+                f"{found[entry.name]!r}, must be another"
+            )
+    return found
+
+
+def find(name: str) -> Probe:
+    """The probe of that name, or the one at "module:attribute".
+
+    ValueError, in one line, for a name that is not known, or leads to no probe.
+    """
+    from probes.probe import Probe
+
+    known = places()
+    if name not in known and ":" not in name:
+        raise ValueError(
+            f"unknown probe {name!r}, must be one of {', '.join(known)}, or module:attribute"
+        )
+    module, _, attribute = known.get(name, name).partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"probe {name!r}: cannot import {module!r}: {error}") from error
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, Probe):
+        raise ValueError(f"probe {name!r}: is a {type(found).__name__}, must be a Probe")
+    return found
+
+
+def readme_table() -> str:
+    """The table of our probes, as README.md has it."""
+    lines = ["| probe | the question | it misleads when |", "|---|---|---|"]
+    for probe in map(find, PROBES):
+        lines.append(f"| `{probe.name}` | {probe.question} | {probe.misleads} |")
+    return "\n".join(lines)

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from probes.judging import Claims, Compare, Demo
+from probes import PROBES, find
 from probes.options import (
     BAD_INPUT,
     FAILED,
@@ -44,6 +44,7 @@ from probes.options import (
     write_file,
     write_json,
 )
+from probes.report.commands import Claims, Compare, Demo
 from synthetic.compilation import forget_programs, keep_programs
 
 
@@ -142,7 +143,7 @@ class Verify:
         check_seed(self.seed)
         from constructions.family import verify
         from constructions.runs import construct
-        from probes import tables
+        from probes.report import tables
 
         check_free(self.json, self.overwrite)
         dtypes = ("float64", "float32") if self.dtype is None else (self.dtype,)
@@ -214,12 +215,15 @@ class Fit:
         return OK
 
 
+#: What may be typed after `orrery probe`.
+KNOWN = f"{', '.join(PROBES)}; or module:attribute. README.md says what each answers"
+
+
 @dataclass
 class Probe:
     """Use one probe on a saved run."""
 
-    tool: Positional[str]
-    """such as linear or degrees: README.md says what each answers; a wrong name lists all"""
+    name: Annotated[Positional[str], arg(help=KNOWN)]
     run_directory: Annotated[Path, arg(name="run")]
     seed: int = 0
     json: Path | None = None
@@ -230,9 +234,9 @@ class Probe:
 
     def run(self) -> int:
         """Run the command; the exit status."""
-        from probes import tables, tools
+        from probes.report import tables
 
-        tool = tools.find(self.tool)
+        probe = find(self.name)
         check_seed(self.seed)
         from constructions.runs import load_run
 
@@ -240,7 +244,7 @@ class Probe:
         check_free(self.figure, self.overwrite)
         if self.json is not None and self.json == self.figure:
             raise ValueError(f"--json {self.json}: must be another file than --figure")
-        result = tool(load_run(self.run_directory), self.seed)
+        result = probe(load_run(self.run_directory), self.seed)
         tables.show_result(result)
         write_json(self.json, result.to_json(), self.overwrite)
         if self.figure is not None:

@@ -26,8 +26,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
+
+from constructions.runs import Run, initial_models
+from probes.probe import (
+    SURE,
+    NotApplicable,
+    Probe,
+    Result,
+    batch_size,
+    in_its_precision,
+    larger,
+    seed_names,
+    table,
+    too_many_weights,
+)
+from probes.subject import ParameterVector
 
 Weights = Float[Array, " weight"]
 Mask = Bool[Array, " weight"]
@@ -157,3 +173,73 @@ def overlap(first: Mask, second: Mask) -> Float[Array, ""]:
     Not symmetric; NaN where the second is empty.
     """
     return (first & second).sum() / second.sum()
+
+
+@in_its_precision
+def measure(run: Run, seed: int) -> Result:
+    """The few weights that carry what the fit learned, and in which arrays they are.
+
+    From the weights that each fit began with to those that it ended with. Raises NotApplicable
+    where a fit did not improve on its start.
+    """
+    task, flat = run.construction.task, ParameterVector(run.construction, run.models[0])
+    pairs = [
+        (flat.vector(before), flat.vector(after))
+        for before, after in zip(initial_models(run), run.models, strict=True)
+    ]
+    weights = flat.theta.size
+    size = batch_size(flat, 256, passes=2)
+
+    def objective(theta: Array, key: Array) -> Array:
+        return flat.loss(theta, task.sample(key, size))
+
+    first, second, third = jax.random.split(jax.random.key(seed), 3)
+    batch = task.sample(first, batch_size(flat, 2048))
+    losses = jax.jit(flat.losses)
+    rows, values = [], []
+    for name, (before, after) in zip(seed_names(run), pairs, strict=True):
+        start, end = losses(before, batch), losses(after, batch)
+        if not larger(start, end):
+            raise NotApplicable(
+                f"{name}: the loss is {float(start.mean()):.4g} before the fit and "
+                f"{float(end.mean()):.4g} after it, on {start.size} examples: grafting needs a "
+                f"fit that improved by more than chance, {SURE} standard errors of the difference"
+            )
+        mask = learn_mask(objective, before, after, start.mean() - end.mean(), second)
+        kept = int(mask.sum())
+        controls = [random_mask(before, after, kept, key) for key in jax.random.split(third, 5)]
+        without = [mask.at[part].set(False) for part in flat.parts.values()]
+        masks = [mask, top_movement(before, after, kept), *controls, *without]
+        left = [losses(graft(before, after, one), batch).mean() for one in masks]
+        gain = (float(start.mean()) - np.asarray(left)) / float(start.mean() - end.mean())
+        rows.append(name)
+        values.append([weights, kept, 1.0, gain[0], gain[1], gain[2:7].mean(), np.nan])
+        for (array, part), rest in zip(flat.parts.items(), gain[7:], strict=True):
+            held = int(mask[part].sum())
+            rows.append(f"{name}, {array}")
+            share = held / kept if kept else np.nan
+            values.append([part.stop - part.start, held, share, np.nan, np.nan, np.nan, rest])
+    columns = (
+        *("weights", "in the mask", "share of the mask", "gain of the mask"),
+        *("gain of top movement", "gain of random masks", "gain without the array"),
+    )
+    note = (
+        "gain: share of the fall in loss; a weight in the mask is worth "
+        f"{MaskSettings().penalty:g} of it or more; masks compare within one lineage only"
+    )
+    return table(
+        "skill grafting, from the start of the fit to its end", columns, rows, values, note
+    )
+
+
+GRAFT = Probe(
+    "graft",
+    "which few of the weights that a fit moved carry what it learned, and in which arrays are "
+    "they?",
+    "masks of two lineages or two bases are compared; a skill is spread over more weights than one "
+    "over the penalty, and shows part of its gain only",
+    measure,
+    needs=lambda run: too_many_weights(run, "grafting"),
+    invariant=False,
+    seeds=2,
+)

@@ -15,6 +15,7 @@ Patches at all layers and positions are arrays, so that a whole sweep is one com
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +25,9 @@ from jax import Array
 
 from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
+from constructions.runs import Run
 from probes.patching import (
+    NO_SITES,
     CleanRuns,
     Sweep,
     axes_of,
@@ -38,7 +41,9 @@ from probes.patching import (
     site_values,
     with_sites,
 )
-from probes.sites import Inputs, Subject, place_mask, site_axes
+from probes.probe import Probe, Result, compiled_like, table
+from probes.style import Picture, figure_of, in_style, number, percent, png, span, ticks
+from probes.subject import Inputs, Subject, place_mask, site_axes, too_large
 from synthetic.compilation import compile_once
 
 
@@ -267,3 +272,104 @@ def _exchange(
         )
 
     return (*jax.lax.map(patched, masks), pair.gap)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Effect of exchanging one token's stream after one layer, `[layer, token]`; see interchange.
+
+    Attributes:
+        construction, trained: effects, the trained one the mean over seeds.
+        correlation: between the two maps, for every seed.
+        relative_error: |trained - construction| / |construction|, for every seed.
+    """
+
+    construction: list[list[float]]
+    trained: list[list[float]]
+    correlation: list[float]
+    relative_error: list[float]
+
+
+def measure(run: Run, seed: int) -> Result:
+    """Effect of exchanging one token's stream between two inputs, at every layer and token."""
+    construction = run.construction
+    reference = compiled_like(construction, run.models[0])
+    base, source = (construction.sample(key, 64) for key in jax.random.split(jax.random.key(seed)))
+    found = [
+        interchange_agreement(construction, model, reference, base, source) for model in run.models
+    ]
+    patches = Patches(
+        construction=found[0].reference.effect.tolist(),
+        trained=np.mean([f.model.effect for f in found], axis=0).tolist(),
+        correlation=[f.correlation for f in found],
+        relative_error=[f.relative_error for f in found],
+    )
+    rows, values = [], []
+    for name in ("construction", "trained"):
+        effect = getattr(patches, name)
+        rows += [f"{name}, {layer} layers applied" for layer in range(len(effect))]
+        values += effect
+    return table(
+        "effect of interchanging a token's stream",
+        [f"token {n + 1}" for n in range(len(values[0]))],
+        rows,
+        values,
+        data=patches,
+        picture=partial(figure, patches),
+    )
+
+
+def needs_equal_sites(run: Run) -> str:
+    """Models with sites, of the construction's sizes, and a stream that is not too large."""
+    if missing := too_large(run.construction):
+        return missing
+    reference = compiled_like(run.construction, run.models[0])
+    for model in run.models:
+        if not isinstance(model, Transformer):
+            return NO_SITES
+        sizes = [site_axes(m.config, 1, "residual") for m in (model, reference)]
+        if sizes[0] != sizes[1]:
+            return f"site 'residual' has sizes {sizes[0]} in model, {sizes[1]} in reference"
+    return ""
+
+
+@in_style
+def figure(patches: Patches) -> Picture:
+    """The two maps side by side."""
+    built, trained = np.asarray(patches.construction), np.asarray(patches.trained)
+    limit = float(max(np.abs(built).max(), np.abs(trained).max())) or 1.0
+    drawing, axes = figure_of(9.2, 1.5 + 0.28 * len(built), 2, sharey=True)
+    image: Any = None
+    for axis, title, effect in zip(
+        axes, ("construction", "trained"), (built, trained), strict=True
+    ):
+        image = axis.imshow(effect, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axis.set(title=title, xlabel="token")
+        ticks(axis.xaxis, [str(n + 1) for n in range(built.shape[1])])
+        ticks(axis.yaxis, [str(n) for n in range(len(built))])
+        axis.tick_params(length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    axes[0].set_ylabel("layers applied")
+    drawing.colorbar(image, ax=list(axes), label="effect", shrink=0.9, pad=0.02)
+    layer, token = np.unravel_index(np.abs(built).argmax(), built.shape)
+    caption = (
+        "Effect on the prediction of giving one token, after so many layers, the stream that it "
+        "has on another input (1: the prediction becomes the other input's). The maps correlate at "
+        f"{span(patches.correlation)} and differ by {span(patches.relative_error, percent)}; the "
+        f"largest effect, {number(float(built[layer, token]))} in the construction and "
+        f"{number(float(trained[layer, token]))} when trained, is at token {token + 1} after "
+        f"{layer} layer{'s' if layer != 1 else ''}."
+    )
+    alt = "Two maps of patching effects, layers by tokens, construction and trained."
+    title = "Is the same information used in the same places?"
+    return Picture("patches", title, caption, alt, png(drawing))
+
+
+INTERCHANGE = Probe(
+    "interchange",
+    "which token's stream does the prediction use, after which layer?",
+    "two tokens carry the same, and each makes up for the other",
+    measure,
+    needs_equal_sites,
+)

@@ -1,4 +1,4 @@
-r"""Paths between models that no symmetry of the weights can bend, and damped roll-outs.
+r"""Paths between models that no symmetry of the weights can bend.
 
 The straight line between two sets of weights depends on the bases that they happen to be written
 in. The line between what the layers do does not: with delta_l and delta*_l the updates of layer l,
@@ -10,18 +10,22 @@ which for linear attention is the line (1 - s) T + s T* between canonical forms 
 has exactly this update, so no factorisation is needed to walk along it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from constructions.core.config import Config, SegmentConfig
+from constructions.core.config import Config
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
+from constructions.runs import Run
+from probes.probe import Probe, Result, seed_names, table
 from synthetic.tasks.task import Batch
 
 
@@ -115,59 +119,37 @@ def interpolation_gap(losses: Float[Array, " fraction"]) -> Float[Array, ""]:
     return losses.max() / jnp.minimum(losses[0], losses[-1]) - 1
 
 
-def roll_out(
-    construction: Construction,
-    model: Transformer,
-    *inputs: Array,
-    depth: int,
-    damping: ArrayLike = 1.0,
-    layer: int = -1,
-) -> Float[Array, "step *prediction"]:
-    """Predictions along h <- h + damping * delta(h), the same layer over and over.
-
-    For a layer that does one step of gradient descent this is gradient descent with step size
-    damping * eta.
-
-    Args:
-        construction: says how inputs enter and where the prediction stands.
-        model: whose layer is applied.
-        inputs: of the construction.
-        depth: how often, at least 0.
-        damping: lambda; may be traced.
-        layer: which of the model's layers, counted as they are applied; the last by default.
-
-    Returns:
-        Predictions before the first and after every application, `[depth + 1, *prediction]`.
-
-    Raises:
-        ValueError: negative depth, no such layer, or a construction that does not say where the
-            prediction stands.
-    """
-    if depth < 0:
-        raise ValueError(f"depth is {depth}, must be at least 0")
-    single = _one_layer(model, layer)
-    places, slots = construction.places(1, *inputs), construction.program.slots
-    if "prediction" not in places:
-        raise ValueError(f"{construction} names no place of the prediction in the stream")
-    # the place is one of layer 1; the same tokens and columns are read at every depth
-    place = replace(places["prediction"], layer=np.zeros_like(places["prediction"].layer))
-    stream, groups, _ = construction.stream(single, *inputs)
-    factor = jnp.asarray(damping, stream.dtype)
-
-    def step(h: Array, _: None) -> tuple[Array, Array]:
-        return h + factor * (single(h, groups) - h), place.gather(h[None], slots)
-
-    last, predictions = jax.lax.scan(step, stream, length=depth)
-    return jnp.concatenate([predictions, place.gather(last[None], slots)[None]])
+FRACTIONS = tuple(n / 10 for n in range(11))
 
 
-def _one_layer(model: Transformer, layer: int) -> Transformer:
-    """One of the applied layers as a model of its own."""
-    config = model.config
-    if not -config.depth <= layer < config.depth:
-        raise ValueError(f"layer is {layer}, the model applies {config.depth}")
-    s, p, r = config.stored(layer % config.depth + 1)
-    alone = SegmentConfig((config.segments[s].pattern[p],))
-    own = model.arrays()["segments"][s]["layers"][p]
-    arrays = {"segments": {0: {"layers": {0: jax.tree.map(lambda a: a[r : r + 1], own)}}}}
-    return Transformer(replace(config, segments=(alone,), final_norm=None), arrays)
+@partial(jax.jit, static_argnums=0)
+def between(
+    construction: Construction, model: Transformer, reference: Transformer, examples: Batch
+) -> Array:
+    """Losses at `FRACTIONS` of the line from model to reference, jitted."""
+    fractions = jnp.array(FRACTIONS)
+    return interpolate(construction, model, reference, examples, fractions)
+
+
+def measure(run: Run, seed: int) -> Result:
+    """Loss along the line from each trained model to the construction."""
+    construction, reference = run.construction, run.construction.reference
+    batch = construction.task.sample(jax.random.key(seed), 2048)
+    values = [between(construction, model, reference, batch) for model in run.models]
+    columns = [f"{100 * f:.0f} %" for f in FRACTIONS]
+    return table("loss between trained (0 %) and construction", columns, seed_names(run), values)
+
+
+def needs_attention_alone(run: Run) -> str:
+    """Models that are attention alone, with the construction's layers."""
+    reference = run.construction.reference
+    return next((f for m in run.models if (f := obstacle(m.config, reference.config))), "")
+
+
+INTERPOLATION = Probe(
+    "interpolation",
+    "does a line between what the layers do lose anything?",
+    "the loss is convex there, and any two models pass",
+    measure,
+    needs_attention_alone,
+)

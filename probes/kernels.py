@@ -20,9 +20,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from probes.descent import Loss, Theta, descend
+from constructions.runs import Run
+from probes.descent import MOST, Loss, Theta, descend, no_forward_derivative
+from probes.probe import Probe, Result, table, too_many_weights
+from probes.sharpness import curved
 from synthetic.compilation import compile_once
 
 Function = Callable[[Any, Any], Array]
@@ -173,3 +177,47 @@ def kernel_descent(
 
     _, found = jax.lax.scan(step, start, None, steps)
     return jnp.concatenate([start[None], found])
+
+
+def measure(run: Run, seed: int) -> Result:
+    """Is full-batch descent from here what the kernel says, and does the kernel stay?"""
+    subjects, left = curved(run, seed)
+    notes = {left}
+    rows, steps = [], min(given.subject.steps(100, 20) for given in subjects.values())
+    for subject, theta, batch, largest in subjects.values():
+        few = jax.tree.map(lambda a: a[:16], batch)
+        shape = jax.eval_shape(subject.outputs, theta, few).shape
+        given = few, jax.random.rademacher(jax.random.key(seed + 1), shape, theta.dtype)
+        rate = 1 / largest  # half of what is stable
+        path = descend(subject.whole, theta, batch, rate, steps, 10)
+        grams = [
+            gradient_kernel(j, j)
+            for j in (jacobian(subject.sums, path.thetas[n], given) for n in (0, 1, -1))
+        ]
+        errors, straight = [np.nan, np.nan], [np.nan]
+        if lacking := no_forward_derivative(subject.outputs, theta, batch):
+            notes.add(f"nothing is linearised: {lacking}")
+        else:
+            errors = [
+                one_step_error(subject.outputs, subject.loss, theta, batch, r)
+                for r in (rate / 2, rate / 20)
+            ]
+            straight = linearised_descent(subject.outputs, subject.loss, theta, batch, rate, steps)
+        changes = [kernel_change(grams[0], gram) for gram in grams[1:]]
+        losses = path.losses[0], path.losses[-1], straight[-1]
+        rows.append([rate, errors[0], np.log10(errors[0] / errors[1]), *changes, *losses])
+    columns = ("step size", "error of half a step", "its order", "kernel change, 10 steps",
+               f"{steps} steps", "loss before", "after", "after, linearised")  # fmt: skip
+    note = "; ".join(sorted(filter(None, notes)))
+    return table("gradient descent and its kernel", columns, subjects, rows, note)
+
+
+KERNEL = Probe(
+    "kernel",
+    "is full-batch training from here what a fixed kernel says?",
+    "little is left to learn, and losses agree although the kernel moves",
+    measure,
+    needs=lambda run: too_many_weights(run, "'kernel'", MOST),
+    invariant=False,
+    seeds=2,
+)

@@ -32,46 +32,15 @@ import numpy as np
 from scipy import stats
 
 from constructions.claims import Claim, Evidence, NearMiss, is_function
-from constructions.core.checks import ProgramError
-from constructions.core.compile import compile_program
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from probes.statistics import (
-    FRACTIONS,
-    STATISTICS,
-    between,
-    compared,
-    lacks,
-    measure,
-    sensitivities,
-    statistic_of,
-    value_of,
-)
-
-__all__ = [
-    "CONSTRUCTION",
-    "FRACTIONS",
-    "HOLDS",
-    "NOT_APPLICABLE",
-    "RANDOM",
-    "REFUTED",
-    "STATISTICS",
-    "VERDICTS",
-    "VOID",
-    "Row",
-    "between",
-    "compiled_like",
-    "decide",
-    "ledger",
-    "measure",
-    "sensitivities",
-]
+from probes.probe import compiled_like
+from probes.similarity import OPPOSITE, compared
+from probes.statistics import lacks, statistic_of, value_of
 
 CONSTRUCTION, TRAINED, RANDOM = "construction", "trained", "random init"
 HOLDS, REFUTED, VOID, NOT_APPLICABLE = "holds", "refuted", "void", "not applicable"
 VERDICTS = (HOLDS, REFUTED, VOID, NOT_APPLICABLE)
-#: Cosine of predictions or sensitivities below which a model says the opposite.
-OPPOSITE = -0.9
 
 
 @dataclass(frozen=True)
@@ -229,14 +198,6 @@ def _hint(claim: Claim, opposite: Sequence[str], results: Mapping[str, float]) -
     if not against:
         return ""
     return f"{', '.join(against)}: nearly minus the construction's. The sign of the read-out?"
-
-
-def compiled_like(construction: Construction, model: Transformer) -> Transformer:
-    """The construction in the shape of `model` where it fits, so that both share compilations."""
-    try:
-        return compile_program(construction.program, config=model.config)
-    except ProgramError:
-        return construction.reference
 
 
 def ledger(

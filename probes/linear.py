@@ -1,373 +1,360 @@
-"""Held-out linear probes with control tasks: what can be read off features, and how cheaply.
+"""The probe table: every named value of an algorithm, probed for in several models, with controls.
 
-A probe is trained on one part of the sequences, its regularisation is chosen on a second and its
-score measured on a third; all tokens of a sequence are in the same part. The control task (Hewitt &
-Liang 2019, arXiv 1909.03368) trains the same probe on labels that have nothing to do with the
-features; selectivity is the score minus the control's. `probes.table` probes whole models.
-
-A probe that succeeds says that a value can be read, not that the model uses it (`interchange` asks
-that), and a value that is a linear function of the input can be read from every model: compare with
-the probe on the embedding.
+Rows are the values that `construction.trace` names, step by step, at the tokens that own them;
+columns are the models asked about, then the compiled construction, the probe on the embedding
+alone, a model of the same class at random initialisation, and the control task.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
-from synthetic.compilation import compile_once
+from constructions.family import Construction
+from constructions.runs import Run
+from probes.probe import Probe, Result, table
+from probes.regression import Ridge, Split, ridge, split
+from probes.style import Picture, figure_of, in_style, png
+from probes.subject import Subject, activations, stream_size, too_large, variables
 
-PARTS = ("train", "validation", "test")
+#: Numbers in the stream of one input up to which values are looked for in all tokens at once.
+SMALL = 10_000
 
-
-@dataclass(frozen=True, eq=False)
-class RidgeResult:
-    """A ridge probe.
-
-    Attributes:
-        r2: held-out share of the targets' variance that is explained, pooled over targets; negative
-            where the probe does worse than the training mean. NaN for constant targets.
-        r2_train: the same on the training part.
-        control_r2, control_r2_train: the same probe on targets shuffled over sequences.
-        regularization: chosen lambda, in units of the mean variance of a standardised feature.
-        weight, bias: the probe, `features @ weight + bias`.
-    """
-
-    r2: float
-    r2_train: float
-    control_r2: float
-    control_r2_train: float
-    regularization: float
-    weight: np.ndarray
-    bias: np.ndarray
-
-    @property
-    def selectivity(self) -> float:
-        """r2 - control_r2."""
-        return self.r2 - self.control_r2
+CONTROLS = ("construction", "input-only", "random init", "control task")
 
 
 @dataclass(frozen=True, eq=False)
-class LogisticResult:
-    """A multinomial logistic probe.
+class ProbeTable:
+    """Held-out R^2 of ridge probes.
 
     Attributes:
-        accuracy, cross_entropy: held out; the latter in nats.
-        accuracy_train: on the training part.
-        majority: held-out accuracy of the training part's most frequent class.
-        control_accuracy: of the same probe on the control task.
-        regularization: chosen lambda.
-        weight, bias: the probe, logits `features @ weight + bias`.
+        names: of the rows, "value, step, tokens".
+        columns: the models, then `CONTROLS`.
+        values: `[row, column]`, the R^2 on test sequences at the layer that is best on validation
+            sequences. The control task probes the first model for shuffled targets.
+        layers: `[row, column]`, that layer (0 is the embedding).
+        by_layer: column -> `[row, layer]`, test R^2 at every layer.
+        constant: values left out because they do not vary between inputs.
     """
 
-    accuracy: float
-    cross_entropy: float
-    accuracy_train: float
-    majority: float
-    control_accuracy: float
-    regularization: float
-    weight: np.ndarray
-    bias: np.ndarray
+    names: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: np.ndarray
+    layers: np.ndarray
+    by_layer: Mapping[str, np.ndarray]
+    constant: tuple[str, ...] = ()
 
-    @property
-    def selectivity(self) -> float:
-        """accuracy - control_accuracy."""
-        return self.accuracy - self.control_accuracy
-
-
-class Split(NamedTuple):
-    """Indices of the sequences in each part."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-
-def split(
-    key: Array,
-    batch: int,
-    groups: Any = None,
-    fractions: tuple[float, float, float] = (0.6, 0.2, 0.2),
-) -> Split:
-    """Divide sequences at random into training, validation and test.
-
-    Args:
-        key: of the permutation.
-        batch: number of sequences.
-        groups: `[batch]`, sequences with the same entry stay together (copies of one sequence, or
-            sequences that share a document); None: every sequence is its own group.
-        fractions: of the groups, in order.
-
-    ValueError if a part would be empty or `groups` does not fit.
-    """
-    groups = np.arange(batch) if groups is None else np.asarray(groups)
-    if groups.shape != (batch,):
-        raise ValueError(f"groups has shape {groups.shape}, must be ({batch},)")
-    names, member = np.unique(groups, return_inverse=True)
-    order = np.asarray(jax.random.permutation(key, len(names)))
-    ends = np.round(np.cumsum(fractions)[:2] / sum(fractions) * len(names)).astype(int)
-    parts = [np.flatnonzero(np.isin(member, part)) for part in np.split(order, ends)]
-    if min(map(len, parts)) == 0:
-        sizes = dict(zip(PARTS, map(len, parts), strict=True))
-        raise ValueError(f"batch is {batch} with {len(names)} groups, split as {sizes}: too few")
-    return Split(*parts)
-
-
-def ridge_probe(features: Any, targets: Any, *, key: Array, groups: Any = None) -> RidgeResult:
-    """Can the targets be read off the features by a linear map?
-
-        minimise  |Y - X W - b|^2 / n + lambda |S W|^2,   S = diag(standard deviations of X)
-
-    in closed form, lambda chosen on the validation part from a geometric grid.
-
-    Misleads where the targets are (almost) linear in the input, where features outnumber the
-    training samples (then r2 underestimates), or where two sequences are nearly equal (pass
-    `groups`).
-
-    Args:
-        features: `[batch, ..., feature]`; the split is made on the first axis.
-        targets: `[batch, ..., target]`.
-        key: of the split and the control task.
-        groups: see `split`.
-
-    ValueError for shapes that do not fit, values that are not finite, or too few sequences.
-    """
-    x, y = _rows(features, "features"), _rows(targets, "targets")
-    if x.shape[:2] != y.shape[:2]:
-        raise ValueError(
-            f"features {np.shape(features)} and targets {np.shape(targets)} must agree in all axes "
-            "but the last"
+    def markdown(self) -> str:
+        """The table as text: R^2, and the layer in brackets."""
+        lines = [["value, step, tokens", *self.columns]]
+        lines += [
+            [name, *(f"{v:.3f} ({layer})" for v, layer in zip(row, layers, strict=True))]
+            for name, row, layers in zip(self.names, self.values, self.layers, strict=True)
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
+        return "\n".join(
+            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
+            for line in lines
         )
-    keys = jax.random.split(key)
-    parts, order = split(keys[0], len(x), groups), jax.random.permutation(keys[1], len(x))
-    fit = ridge(x[None], jnp.stack([y, y[order]]), parts)
-    r2, regularization = np.asarray(fit.r2[0], float), np.asarray(fit.regularization[0], float)
-    return RidgeResult(
-        r2=float(r2[0, 2]),
-        r2_train=float(r2[0, 0]),
-        control_r2=float(r2[1, 2]),
-        control_r2_train=float(r2[1, 0]),
-        regularization=float(regularization[0]),
-        weight=np.asarray(fit.weight[0, 0]),
-        bias=np.asarray(fit.bias[0, 0]),
-    )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; NaN becomes None."""
+
+        def plain(array: np.ndarray) -> list[list[float | None]]:
+            return [[None if np.isnan(v) else float(v) for v in row] for row in array]
+
+        return {
+            "names": list(self.names),
+            "columns": list(self.columns),
+            "values": plain(self.values),
+            "layers": self.layers.tolist(),
+            "by_layer": {name: plain(array) for name, array in self.by_layer.items()},
+            "constant": list(self.constant),
+        }
 
 
-class Ridge(NamedTuple):
-    """Ridge probes of several feature sets (layers) for several targets (steps).
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One value at one step, at some tokens: `values` `[batch, token, entry]`.
 
-    Attributes:
-        residual, total: sums of squares `[layer, step, part]` around the probe and around the mean
-            of the training part; parts are train, validation, test.
-        regularization: `[layer, step]`.
-        weight, bias: `[layer, step, feature, target]` and `[layer, step, target]`.
+    `tokens` is None for a value without an owner: the probe then reads the tokens that are read out
+    and the mean over all tokens, joined.
     """
 
-    residual: Array
-    total: Array
-    regularization: Array
-    weight: Array
-    bias: Array
+    name: str
+    step: int | None
+    tokens: tuple[int, ...] | None
+    role: str
+    values: np.ndarray
 
     @property
-    def r2(self) -> Array:
-        """1 - residual / total, `[layer, step, part]`; NaN for constant targets."""
-        return jnp.where(self.total > 0, 1 - self.residual / self.total, jnp.nan)
+    def row(self) -> str:
+        """The row of the table that it counts towards."""
+        step = "" if self.step is None else f", step {self.step}"
+        return f"{self.name}{step}, {self.role}"
 
 
-def ridge(features: Array, targets: Array, parts: Split) -> Ridge:
-    """Probes for all pairs of `features[layer]` and `targets[step]`, in one compiled call.
-
-    features `[layer, batch, sample, feature]`, targets `[step, batch, sample, target]`.
-    """
-    return _ridge(features, targets, tuple(map(jnp.asarray, parts)))
-
-
-@compile_once
-def _ridge(features: Array, targets: Array, parts: tuple[Array, ...]) -> Ridge:
-    steps, _, _, size = targets.shape
-    flat = jnp.moveaxis(targets, 0, -2)  # [batch, sample, step, target]
-    ys = [flat[part].reshape(-1, steps, size) for part in parts]
-    centre = ys[0].mean(0)
-    ys = [y - centre for y in ys]
-    total = jnp.stack([jnp.sum(y**2, (0, 2)) for y in ys], -1)
-    # rounding in the mean leaves traces of a constant
-    floor = jnp.finfo(targets.dtype).eps ** 2 * jnp.stack(
-        [len(y) * jnp.sum(centre**2, -1) for y in ys], -1
-    )
-    total = jnp.where(total > 100 * floor, total, 0)
-    grid = _grid(features.dtype)
-    dot = partial(jnp.matmul, precision="highest")
-
-    def layer(x: Array) -> tuple[Array, Array, Array, Array]:
-        rows = [x[part].reshape(-1, x.shape[-1]) for part in parts]
-        rows, mean, std = standardise(rows)
-        n = len(rows[0])
-        values, vectors = jnp.linalg.eigh(dot(rows[0].T, rows[0]) / n, symmetrize_input=True)
-        values = jnp.maximum(values, 0)
-        moments = dot(dot(vectors.T, rows[0].T), ys[0].reshape(n, -1)) / n
-
-        def solve(penalty: Array) -> Array:
-            return dot(vectors, moments / (values + penalty)[:, None])
-
-        def score(weight: Array, part: int) -> Array:
-            error = ys[part] - dot(rows[part], weight).reshape(-1, steps, size)
-            return jnp.sum(error**2, (0, 2))
-
-        unit = jnp.maximum(values.mean(), jnp.finfo(values.dtype).tiny)
-        weights = jax.vmap(solve)(grid * unit)  # [grid, feature, step * target]
-        best = jnp.argmin(jax.vmap(partial(score, part=1))(weights), 0)  # [step]
-        weights = weights.reshape(len(grid), -1, steps, size)
-        weight = weights[best, :, jnp.arange(steps)]  # [step, feature, target]
-        joined = jnp.moveaxis(weight, 0, 1).reshape(-1, steps * size)
-        residual = jnp.stack([score(joined, part) for part in range(3)], -1)
-        weight = weight / std[:, None]
-        bias = centre - jnp.einsum("f,sft->st", mean, weight, precision="highest")
-        return residual, grid[best], weight, bias
-
-    residual, penalty, weight, bias = jax.lax.map(layer, features)
-    total = jnp.broadcast_to(total, residual.shape)
-    return Ridge(residual, total, penalty, weight, bias)
-
-
-def logistic_probe(
-    features: Any,
-    labels: Any,
+def probe_table(
+    construction: Construction,
+    models: Mapping[str, Subject],
+    key: Array,
     *,
-    key: Array,
-    types: Any = None,
-    groups: Any = None,
-    steps: int = 100,
-) -> LogisticResult:
-    """Can the class be read off the features by a linear classifier?
+    names: tuple[str, ...] | None = None,
+    batch: int = 512,
+    site: str = "residual",
+) -> ProbeTable:
+    """Which intermediate values of the algorithm can be read off which model, and where?
 
-    Multinomial logistic regression with penalty lambda |S W|^2 / 2 (S as in `ridge_probe`), by
-    L-BFGS from zero, lambda chosen on the validation part by cross-entropy. Deterministic.
+    For every name in `construction.trace` and every step, ridge probes (`probes.regression`) on the
+    stream of the tokens that own the value, at every layer. Read a number against its neighbours:
+    what the input-only column explains needs no model, what random init explains needs no training.
+    A value that the algorithm never changes is probed for once.
 
-    With `types` the control task gives every type (the word at a token, say) one random label,
-    drawn once from the distribution of the labels: a probe that memorises types does well on it.
-    Without, labels are shuffled over sequences, and only chance can help. Accuracy misleads where
-    one class is frequent: compare with `majority`.
+    It misleads where a model holds a value in other tokens than the construction does, or not
+    linearly; and the best of many layers is chosen on validation sequences, but chosen.
 
     Args:
-        features: `[batch, ..., feature]`.
-        labels: `[batch, ...]`, integers from 0.
-        key: of the split and the control task.
-        types: `[batch, ...]`, integers, or None.
-        groups: see `split`.
-        steps: L-BFGS iterations, at least 1.
+        construction: whose algorithm it is.
+        models: column -> `Transformer`, or a function from inputs to `{site: [layer, batch, token,
+            feature]}` with the construction's tokens. The first is what the control task is run on.
+        key: of inputs, splits, random initialisation and control task.
+        names: of the values, all of the trace if None.
+        batch: number of sequences.
+        site: what is probed; its axes must begin with tokens.
 
-    ValueError for shapes that do not fit, negative labels, or too few sequences.
+    ValueError for an unknown name, no model, a column that is named like a control, or activations
+    of the wrong shape.
     """
-    x = _rows(features, "features")
-    labels = np.asarray(labels)
-    if labels.shape != np.shape(features)[:-1] or not np.issubdtype(labels.dtype, np.integer):
+    if not models or set(models) & set(CONTROLS):
+        raise ValueError(f"models are named {list(models)}, must be some, and none of {CONTROLS}")
+    draw, cut, shuffle, init = jax.random.split(key, 4)
+    inputs = jax.jit(construction.sample, static_argnums=1)(draw, batch)
+    compiled = construction.reference
+    initial = construction.counterpart().untrained(init)
+    subjects: dict[str, Subject] = {**models, "construction": compiled, "random init": initial}
+    embedded = construction.stream(compiled, *inputs)
+    features = {
+        name: _features(activations(construction, subject, (site,))(*inputs), site, embedded, name)
+        for name, subject in subjects.items()
+    }
+    features["input-only"] = np.asarray(embedded.values)[None]
+    targets, constant = _varying(
+        _targets(construction, inputs, embedded, names, compiled.config.depth)
+    )
+    parts = split(cut, batch)
+    order = np.asarray(jax.random.permutation(shuffle, batch))
+    first, read = next(iter(models)), np.arange(embedded.values.shape[1])[embedded.read]
+    scores = _scores(features, targets, parts, read, order)
+    columns = (*models, *CONTROLS)
+    rows = tuple(dict.fromkeys(target.row for target in targets))
+    values = np.full((len(rows), len(columns)), np.nan)
+    layers = np.zeros(values.shape, int)
+    by_layer = {}
+    for c, column in enumerate(columns):
+        real = scores[first if column == "control task" else column]
+        total = [real[row][0] for row in rows]
+        shown = [real[row][1] for row in rows] if column == "control task" else total
+        layers[:, c] = [np.argmax(r2[:, 1]) for r2 in total]
+        by_layer[column] = np.array([r2[:, 2] for r2 in shown])
+        values[:, c] = by_layer[column][np.arange(len(rows)), layers[:, c]]
+    return ProbeTable(rows, columns, values, layers, by_layer, constant)
+
+
+def _features(found: Mapping[str, Array], site: str, embedded: Any, name: str) -> np.ndarray:
+    """`[layer, batch, token, feature]`."""
+    if site not in found:
+        raise ValueError(f"activations of '{name}' hold {sorted(found)}, must hold '{site}'")
+    array = np.asarray(found[site])
+    if array.ndim < 4 or array.shape[1:3] != embedded.values.shape[:2]:
         raise ValueError(
-            f"labels are {labels.dtype} of shape {labels.shape}, must be integers of shape "
-            f"{np.shape(features)[:-1]}"
+            f"'{site}' of '{name}' has shape {array.shape}, must be [layer, "
+            f"{', '.join(map(str, embedded.values.shape[:2]))}, feature]"
         )
-    if labels.min() < 0 or steps < 1:
-        raise ValueError(f"labels start at {labels.min()} (at least 0), steps is {steps} (1)")
-    classes = int(labels.max()) + 1
-    keys = jax.random.split(key)
-    parts, labels = split(keys[0], len(x), groups), labels.reshape(x.shape[:2])
-    control = labels[np.asarray(jax.random.permutation(keys[1], len(x)))]
-    if types is not None:
-        _, kind = np.unique(np.asarray(types), return_inverse=True)
-        drawn = jax.random.choice(keys[1], labels.ravel(), (int(kind.max()) + 1,))
-        control = np.asarray(drawn)[kind.reshape(labels.shape)]
-    index = tuple(map(jnp.asarray, parts))
-    weight, bias, penalty, right, entropy = _logistic(
-        x, jnp.stack([labels, control]), index, classes=classes, steps=steps
+    return array.reshape(*array.shape[:3], -1)
+
+
+def _targets(
+    construction: Construction, inputs: Any, embedded: Any, names: Any, depth: int
+) -> Iterator[Target]:
+    trace = {name: np.asarray(a) for name, a in construction.trace(*inputs).items()}
+    for name in names or ():
+        if name not in trace:
+            raise ValueError(f"unknown value '{name}', must be one of {sorted(trace)}")
+    kinds = np.asarray(embedded.groups).reshape(-1, embedded.values.shape[1])[0]
+    labels = np.asarray(construction.program.token_groups)[kinds]
+    placed = variables(construction, depth, inputs)
+    for name in names or trace:
+        flat = trace[name].reshape(len(trace[name]), -1)
+        if name not in placed:
+            # what nobody owns has steps if its first axis counts the layers
+            steps = trace[name].shape[1] if trace[name].ndim > 2 else 1
+            steps = steps if steps == depth + 1 else 1
+            for step, values in enumerate(np.split(flat, steps, axis=1)):
+                number = step if steps > 1 else None
+                yield Target(name, number, None, "pooled", values[:, None])
+            continue
+        layer, token, column = (np.ravel(a) for a in placed[name])
+        for number in np.unique(layer):
+            for tokens, entries in _blocks(np.flatnonzero(layer == number), token, column):
+                role = "+".join(dict.fromkeys(labels[list(tokens)]))
+                yield Target(name, int(number), tokens, role, flat[:, entries])
+
+
+def _blocks(
+    entries: np.ndarray, token: np.ndarray, column: np.ndarray
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Entries `[token, column]` of columns that the same tokens own: one probe serves them all."""
+    owners: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for c in np.unique(column[entries]):
+        own = entries[column[entries] == c]
+        own = own[np.argsort(token[own], kind="stable")]
+        owners.setdefault(tuple(token[own].tolist()), []).append(own)
+    for tokens, columns in owners.items():
+        yield tokens, np.stack(columns, -1)
+
+
+def _varying(targets: Iterator[Target]) -> tuple[list[Target], tuple[str, ...]]:
+    """Targets without constants and without repetitions of the step before."""
+    kept: list[Target] = []
+    constant: list[str] = []
+    last: dict[Any, np.ndarray] = {}
+    for target in targets:
+        values = target.values
+        if np.ptp(values, axis=0).max() <= 1e-6 * max(1.0, float(np.abs(values).max())):
+            constant.append(target.row)
+            continue
+        same = (target.name, target.tokens, values.shape)
+        if same not in last or not np.array_equal(last[same], values):
+            kept.append(target)
+        last[same] = values
+    return kept, tuple(dict.fromkeys(constant))
+
+
+def _scores(
+    features: Mapping[str, np.ndarray],
+    targets: list[Target],
+    parts: Split,
+    read: np.ndarray,
+    order: np.ndarray,
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Column -> row -> R^2 `[layer, part]`, of the targets and of the targets in another order."""
+    sums: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in features}
+
+    def alike(target: Target) -> tuple[str, tuple[int, ...]]:
+        return str(target.tokens), target.values.shape
+
+    # models of one width are probed in one call, as if they were layers of one model
+    widths = {name: array.shape[-1] for name, array in features.items()}
+    for width in sorted(set(widths.values())):
+        names = [name for name in features if widths[name] == width]
+        ends = np.cumsum([len(features[name]) for name in names])[:-1]
+        joined = np.concatenate([features[name] for name in names])
+        for _, same in groupby(sorted(targets, key=alike), alike):
+            chosen = list(same)
+            own = chosen[0].tokens
+            x = _pooled(joined, read) if own is None else joined[:, :, list(own)]
+            y = np.stack([target.values for target in chosen])
+            y = np.concatenate([y, y[:, order]])
+            fit: Ridge = ridge(jnp.asarray(x), jnp.asarray(y), parts)
+            both = np.asarray(jnp.stack([fit.residual, fit.total], 1), float)
+            both = both.reshape(len(x), 2, 2, len(chosen), 3)  # layer, sum, real or not, step, part
+            for name, layers in zip(names, np.split(both, ends), strict=True):
+                for number, target in enumerate(chosen):
+                    sums[name].setdefault(target.row, []).append(layers[:, :, :, number])
+    scores: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for name, rows in sums.items():
+        r2 = {}
+        for row, blocks in rows.items():
+            total = np.sum(blocks, axis=0)
+            r2[row] = 1 - total[:, 0] / total[:, 1]  # [layer, real or shuffled, part]
+        scores[name] = {row: (array[:, 0], array[:, 1]) for row, array in r2.items()}
+    return scores
+
+
+def _pooled(features: np.ndarray, read: np.ndarray) -> np.ndarray:
+    """`[layer, batch, 1, ...]`: the mean over tokens, then the tokens that are read out."""
+    ends = features[:, :, read].reshape(*features.shape[:2], -1)
+    return np.concatenate([features.mean(2), ends], axis=-1)[:, :, None]
+
+
+def measure(run: Run, seed: int, placed: bool | None = None, models: int | None = None) -> Result:
+    """Linear probes for the values that the algorithm names.
+
+    Args:
+        run: trained models; they are the first columns.
+        seed: of inputs and controls.
+        placed: only values that the construction keeps in its stream, as others are looked for in
+            all tokens at once. None: of large models only.
+        models: how many of the trained models, None for all.
+    """
+    construction = run.construction
+    named = {f"trained {s}": m for s, m in zip(run.seeds, run.models[:models], strict=False)}
+    names = None
+    if placed or (placed is None and stream_size(construction) > SMALL):
+        inputs = construction.sample(jax.random.key(0), 2)
+        names = tuple(construction.places(construction.program.depth, *inputs))
+    found = probe_table(construction, named, jax.random.key(seed), names=names)
+    return table(
+        "held-out R^2 of ridge probes",
+        found.columns,
+        found.names,
+        found.values,
+        data=found,
+        picture=partial(figure, found),
     )
-    counts = np.bincount(labels[parts.train].ravel(), minlength=classes)
-    return LogisticResult(
-        accuracy=float(right[0, 2]),
-        cross_entropy=float(entropy[0, 2]),
-        accuracy_train=float(right[0, 0]),
-        majority=float(np.mean(labels[parts.test] == counts.argmax())),
-        control_accuracy=float(right[1, 2]),
-        regularization=float(penalty[0]),
-        weight=np.asarray(weight[0]),
-        bias=np.asarray(bias[0]),
+
+
+@in_style
+def figure(found: ProbeTable) -> Picture:
+    """The table as a heat map with its numbers."""
+    shown = np.clip(np.nan_to_num(found.values), 0, 1)
+    drawing, (axis,) = figure_of(9.2, 0.9 + 0.34 * len(found.names))
+    image = axis.imshow(shown, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(found.values):
+        color = "white" if shown[i, j] < 0.55 else "black"
+        axis.text(
+            j,
+            i,
+            f"{value + 0:.2f}".replace("-0.00", "0.00"),
+            ha="center",
+            va="center",
+            color=color,
+            fontsize=8,
+        )
+    axis.set_xticks(range(len(found.columns)), found.columns)
+    axis.set_yticks(range(len(found.names)), found.names)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    drawing.colorbar(image, ax=axis, label="held-out R²", shrink=0.9, pad=0.02)
+    columns = {name: found.values[:, n] for n, name in enumerate(found.columns)}
+    means = ", ".join(f"{name}: {np.nanmean(v):.2f}" for name, v in columns.items())
+    caption = (
+        f"Held-out R² of ridge probes for every value that the algorithm names, at the best layer "
+        f"(mean over {len(found.names)} values: {means}). A value counts as found only where the "
+        "model's column stands above input-only, random init and the control task."
     )
+    if found.constant:
+        caption += f" Left out, as they do not vary: {', '.join(found.constant)}."
+    alt = "Table of probe scores: algorithm's values by model and control columns."
+    title = "Can the algorithm's values be read off?"
+    return Picture("probes", title, caption, alt, png(drawing))
 
 
-@compile_once(static_argnames=("classes", "steps"), often=True)
-def _logistic(
-    x: Array, labels: Array, parts: tuple[Array, ...], *, classes: int, steps: int
-) -> tuple[Array, ...]:
-    rows, mean, std = standardise([x[part].reshape(-1, x.shape[-1]) for part in parts])
-    grid = jnp.asarray([1e-5, 1e-3, 1e-1], x.dtype)
-
-    def logits(w: tuple[Array, Array], part: int) -> Array:
-        return jnp.matmul(rows[part], w[0], precision="highest") + w[1]
-
-    def entropy(w: tuple[Array, Array], ys: list[Array], part: int) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits(w, part), ys[part]).mean()
-
-    def fit(ys: list[Array], penalty: Array) -> tuple[Array, Array]:
-        def loss(w: tuple[Array, Array]) -> Array:
-            return entropy(w, ys, 0) + penalty / 2 * jnp.sum(w[0] ** 2)
-
-        optimizer = optax.lbfgs()
-        gradient_of = optax.value_and_grad_from_state(loss)
-
-        def step(carry: Any, _: None) -> tuple[Any, None]:
-            w, state = carry
-            value, gradient = gradient_of(w, state=state)
-            update, state = optimizer.update(
-                gradient, state, w, value=value, grad=gradient, value_fn=loss
-            )
-            return (optax.apply_updates(w, update), state), None
-
-        zero = (jnp.zeros((x.shape[-1], classes), x.dtype), jnp.zeros(classes, x.dtype))
-        (w, _), _ = jax.lax.scan(step, (zero, optimizer.init(zero)), length=steps)
-        return w
-
-    def task(labels: Array) -> tuple[Array, ...]:
-        ys = [labels[part].reshape(-1) for part in parts]
-        fits = jax.vmap(lambda penalty: fit(ys, penalty))(grid)
-        best = jnp.argmin(jax.vmap(lambda w: entropy(w, ys, 1))(fits))
-        w = (fits[0][best], fits[1][best])
-        right = jnp.stack([jnp.mean(logits(w, p).argmax(-1) == ys[p]) for p in range(3)])
-        weight = w[0] / std[:, None]
-        bias = w[1] - jnp.matmul(mean, weight, precision="highest")
-        return weight, bias, grid[best], right, jnp.stack([entropy(w, ys, p) for p in range(3)])
-
-    return jax.lax.map(task, labels)
-
-
-def standardise(rows: list[Array]) -> tuple[list[Array], Array, Array]:
-    """All parts with the mean and standard deviation of the first."""
-    mean, std = rows[0].mean(0), rows[0].std(0)
-    # a column that only rounding errors move must not be blown up into a feature
-    eps = jnp.finfo(std.dtype).eps
-    floor = 10 * eps * jnp.maximum(jnp.abs(mean), std.max())
-    std = jnp.where(std > floor, std, jnp.inf)
-    return [(r - mean) / std for r in rows], mean, std
-
-
-def _grid(dtype: Any) -> Array:
-    """Penalties from what rounding allows to ten times the variance of a feature."""
-    low = float(np.log10(jnp.finfo(dtype).eps)) * 0.75
-    return jnp.logspace(low, 1, 8, dtype=dtype)
-
-
-def _rows(array: Any, name: str) -> Array:
-    """`[batch, sample, feature]`, in floating point."""
-    array = jnp.asarray(array)
-    if array.ndim < 2 or 0 in array.shape:
-        raise ValueError(f"{name} has shape {array.shape}, must be [batch, ..., {name[:-1]}]")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(jnp.zeros(0).dtype)
-    if not bool(jnp.isfinite(array).all()):
-        raise ValueError(f"{name} holds NaN or infinite values, must be finite")
-    return array.reshape(len(array), -1, array.shape[-1])
+LINEAR = Probe(
+    "linear",
+    "can a value of the algorithm be read off the stream?",
+    "the input or a random model holds it as well: compare with those columns",
+    measure,
+    needs=lambda run: too_large(run.construction),
+)

@@ -1,27 +1,41 @@
-"""Losses as plain data: along the fit, off the training distribution, and beyond the last layer."""
+"""Does training find the construction's loss, and does it fail where the algorithm fails?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from constructions.claims import predict
-from constructions.core.canonical import without_inert
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.runs import Run
-from probes import interpolation
-from probes.sections import NotApplicable
-from synthetic.compilation import compile_once
-from synthetic.tasks.task import Batch
+from probes.probe import Probe, Result, compiled_like, seed_names, table
+from probes.style import (
+    CONSTRUCTION,
+    GREEN,
+    GREY,
+    OPTIMUM,
+    ORANGE,
+    PURPLE,
+    SKY,
+    TRAINED,
+    Picture,
+    band,
+    figure_of,
+    four,
+    in_style,
+    number,
+    percent,
+    png,
+    span,
+)
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
-DAMPINGS = (1.0, 0.75)
 #: The levels in the loss curves are means over this many draws of a quarter of the examples.
 DRAWS = 12
 
@@ -58,21 +72,6 @@ class ScaleCurve:
     trained: list[list[float]]
 
 
-@dataclass(frozen=True)
-class RollOut:
-    """Loss when one layer is applied over and over, h <- h + damping * delta(h).
-
-    Attributes:
-        dampings: the factors.
-        construction: `[damping, step]`, before the first and after every application.
-        trained: `[damping, seed, step]`.
-    """
-
-    dampings: list[float]
-    construction: list[list[float]]
-    trained: list[list[list[float]]]
-
-
 def mean_losses(
     construction: Construction,
     models: Sequence[Transformer],
@@ -87,23 +86,22 @@ def mean_losses(
     return [float(task.loss(prediction, drawn).mean()) for prediction in predictions]
 
 
-def curves(run: Run, reference: Transformer, seed: int) -> Curves:
+def measure(run: Run, seed: int) -> Result:
     """Loss along the fit, and the levels of the construction and the optimum."""
-    if not run.history:
-        raise NotApplicable("the run has no records")
     names = set(run.history[0]) - {"step", "loss", "gradient_norm", "excess"}
 
     def column(name: str) -> list[list[float]]:
         values = [np.atleast_1d(np.asarray(record[name], float)) for record in run.history]
         return np.stack(values, axis=1).tolist()
 
+    reference = compiled_like(run.construction, run.models[0])
     inputs = run.construction.examples // 4
     draws = np.array([
         mean_losses(run.construction, (reference, *run.models), seed + n, inputs)
         for n in range(DRAWS)
     ])  # fmt: skip
     level, *trained = draws.mean(0).tolist()
-    return Curves(
+    found = Curves(
         steps=[int(record["step"]) for record in run.history],
         losses=column("loss"),
         metrics={name: column(name) for name in sorted(names)},
@@ -112,54 +110,129 @@ def curves(run: Run, reference: Transformer, seed: int) -> Curves:
         trained=trained,
         standard_error=float(draws[:, 0].std(ddof=1) / np.sqrt(DRAWS)),
     )
+    best = [] if run.optimum is None else [("optimum of the class", run.optimum, np.nan)]
+    last = [losses[-1] for losses in found.losses]
+    rows = [("construction", level, np.nan), *zip(seed_names(run), trained, last, strict=True)]
+    return table(
+        "loss of construction and trained models",
+        ("on fresh inputs", "last of the fit's records"),
+        [row[0] for row in (*rows, *best)],
+        [row[1:] for row in (*rows, *best)],
+        data=found,
+        picture=partial(figure, found),
+    )
 
 
-def scale_curve(
-    construction: Construction,
-    models: Sequence[Transformer],
-    reference: Transformer,
-    seed: int,
-    batch: int,
-) -> ScaleCurve:
+def needs_records(run: Run) -> str:
+    """Records of the fit."""
+    return "" if run.history else "the run has no records"
+
+
+def measure_scaled(run: Run, seed: int, batch: int = 1024) -> Result:
     """Loss on inputs that are larger or smaller than those of the task."""
-    scaled = getattr(construction.task, "scaled_inputs", None)
-    if scaled is None:
-        raise NotApplicable("the task's inputs have no scale to change")
-    losses = np.array([
-        mean_losses(
-            construction, (reference, *models), seed, batch, task=scaled(factor)
-        )
-        for factor in SCALES
-    ])  # fmt: skip
-    return ScaleCurve(list(SCALES), losses[:, 0].tolist(), losses[:, 1:].T.tolist())
+    construction = run.construction
+    models = (compiled_like(construction, run.models[0]), *run.models)
+    scaled = construction.task.scaled_inputs  # type: ignore[attr-defined]
+    losses = np.array(
+        [mean_losses(construction, models, seed, batch, task=scaled(f)) for f in SCALES]
+    )
+    found = ScaleCurve(list(SCALES), losses[:, 0].tolist(), losses[:, 1:].T.tolist())
+    return table(
+        "loss on inputs scaled by a factor",
+        [f"{factor:g} times" for factor in SCALES],
+        ("construction", *seed_names(run)),
+        losses.T,
+        data=found,
+        picture=partial(figure_scaled, found),
+    )
 
 
-def roll_out(
-    construction: Construction,
-    models: Sequence[Transformer],
-    reference: Transformer,
-    seed: int,
-    batch: int,
-    depth: int = 12,
-) -> RollOut:
-    """Loss of the last layer looped, undamped and damped: does it go on as the algorithm would?
-
-    Inert weights are removed first: training leaves them where they began, and a second application
-    would read what they wrote.
-    """
-    drawn = construction.task.sample(jax.random.key(seed), batch)
-    try:
-        bare = [without_inert(model, construction.gauge()) for model in (reference, *models)]
-        losses = np.array([
-            [_rolled(construction, model, drawn, depth, damping) for model in bare]
-            for damping in DAMPINGS
-        ])  # fmt: skip
-    except (TypeError, ValueError) as error:
-        raise NotApplicable(str(error)) from error
-    return RollOut(list(DAMPINGS), losses[:, 0].tolist(), losses[:, 1:].tolist())
+def needs_a_scale(run: Run) -> str:
+    """A task whose inputs can be made larger."""
+    task = run.construction.task
+    return "" if hasattr(task, "scaled_inputs") else "the task's inputs have no scale to change"
 
 
-@compile_once(static_argnums=(0, 3), often=True)
-def _rolled(construction: Any, model: Transformer, drawn: Batch, depth: int, damping: Any) -> Array:
-    steps = interpolation.roll_out(construction, model, *drawn.inputs, depth=depth, damping=damping)
-    return jax.vmap(lambda p: construction.task.loss(p, drawn).mean())(steps)
+@in_style
+def figure(curves: Curves) -> Picture:
+    """Loss along the fit, and further quantities beside it."""
+    import matplotlib.ticker
+
+    names = {"exact_excess": "exact excess over the optimum"}
+    metrics = {n: np.asarray(v, float) for n, v in curves.metrics.items()}
+    metrics = {n: v for n, v in metrics.items() if np.isfinite(v).all() and (v > 0).all()}
+    drawing, axes = figure_of(9.2, 3.3, 2 if metrics else 1)
+    left, seeds = axes[0], len(curves.losses)
+    who = f"trained, {seeds} seeds (mean, range)" if seeds > 1 else "trained"
+    band(left, curves.steps, curves.losses, TRAINED, who)
+    left.axhline(curves.construction, color=CONSTRUCTION, ls="--", label="construction")
+    if curves.optimum is not None:
+        left.axhline(curves.optimum, color=OPTIMUM, ls=":", label="optimum of the class")
+    left.set(xlabel="optimiser steps", ylabel="loss", title="Loss", yscale="log")
+    left.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
+    left.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+    left.legend()
+    for (name, values), color in zip(metrics.items(), (GREEN, PURPLE, ORANGE, SKY), strict=False):
+        band(axes[1], curves.steps, values, color, names.get(name, name).replace("_", " "))
+    if metrics:
+        title = "Distance to the optimum"
+        axes[1].set(xlabel="optimiser steps", ylabel="fraction", title=title, yscale="log")
+        axes[1].legend()
+    level = curves.construction
+    excess = [loss / level - 1 for loss in curves.trained]
+    caption = (
+        f"After {curves.steps[-1]} steps the trained loss is {span(curves.trained, four)} on "
+        f"fresh inputs, and the construction's {four(level)} (standard error "
+        f"{number(curves.standard_error, 2)}); on the same inputs they differ by "
+        f"{span(excess, percent)}."
+    )
+    if curves.optimum is not None:
+        caption += f" The optimum of the class is {four(curves.optimum)}."
+    for name, values in metrics.items():
+        shown = names.get(name, name).replace("_", " ")
+        caption += f" Last {shown}: {span(values[:, -1].tolist(), percent)}."
+    alt = "Training loss of every seed falls onto the lines of construction and optimum."
+    return Picture(
+        "loss", "Does training find the construction's loss?", caption, alt, png(drawing)
+    )
+
+
+@in_style
+def figure_scaled(curve: ScaleCurve) -> Picture:
+    """Loss against the scale of the inputs."""
+    drawing, (axis,) = figure_of(6.4, 3.2)
+    band(axis, curve.scales, curve.trained, TRAINED, "trained (mean, range of seeds)")
+    axis.plot(curve.scales, curve.construction, color=CONSTRUCTION, ls="--", label="construction")
+    axis.axvline(1, color=GREY, lw=0.8, ls=":")
+    axis.set(xlabel="scale of the inputs (1: as in training)", ylabel="loss", yscale="log")
+    axis.legend()
+    built, trained = np.asarray(curve.construction), np.asarray(curve.trained)
+    gap = np.abs(trained / built - 1)
+    worst = int(gap.max(0).argmax())
+    caption = (
+        "Off the training distribution the losses differ by at most "
+        f"{percent(float(gap.max()))}, at scale {number(curve.scales[worst])} "
+        f"(construction {four(float(built[worst]))}, trained "
+        f"{span(trained[:, worst].tolist(), four)}): a shared failure is evidence of a shared "
+        "algorithm."
+    )
+    alt = "Loss against the scale of the inputs, construction and trained."
+    title = "Does it fail where the algorithm fails?"
+    return Picture("scale", title, caption, alt, png(drawing))
+
+
+LOSSES = Probe(
+    "losses",
+    "does training find the construction's loss?",
+    "the task is solved by much else: an equal loss says nothing of how",
+    measure,
+    needs_records,
+)
+
+SCALE = Probe(
+    "scale",
+    "does the trained model fail where the algorithm fails, on inputs of another scale?",
+    "models that are linear in their inputs scale alike, whatever they compute",
+    measure_scaled,
+    needs_a_scale,
+)

@@ -18,13 +18,13 @@ The vectors of one subspace are not unique: score which examples a component has
 Components are of rank one, so a strategy whose examples fill d dimensions needs about d / 2 of them
 before its examples come out together; with fewer, clusters depend on the start. That a component's
 own examples move most along it is true of isotropic examples as well: compare what is explained
-with `isotropic_rows`. `probes.fisher` makes the rows; they depend on the basis of the weights, so
+with `isotropic_rows`. `probes.merging` makes the rows; they depend on the basis of the weights, so
 that components of two models are not compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,9 +34,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from probes.fisher import Rows, divergences
-from probes.flat import Flat
-from synthetic.tasks.task import Batch
+from constructions.runs import Run
+from probes.merging import Rows, counted_places, fisher_rows
+from probes.probe import (
+    NotApplicable,
+    Probe,
+    Result,
+    in_its_precision,
+    seed_names,
+    table,
+    too_many_weights,
+)
+from probes.subject import ParameterVector
+from synthetic.tasks.masked_language import MaskedLanguageTask
+from synthetic.tasks.task import Batch, outcome
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,12 @@ class Search:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
         if not 0 < self.rate < float("inf"):
             raise ValueError(f"rate is {self.rate}, must be above 0 and finite")
+
+
+#: Components that `measure` looks for, examples that it looks at, and how it looks.
+COMPONENTS, EXAMPLES, SEARCH = 8, 128, Search(joint=400, restarts=2)
+#: Outcomes drawn of each example, where it has more; and a component's top examples.
+DRAWN, TOP = 4, 8
 
 
 class Components(NamedTuple):
@@ -213,8 +230,41 @@ def cluster_accuracy(
     return float(np.sum(counted) / len(labels))
 
 
+def divergences(
+    flat: ParameterVector,
+    theta: Float[Array, " weight"],
+    others: Iterable[Float[Array, " weight"]],
+    batch: Batch,
+) -> Float[Array, "other example"]:
+    """KL(p_theta | p_other) of every example, to second order d^T F_i d / 2 with d = other - theta.
+
+    Half the squared distance for values.
+    """
+    ours, counted = _outputs(flat, theta, batch)
+    values = outcome(flat.construction.task) == "values"
+
+    def apart(other: Array) -> Array:
+        theirs, _ = _outputs(flat, other, batch)
+        each = (
+            jnp.square(ours - theirs) / 2
+            if values
+            else (jnp.exp(ours) * (ours - theirs)).sum(-1) * counted
+        )
+        return each.reshape(len(each), -1).sum(1)
+
+    return jnp.stack([apart(other) for other in others])
+
+
+@partial(jax.jit, static_argnums=0)
+def _outputs(flat: ParameterVector, theta: Array, batch: Batch) -> tuple[Array, Array]:
+    """Values or log probabilities, and which of them the loss looks at."""
+    kind = outcome(flat.construction.task)
+    predict = flat.predict if kind == "values" else flat.log_probabilities
+    return predict(theta, *batch.inputs), counted_places(flat, theta, batch, kind)
+
+
 def perturbation(
-    flat: Flat,
+    flat: ParameterVector,
     theta: Float[Array, " weight"],
     batch: Batch,
     directions: Float[Array, "component weight"],
@@ -250,3 +300,73 @@ def isotropic_rows(rows: Rows, key: Array) -> Rows:
     mixed = jax.random.normal(key, (len(flat), len(flat)), rows.dtype)
     found = jnp.matmul(mixed, flat, precision="highest") / np.sqrt(len(flat))
     return found.reshape(examples, count, weights)
+
+
+@in_its_precision
+def measure(run: Run, seed: int) -> Result:
+    """Components of the examples' Fisher matrices: which examples a model treats alike.
+
+    Raises NotApplicable for models whose predictions do not depend on their weights.
+    """
+    flat = ParameterVector(run.construction, run.models[0])
+    drawn, rows_key, starts, null = jax.random.split(jax.random.key(seed), 4)
+    batch, labels, kind = _examples(run.construction.task, drawn)
+    samples = DRAWN if flat.outcomes(batch) > DRAWN else 0
+    names, values, notes = [], [], []
+    for name, model in zip(seed_names(run), run.models, strict=True):
+        theta = flat.vector(model)
+        rows = fisher_rows(flat, theta, batch, samples, rows_key)
+        known = np.asarray((rows != 0).any((1, 2)))
+        if known.sum() < 4 * COMPONENTS:
+            raise NotApplicable(
+                f"{name}: {known.sum()} examples of {len(known)} have any Fisher information, "
+                f"must be {4 * COMPONENTS}: the model's predictions do not depend on its weights"
+            )
+        rows, own = rows[known], jax.tree.map(lambda a, k=known: a[k], batch)
+        inside, lift = coordinates(unit_rows(rows))
+        found = decompose(inside, COMPONENTS, starts, SEARCH)
+        isotropic = isotropic_rows(inside, null)
+        control = decompose(isotropic, COMPONENTS, starts, SEARCH)
+        size = 0.02 * jnp.linalg.norm(theta)
+        moved = perturbation(flat, theta, own, lift(found.directions), size)
+        ratio = top_ratio(moved, top_examples(found.weights, TOP))
+        pure = np.full(COMPONENTS, np.nan)
+        if labels is not None:
+            pure = purity(found.weights, labels[known], TOP)
+        largest = np.asarray(found.weights).argmax(1)
+        for j in range(COMPONENTS):
+            names.append(f"{name}, component {j + 1}")
+            values.append([int((largest == j).sum()), ratio[j], pure[j]])
+        notes.append(
+            f"{name}: explains {1 - float(found.error):.2f} of the Fisher matrices, "
+            f"{1 - float(control.error):.2f} of isotropic ones"
+        )
+    if labels is not None:
+        chance = np.bincount(labels).max() / len(labels)
+        notes.append(f"labels: {kind}, the most frequent {chance:.2f} of all")
+    columns = ("examples", f"top {TOP} move more, times", f"purity of the top {TOP}")
+    return table("NPEFF components of the examples", columns, names, values, "; ".join(notes))
+
+
+def _examples(task: Any, key: Array) -> tuple[Batch, np.ndarray | None, str]:
+    """Examples, and a label of each where the task has a natural one, and what it is."""
+    if not isinstance(task, MaskedLanguageTask):
+        return task.sample(key, EXAMPLES), None, ""
+    batch = task.sample(key, 32 * EXAMPLES)
+    tokens, mask = (np.asarray(a) for a in batch.target)
+    alone = np.flatnonzero(mask.sum(1) == 1)[:EXAMPLES]
+    words = tokens[alone][mask[alone]]
+    tags = task.grammar.emission.argmax(0)[words]
+    return jax.tree.map(lambda a: a[alone], batch), tags, "part of speech of the hidden word"
+
+
+NPEFF = Probe(
+    "npeff",
+    "which examples does the model treat alike?",
+    "components are read without the isotropic control in the note; there are too few; vectors are "
+    "compared, not examples",
+    measure,
+    needs=lambda run: too_many_weights(run, "NPEFF"),
+    invariant=False,
+    seeds=2,
+)

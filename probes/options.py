@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from synthetic.files import atomic, check_writable, parse_json, parse_json_text, plain
+from synthetic.files import atomic, check_writable, parse_json, parse_json_text
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -128,6 +128,8 @@ def write_json(path: Path | None, content: Any, overwrite: bool) -> None:
     """Write JSON where a path is given; numbers that are not finite become null."""
     if path is None:
         return
+    from probes.style import plain
+
     check_free(path, overwrite)
     text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
     write_file(path, text.encode())

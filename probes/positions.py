@@ -11,14 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from constructions.family import Construction
-from probes.linear import ridge, split
-from probes.sites import Subject, activations
+from constructions.runs import Run, initial_models
+from probes.probe import Probe, Result, seed_names, table
+from probes.regression import ridge, split
+from probes.subject import Subject, activations, too_large
 
+#: Sequences that the probe draws.
+SEQUENCES = 512
 INPUT = "input-only"
 
 
@@ -101,3 +106,53 @@ def position_probes(
         held_out[name], in_sample[name] = r2[:, :, 2].T, r2[:, :, 0].T
         layers[name] = r2[:, :, 1].argmax(0)
     return PositionProbes(tuple(targets), held_out, in_sample, layers)
+
+
+def _values(construction: Construction, inputs: tuple[Array, ...]) -> dict[str, Array]:
+    """The values of the algorithm with as many entries a position as the prediction has."""
+    trace = construction.trace(*inputs)
+    shape = trace["prediction"].shape
+    return {name: value for name, value in trace.items() if value.shape == shape}
+
+
+def measure(run: Run, seed: int) -> Result:
+    """Probes early, half-way and late in a sequence, for what the algorithm has at every position.
+
+    The layer is chosen on validation sequences, and scored on others.
+    """
+    construction = run.construction
+    draw, cut = jax.random.split(jax.random.key(seed))
+    inputs = construction.sample(draw, SEQUENCES)
+    targets = _values(construction, inputs)
+    length = targets["prediction"].shape[1]
+    models: dict[str, Subject] = dict(zip(seed_names(run), run.models, strict=True))
+    models["random init"] = initial_models(run)[0]
+    columns, rows, values = [*models, INPUT], [], []
+    for position in sorted({length // 4, length // 2, length - 1}):
+        found = position_probes(construction, models, targets, inputs, position, cut)
+        for name in targets:
+            rows.append(f"{name}, position {position + 1} of {length}")
+            values.append([found.best(column, name) for column in columns])
+    return table("held-out R^2 of ridge probes by position", columns, rows, values)
+
+
+def needs_sequences(run: Run) -> str:
+    """A prediction, in numbers, at every position of a sequence."""
+    construction = run.construction
+    if missing := too_large(construction):
+        return missing
+    inputs = construction.sample(jax.random.key(0), 2)
+    shape = jax.eval_shape(lambda *i: construction.trace(*i)["prediction"], *inputs).shape
+    stream, _, read = construction.stream(construction.reference, *inputs)
+    if len(shape) != 3 or shape[1] != len(range(stream.shape[1])[read]) or shape[1] < 4:
+        return f"{type(construction).__name__} predicts no numbers at each of some positions"
+    return ""
+
+
+POSITIONS = Probe(
+    "positions",
+    "what can be read off a token early in a sequence, and what late?",
+    "the input column is left out of account: much of a solution is a multiple of its right side",
+    measure,
+    needs_sequences,
+)

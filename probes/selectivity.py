@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,14 @@ from jaxtyping import Float, Int
 
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from synthetic.tasks.task import Batch, Task
+from constructions.runs import Run, initial_models
+from probes.probe import NotApplicable, Probe, Result, seed_names, table
+from synthetic.tasks.masked_language import MaskedLanguageTask
+from synthetic.tasks.task import Batch, Task, outcome
 
 EPS = 1e-7
+#: Sentences, or sets of examples, that the probe looks at.
+SENTENCES = 512
 
 
 def class_means(
@@ -160,20 +165,21 @@ def _with_null(
     return run(activations, classes, key)
 
 
-def check_units(model: Transformer) -> None:
-    """Raise ValueError, in one line, unless every MLP of a model is behind a plain ReLU."""
+def no_units(model: Any) -> str:
+    """Why a model has no units behind a plain ReLU, in one phrase; "" where all its MLPs do."""
     if not isinstance(model, Transformer):
-        raise ValueError(f"model is a {type(model).__name__}, must be a Transformer")
+        return f"model is a {type(model).__name__}, must be a Transformer"
     mlps = [layer.mlp for layer in model.config.layers() if layer.mlp is not None]
     if not mlps:
-        raise ValueError("the model has no MLP; class selectivity is of units behind a ReLU")
+        return "the model has no MLP; class selectivity is of units behind a ReLU"
     for mlp in mlps:
         if mlp.activation != "relu" or mlp.gated:
             kind = f"gated {mlp.activation}" if mlp.gated else mlp.activation
-            raise ValueError(
+            return (
                 f"the model's MLPs are {kind}, whose units may be negative; class selectivity is "
                 "of units behind a plain ReLU"
             )
+    return ""
 
 
 def with_units(construction: Construction) -> Callable[..., tuple[Array, Array]]:
@@ -186,7 +192,8 @@ def with_units(construction: Construction) -> Callable[..., tuple[Array, Array]]
     """
 
     def predict(model: Transformer, *inputs: Array) -> tuple[Array, Array]:
-        check_units(model)
+        if missing := no_units(model):
+            raise ValueError(missing)
         stream, groups, read = construction.stream(model, *inputs)
         units = model.run(stream, groups, sites=("mlp_hidden",))[1]["mlp_hidden"]
         return construction.apply(model, *inputs), units[:, :, read]
@@ -227,3 +234,95 @@ class SelectiveTask:
             return selectivity_index(means, sizes > 0).mean()
 
         return self.task.loss(found, batch) - self.weight * jax.vmap(index)(units).mean()
+
+
+class Labelled(NamedTuple):
+    """Inputs with a class for each token that a model reads out.
+
+    Attributes:
+        inputs: of the construction.
+        classes: `[batch, token]`, -1 for none.
+        what: the classes are of.
+    """
+
+    inputs: tuple[Array, ...]
+    classes: Array
+    what: str
+
+
+def labelled(construction: Construction, key: Array, batch: int) -> Labelled:
+    """Inputs of a construction's task with classes: tags of words, or labels that are asked for.
+
+    ValueError, in one line, for tasks that have neither.
+    """
+    task = construction.task
+    if isinstance(task, MaskedLanguageTask):
+        drawn, hidden = task.draw(key, batch, jnp.asarray(1.0))
+        return Labelled((drawn.tokens, drawn.lengths, hidden), drawn.tags, "tags of words")
+    if missing := no_classes(task):
+        raise ValueError(missing)
+    drawn = task.sample(key, batch)
+    return Labelled(drawn.inputs, drawn.target.reshape(batch, -1), "labels")
+
+
+def no_classes(task: Any) -> str:
+    """Why a task has no classes for what a model reads out, in one phrase; "" where it has."""
+    if isinstance(task, MaskedLanguageTask):
+        return ""
+    if outcome(task) == "values":
+        return (
+            f"{type(task).__name__} is regression, which has no classes: 'selectivity' needs "
+            "words or labels"
+        )
+    target = jax.eval_shape(lambda key: task.sample(key, 1), jax.random.key(0)).target
+    if not (hasattr(target, "ndim") and jnp.issubdtype(target.dtype, jnp.integer)):
+        return f"{type(task).__name__}: its target is no array of class labels"
+    return ""
+
+
+def measure(run: Run, seed: int) -> Result:
+    """Class selectivity of the units of every MLP, beside exchanged labels and random weights."""
+    given = labelled(run.construction, jax.random.key(seed), SENTENCES)
+    predict = jax.jit(lambda model, *inputs: with_units(run.construction)(model, *inputs)[1])
+    rows, values, sizes = [], [], np.zeros(0)
+    models = [*run.models, initial_models(run)[0]]
+    names = [*(f"trained, {name}" for name in seed_names(run)), "random weights"]
+    for name, model in zip(names, models, strict=True):
+        found = np.asarray(predict(model, *given.inputs))
+        if found.shape[1:3] != given.classes.shape:
+            raise NotApplicable(
+                f"labels are {given.classes.shape}, must be one for each of the "
+                f"{found.shape[1:3]} tokens that are read"
+            )
+        for layer, own in enumerate(found):
+            result = selectivity(
+                own.reshape(-1, own.shape[-1]),
+                np.asarray(given.classes).reshape(-1),
+                jax.random.key(seed + 1),
+            )
+            rows.append(f"{name}, layer {layer + 1}")
+            gain = result.mean - result.chance
+            values.append([result.mean, result.chance, gain, result.above, result.dead.mean()])
+            sizes = result.sizes[result.sizes > 0]
+    columns = ["mean index", "exchanged labels", "difference", "above all shuffles", "dead units"]
+    note = (
+        f"classes: {len(sizes)} {given.what}, of {sizes.min()} to {sizes.max()} examples; 0.05 of "
+        "the units are above all 19 shuffles by chance"
+    )
+    return table("class selectivity of units", columns, rows, values, note)
+
+
+def needs_units_and_classes(run: Run) -> str:
+    """Units behind a plain ReLU, and a class for each token that is read."""
+    lacking = (missing for model in run.models if (missing := no_units(model)))
+    return next(lacking, "") or no_classes(run.construction.task)
+
+
+SELECTIVITY = Probe(
+    "selectivity",
+    "do single ReLU units answer to one class? (`fit inside-outside --set activation=relu`)",
+    "classes lie off the axes; classes are small or unequal, and the exchanged labels are not "
+    "looked at",
+    measure,
+    needs_units_and_classes,
+)

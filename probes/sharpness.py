@@ -17,7 +17,9 @@ along the minimisers towards less sharp ones (Arora et al. 2022, arXiv 2205.0974
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,23 @@ import optax
 from jaxtyping import Array, Float
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from probes.descent import Loss, Path, Theta
+from constructions.runs import Run
+from probes.descent import (
+    MOST,
+    Loss,
+    Path,
+    Theta,
+    WeightFunctions,
+    descend,
+    no_forward_derivative,
+    weight_functions,
+)
+from probes.probe import NotApplicable, Probe, Result, seed_names, table, too_many_weights
 from synthetic.compilation import compile_once
+
+
+class NoCurvature(ValueError):
+    """A Hessian has no largest eigenvalue that can be found."""
 
 
 @compile_once(static_argnums=0, often=True)
@@ -57,7 +74,7 @@ def sharpness(
         scale: P, all above 0: of the preconditioned Hessian P^-1/2 H P^-1/2 (see `adam_scale`).
 
     Raises:
-        ValueError: the Hessian is not finite there.
+        NoCurvature: the Hessian is not finite there, or Lanczos does not come to an end.
     """
     weigh = np.ones(theta.size) if scale is None else np.asarray(scale, np.float64) ** -0.5
 
@@ -65,7 +82,7 @@ def sharpness(
         given = jnp.asarray(weigh * vector.ravel(), theta.dtype)
         found = weigh * np.asarray(hessian_vector(loss, theta, data, given), np.float64)
         if not np.isfinite(found).all():
-            raise ValueError("the Hessian is not finite at these weights")
+            raise NoCurvature("the Hessian is not finite at these weights")
         return found
 
     start = np.random.default_rng(0).standard_normal(theta.size)
@@ -81,7 +98,7 @@ def sharpness(
             operator, 1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False
         )  # fmt: skip
     except ArpackNoConvergence as error:
-        raise ValueError("Lanczos did not find the largest eigenvalue of the Hessian") from error
+        raise NoCurvature("Lanczos did not find the largest eigenvalue of the Hessian") from error
     return float(found[0])
 
 
@@ -122,3 +139,99 @@ def spherical_sharpness(loss: Loss, theta: Theta, data: Any) -> float:
     if not abs(here - there) <= 1e-4 * abs(here):
         raise ValueError(f"loss is {here:.4g} at theta and {there:.4g} at 2 theta, must be equal")
     return sharpness(loss, theta / jnp.linalg.norm(theta), data)
+
+
+class Curved(NamedTuple):
+    """A model with a full batch, and the largest curvature of its loss there."""
+
+    subject: WeightFunctions
+    theta: Array
+    batch: Any
+    sharpness: float
+
+
+def curved(run: Run, seed: int) -> tuple[dict[str, Curved], str]:
+    """The subjects whose loss has second derivatives; what is left out.
+
+    Raises:
+        NotApplicable: none has.
+    """
+    subjects, note = weight_functions(run)
+    found, missing = {}, []
+    for name, (subject, theta) in subjects.items():
+        batch = subject.task.sample(jax.random.key(seed), subject.examples)
+        value = np.nan
+        if not no_forward_derivative(jax.grad(subject.whole), theta, batch):
+            with suppress(NoCurvature):
+                value = max(sharpness(subject.whole, theta, batch), 1e-6)
+        if np.isnan(value):
+            missing.append(name)
+        else:
+            found[name] = Curved(subject, theta, batch, value)
+    if not found:
+        raise NotApplicable("the loss has no finite second derivatives, which this probe needs")
+    if missing:
+        lack = f"no finite second derivatives, left out: {', '.join(missing)}"
+        note = "; ".join(filter(None, [note, lack]))
+    return found, note
+
+
+def measure(run: Run, seed: int) -> Result:
+    """The largest curvature, and what becomes of it in steps that it does not bear."""
+    subjects, note = curved(run, seed)
+    recipe, rows = run.recipe, []
+    steps = min(given.subject.steps(200, 20) for given in subjects.values())
+    trained = subjects.get(seed_names(run)[0], next(iter(subjects.values())))
+    rate = 1.25 * edge(1.0) / trained.sharpness
+
+    def moments(subject: WeightFunctions, theta: Array, batch: Any) -> float:
+        if recipe.optimizer not in ("adam", "adamw"):
+            return np.nan
+        keys = jax.random.split(jax.random.key(seed + 1), 16)
+        size = min(recipe.batch, 256)
+        mean, variance = second_moment(subject, theta, keys, size)
+        scale = jnp.sqrt(mean**2 + variance * size / recipe.batch) + recipe.eps
+        found = sharpness(subject.whole, theta, batch, scale)
+        return found / edge(recipe.learning_rate, recipe.b1)
+
+    for subject, theta, batch, here in subjects.values():
+        path = descend(subject.whole, theta, batch, rate, steps)
+        there = np.nan
+        if bool(jnp.isfinite(path.thetas[-1]).all()):
+            with suppress(NoCurvature):  # as far away as that
+                there = sharpness(subject.whole, path.thetas[-1], batch) / edge(rate)
+        ends = path.losses[0], path.losses[-1]
+        adam = moments(subject, theta, batch)
+        rows.append([here, edge(1.0) / here, adam, here / edge(rate), there, *ends])
+    columns = ("sharpness", "largest stable step", "Adam's sharpness over its edge",
+               f"sharpness over the edge of step {rate:.3g}", f"after {steps} such steps",
+               "loss before", "after")  # fmt: skip
+    return table("sharpness, and steps a quarter too large", columns, subjects, rows, note)
+
+
+def second_moment(
+    subject: WeightFunctions, theta: Array, keys: Array, size: int
+) -> tuple[Array, Array]:
+    """Mean and variance of every weight's gradient over batches of that size."""
+
+    gradients = _gradients(subject, size, theta, keys)
+    return gradients.mean(0), gradients.var(0)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _gradients(subject: WeightFunctions, size: int, theta: Array, keys: Array) -> Array:
+    def one(key: Array) -> Array:
+        return jax.grad(subject.whole)(theta, subject.task.sample(key, size))
+
+    return jax.lax.map(one, keys)
+
+
+SHARPNESS = Probe(
+    "sharpness",
+    "how large a step do these weights bear, and what happens past it?",
+    "it is of one batch; weights without gradient make Adam's number explode",
+    measure,
+    needs=lambda run: too_many_weights(run, "'sharpness'", MOST),
+    invariant=False,
+    seeds=2,
+)

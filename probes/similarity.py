@@ -9,15 +9,31 @@ An `Apply` maps input arrays with leading axis `batch` to predictions `[batch, t
 `functools.partial(construction.apply, model)` does.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+from constructions.claims import Evidence, comparable_weights, predict
+from constructions.core.canonical import canonical_distance
+from constructions.core.transformer import Transformer
+from constructions.family import Construction
+from constructions.runs import Run
+from probes.probe import Probe, Result, checkpoints_of, seed_names, table
+from synthetic.tasks.task import Batch, outcome
 
 Apply = Callable[..., Array]
 Sensitivity = Float[Array, "batch token dim_out dim_in"]
+
+#: Cosine of predictions or sensitivities below which a model says the opposite.
+OPPOSITE = -0.9
 
 
 class PredictionDistance(NamedTuple):
@@ -213,3 +229,90 @@ def _unit(v: Array) -> Array:
 def _check_equal(a: Array, b: Array, what: str) -> None:
     if a.shape != b.shape:
         raise ValueError(f"{what} have shapes {a.shape} and {b.shape}, must be equal")
+
+
+@partial(jax.jit, static_argnums=0)
+def sensitivities(
+    construction: Construction, model: Transformer, reference: Transformer, inputs: Any
+) -> Array:
+    """Mean cosine of the sensitivities of two models, jitted."""
+    ours, theirs = (partial(construction.apply, m) for m in (model, reference))
+    return sensitivity_cosine(ours, theirs, inputs)
+
+
+def compared(construction: Any, prediction: Array) -> Array:
+    """A prediction without what means nothing: of logits, the mean over the outcomes."""
+    if outcome(construction.task) != "logits":
+        return prediction
+    return prediction - prediction.mean(-1, keepdims=True)
+
+
+def _constant(value: Array) -> Callable[..., Array]:
+    return lambda *_: value
+
+
+def measure(run: Run, seed: int) -> Result:
+    """Distance of predictions and cosine of sensitivities to the construction's.
+
+    Logits are compared up to a number common to all outcomes.
+    """
+    construction, reference = run.construction, run.construction.reference
+    inputs = construction.sample(jax.random.key(seed), 256)
+    values = []
+    for model in run.models:
+        ours, theirs = (partial(predict, construction, m) for m in (model, reference))
+        one, other = (_constant(compared(construction, f(*inputs))) for f in (ours, theirs))
+        distance = prediction_distance(one, other, inputs)
+        cosine = np.nan  # where inputs are no real numbers, a token each
+        if not obstacle(ours, inputs):
+            cosine = float(sensitivities(construction, model, reference, inputs))
+        values.append([float(distance.relative), float(distance.mean_norm), cosine])
+    columns = ("relative prediction distance", "mean prediction distance", "sensitivity cosine")
+    result = table("functions, against the construction", columns, seed_names(run), values)
+    if any(row[-1] < OPPOSITE for row in values):
+        hint = "A cosine near -1: is the sign of the read-out the construction's?"
+        return replace(result, note=f"{result.note} {hint}".strip())
+    return result
+
+
+def measure_along_the_fit(run: Run, seed: int) -> Result:
+    """The match along the run's checkpoints: prediction distance and canonical distance."""
+    construction, reference = run.construction, run.construction.reference
+    key = jax.random.key(seed)
+    inputs = construction.sample(key, 1024)
+    rows, values = [], []
+    for step, models in checkpoints_of(run):
+        for name, model in zip(seed_names(run), models, strict=True):
+            ours, theirs = (partial(predict, construction, m) for m in (model, reference))
+            distance = prediction_distance(ours, theirs, inputs)
+            evidence = Evidence(construction, model, reference, Batch(inputs, None), key)
+            weights = np.nan  # where there is more than linear attention, say
+            if not comparable_weights(evidence):
+                weights = float(canonical_distance(model, reference, construction.gauge()))
+            rows.append(f"step {step}, {name}")
+            values.append([float(distance.relative), weights])
+    columns = ("relative prediction distance", "canonical weight distance")
+    return table("match with the construction along the fit", columns, rows, values)
+
+
+def has_checkpoints(run: Run) -> str:
+    """Weights that were kept along the fit."""
+    if run.path is None:
+        return "the run was not kept, so it has no checkpoints"
+    return "" if checkpoints_of(run) else f"{run.path}: holds no readable checkpoint"
+
+
+SIMILARITY = Probe(
+    "similarity",
+    "are predictions and sensitivities the construction's?",
+    "the inputs are few in kind: agreement on the task is no agreement off it",
+    measure,
+)
+
+TRAINING = Probe(
+    "training",
+    "when does the match come about?",
+    "checkpoints are few, and the last ones only",
+    measure_along_the_fit,
+    has_checkpoints,
+)

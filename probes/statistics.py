@@ -21,42 +21,17 @@ from constructions.core.canonical import without_inert
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from probes import interpolation, similarity
-from probes.fourier import degree_weights
-from probes.subsets import all_subsets
+from probes.context import all_subsets, degree_weights, no_examples
+from probes.interpolation import between
+from probes.roll_out import roll_out
+from probes.similarity import compared, sensitivities
 from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch, outcome
-
-FRACTIONS = tuple(n / 10 for n in range(11))
-
-
-@compile_once(static_argnums=0)
-def sensitivities(
-    construction: Construction, model: Transformer, reference: Transformer, inputs: Any
-) -> Array:
-    """Mean cosine of the sensitivities of two models, jitted."""
-    ours, theirs = (partial(construction.apply, m) for m in (model, reference))
-    return similarity.sensitivity_cosine(ours, theirs, inputs)
-
-
-@compile_once(static_argnums=0, often=True)
-def between(
-    construction: Construction, model: Transformer, reference: Transformer, examples: Batch
-) -> Array:
-    """Losses at `FRACTIONS` of the line from model to reference, jitted."""
-    fractions = jnp.array(FRACTIONS)
-    return interpolation.interpolate(construction, model, reference, examples, fractions)
 
 
 def excess_loss(e: Evidence) -> float:
     """|loss of the model / loss of the construction - 1|, on the same examples."""
     return abs(e.loss(e.prediction) / e.loss(e.expected) - 1)
-
-
-def compared(construction: Any, prediction: Array) -> Array:
-    """A prediction without what means nothing: of logits, the mean over the outcomes."""
-    if outcome(construction.task) != "logits":
-        return prediction
-    return prediction - prediction.mean(-1, keepdims=True)
 
 
 def prediction_distance(e: Evidence) -> float:
@@ -130,9 +105,7 @@ def interpolation_gap(e: Evidence) -> float:
 
 @compile_once(static_argnums=0, often=True)
 def _rolled(construction: Construction, model: Transformer, examples: Batch) -> Array:
-    predictions = interpolation.roll_out(
-        construction, model, *examples.inputs, depth=20, damping=0.75
-    )
+    predictions = roll_out(construction, model, *examples.inputs, depth=20, damping=0.75)
     # the median: in the mean, the few contexts that are nearly unstable drown all others
     return jax.vmap(lambda p: jnp.median(construction.task.loss(p, examples)))(predictions)
 
@@ -171,7 +144,7 @@ def subset_distance(e: Evidence) -> float:
 def degree_distance(e: Evidence) -> float:
     """|log of the share of degree 2 and above over the construction's|, in four examples.
 
-    See `probes.fourier`; the share is what no linear datamodel has.
+    See `probes.context`; the share is what no linear datamodel has.
     """
     theirs = e.once("subsets", lambda: _on_subsets(e, e.reference))
     ours, theirs = (degree_weights(v) for v in (_on_subsets(e, e.model), theirs))
@@ -210,9 +183,7 @@ def rolled_alike(e: Evidence) -> str:
 
 def examples_to_leave_out(e: Evidence) -> str:
     """The construction says what the examples of its inputs are."""
-    if type(e.construction).context_size is Construction.context_size:
-        return f"{type(e.construction).__name__}: its inputs have no examples to leave out"
-    return ""
+    return no_examples(e.construction)
 
 
 Statistic = Callable[[Evidence], float]

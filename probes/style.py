@@ -1,14 +1,18 @@
-"""How the report's figures look: palette, sizes, and how numbers are written."""
+"""How results look: palette and sizes of figures, how numbers are written, and plain data."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 # Okabe and Ito's palette, told apart by colour-blind readers
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -34,6 +38,8 @@ STYLE: Any = {
 }
 MOST_LABELS = 24
 DPI = 160
+#: Columns of what is printed where there is no terminal to say how many it has.
+WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,8 @@ def png(figure: Figure) -> bytes:
 
 def figure_of(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A figure of so many inches and its axes, in one row."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
@@ -111,3 +119,42 @@ def band(axis: Any, x: Any, curves: Any, color: str, label: str) -> None:
 def four(value: float) -> str:
     """A number with four significant digits."""
     return number(value, 4)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: tuples as lists, and None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def ticks(axis: Any, labels: list[str], **options: Any) -> None:
+    """Labels of an axis, as many as there is room for."""
+    every = -(-len(labels) // MOST_LABELS)
+    axis.set_ticks(range(0, len(labels), every), labels[::every], **options)
+
+
+def in_style(make: Callable[..., Picture]) -> Callable[..., Picture]:
+    """A function that draws, with the settings of all our figures."""
+
+    @wraps(make)
+    def drawn(*data: Any) -> Picture:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return make(*data)
+
+    return drawn
+
+
+def headed_table(title: str, *columns: str) -> Table:
+    """An empty table for `rich`; what must be typed stands in its first column, never broken."""
+    from rich.table import Column, Table
+
+    first, *others = (Column(name, overflow="fold") for name in columns)
+    first.no_wrap = True
+    return Table(first, *others, title=title, title_justify="left", header_style="bold")

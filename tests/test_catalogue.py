@@ -10,7 +10,8 @@ from constructions.core.evaluate import evaluate
 from constructions.core.inventory import counts
 from constructions.core.transformer import Transformer
 from constructions.family import verify
-from probes.ledger import STATISTICS, ledger
+from probes.ledger import ledger
+from probes.statistics import STATISTICS
 from synthetic.tasks.task import Task
 
 # Counterparts that take less time to compile and to fit; the constructions are the examples.

@@ -216,7 +216,7 @@ ONE_STEP_CLAIMS = (
         "<=",
         "the additive part is Saunshi et al. 2022, arXiv 2210.01072; here it is all of it",
         catches=(*_STEPS, "one step too many", "centred attention"),
-        note="Both are sums over examples, exactly (probes.fourier), as every linear layer is. "
+        note="Both are sums over examples, exactly (probes.context), as every linear layer is. "
         "What no example has a part in, such as W_0, is left out.",
     ),
     Claim(
@@ -290,7 +290,7 @@ TWO_STEP_CLAIMS = (
         "degree_distance",
         0.05,
         "<=",
-        "Saunshi et al. 2022, arXiv 2210.01072, on a context; degrees: probes.fourier",
+        "Saunshi et al. 2022, arXiv 2210.01072, on a context; degrees: probes.context",
         catches=(*_STEPS, *_CURVATURE),
     ),
 )
@@ -340,7 +340,7 @@ STEPS_CLAIMS = (
         "subset_distance",
         0.03,
         "<=",
-        "probes.subsets",
+        "probes.context",
         catches=_SEVERAL,
         note=_BETTER,
     ),

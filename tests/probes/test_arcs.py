@@ -21,9 +21,16 @@ from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots
 from constructions.inside_outside.tableau import GROUPS
 from constructions.runs import Run, fit_family
-from probes.arcs import OFFSETS, arc_scores, choose, named_heads, words_and_attention
-from probes.emergence import emergence, span_f1
-from probes.tools import syntax
+from probes.syntax.arcs import (
+    ARCS,
+    OFFSETS,
+    arc_scores,
+    choose,
+    emergence,
+    named_heads,
+    span_f1,
+    words_and_attention,
+)
 from synthetic.fitting.train import fit
 from synthetic.grammar.dependencies import Arcs, Headed, dependencies
 from synthetic.grammar.examples import agreement, headed, named
@@ -246,7 +253,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_tool(run: Run, tmp_path: Path) -> None:
-    found = syntax.arcs(run, 0)
+    found = ARCS(run, 0)
     assert found.rows == [
         "trained, seed 0", "trained, seed 1", "random weights", "best offset", "chance"
     ]  # fmt: skip
@@ -256,10 +263,10 @@ def test_tool(run: Run, tmp_path: Path) -> None:
     # three steps teach no syntax
     assert (values[:3, 1] < values[3, 1]).all()
     assert (values[:3, :2] >= 0).all() and (values[:4, 3:] <= 1).all()
-    other = syntax.arcs(run, 0, heads=Headed.everywhere(named("toy")))
+    other = ARCS(run, 0, heads=Headed.everywhere(named("toy")))
     assert other.values != found.values and "marks no heads" not in other.note
     with pytest.raises(ValueError, match="heads is of another grammar"):
-        syntax.arcs(run, 0, heads=agreement())
+        ARCS(run, 0, heads=agreement())
 
 
 def test_tool_finds_the_built_head_and_says_what_it_took_for_heads() -> None:
@@ -269,20 +276,20 @@ def test_tool_finds_the_built_head_and_says_what_it_took_for_heads() -> None:
     made = Run(
         "inside-outside", {}, construction, (built(),), (0,), [], construction.counterpart().recipe
     )
-    found = syntax.arcs(made, 0, heads=marked)
+    found = ARCS(made, 0, heads=marked)
     assert found.values[0][:2] == [1, 1] and found.values[1][0] < 0.6
     assert found.note == "best head of seed 0: from the word, layer 1, head 1; best offset -1"
-    default = syntax.arcs(replace(made, models=(model,)), 0)
+    default = ARCS(replace(made, models=(model,)), 0)
     assert "marks no heads, so the right child of every rule is taken" in default.note
 
 
 def test_tool_refuses(run: Run) -> None:
     other = CATALOGUE["gradient-descent"](dim_x=2, num_examples=3)
     with pytest.raises(ValueError, match="family 'gradient-descent' has no grammar: 'arcs' needs"):
-        syntax.arcs(replace(run, family="gradient-descent", construction=other), 0)
+        ARCS(replace(run, family="gradient-descent", construction=other), 0)
     compiled = CATALOGUE["inside-outside"](grammar="toy", max_length=3).compile().model
     with pytest.raises(ValueError, match="attention is linear: 'arcs' needs softmax attention"):
-        syntax.arcs(replace(run, models=(compiled,)), 0)
+        ARCS(replace(run, models=(compiled,)), 0)
 
 
 def test_regulariser_moves_attention() -> None:

@@ -11,9 +11,8 @@ from constructions.core.compile import compile_program
 from constructions.core.symmetry import change_key_basis, change_value_basis
 from constructions.gradient_descent import GradientDescent
 from constructions.runs import fit_family, load_run
-from probes.averaging import average, excess_factor, exponential, latest, measured_factor
-from probes.flat import Flat
-from probes.tools import weights as tools
+from probes.merging import AVERAGING, average, excess_factor, exponential, latest, measured_factor
+from probes.subject import ParameterVector
 from synthetic.fitting.recipe import Recipe
 
 
@@ -91,7 +90,7 @@ def test_another_basis_is_another_place() -> None:
     model = compile_program(construction.program, config=shape)
     first, second = jax.random.split(jax.random.key(3))
     turned = change_value_basis(change_key_basis(model, first), second)
-    flat = Flat(construction, model)
+    flat = ParameterVector(construction, model)
     batch = construction.task.sample(jax.random.key(1), 512)
     thetas, loss = jnp.stack([flat.theta, flat.vector(turned)]), jax.jit(flat.loss)
     alone, copy = (float(loss(theta, batch)) for theta in thetas)
@@ -104,7 +103,7 @@ def test_tool(tmp_path: Any) -> None:
     fitted = {"steps": 60, "batch": 32, "chunk": 20, "checkpoint_every": 20, "average_tail": None}
     path = tmp_path / "run"
     fit_family("gradient-descent", settings, path, seeds=[0, 1], **fitted)
-    found = tools.averaging(load_run(path), 0)
+    found = AVERAGING(load_run(path), 0)
     assert found.rows == ["seed 0", "seed 1", "control: seeds"]
     values = np.array(found.values, float)
     assert (values[:, :3] > 0).all() and (values[:, 4] > 0).all()
@@ -113,4 +112,4 @@ def test_tool(tmp_path: Any) -> None:
     short = tmp_path / "short"
     fit_family("gradient-descent", settings, short, steps=3, batch=8)
     with pytest.raises(ValueError, match="the run has 1 checkpoints, averaging needs two"):
-        tools.averaging(load_run(short), 0)
+        AVERAGING(load_run(short), 0)

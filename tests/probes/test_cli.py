@@ -21,10 +21,10 @@ from constructions import CATALOGUE
 from constructions.claims import Measurement
 from constructions.family import Certificate, Error, verify
 from constructions.runs import construct, load_run, plain_settings
+from probes import PROBES
 from probes.cli import installed_version, main
 from probes.ledger import ledger
 from probes.options import parse_settings
-from probes.tools import TOOLS
 from synthetic.grammar.grammar import Grammar
 
 NAME = "gradient-descent"
@@ -164,27 +164,31 @@ def test_resume_may_repeat_the_options(run: Path, capsys: Any) -> None:
     assert "settings.dim_x" in complaint(capsys, other)
 
 
-#: Tools whose assumptions a regression run of a few steps does not meet, and what they say.
+#: Probes whose assumptions a regression run of a few steps does not meet, and what they say.
 REFUSED = {
     "saliency": "RegressionTask predicts numbers",
     "averaging": "the run has 1 checkpoints, averaging needs two",
     "arcs": "family 'gradient-descent' has no grammar",
     "selectivity": "",
+    "spans": "family 'gradient-descent' is no masked language model",
+    "trees": "family 'gradient-descent' is no masked language model",
+    "span-interchange": "family 'gradient-descent' keeps no values of spans",
+    "positions": "GradientDescent predicts no numbers at each of some positions",
 }
 
 
-#: Those behind the command in the fast suite; every tool has tests of its own.
+#: Those behind the command in the fast suite; every probe has tests of its own.
 SHOWN = ("linear", "training", "graft", *REFUSED)
 
 
 @pytest.mark.parametrize(
-    "tool", [t if t in SHOWN else pytest.param(t, marks=pytest.mark.slow) for t in TOOLS]
+    "name", [p if p in SHOWN else pytest.param(p, marks=pytest.mark.slow) for p in PROBES]
 )
-def test_probe(tool: str, run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_probe(name: str, run: Path, tmp_path: Path, capsys: Any) -> None:
     file, figure = tmp_path / "p.json", tmp_path / "p.png"
-    command = ["probe", tool, "--run", str(run), "--json", str(file), "--figure", str(figure)]
-    if tool in REFUSED:
-        assert REFUSED[tool] in complaint(capsys, command)
+    command = ["probe", name, "--run", str(run), "--json", str(file), "--figure", str(figure)]
+    if name in REFUSED:
+        assert REFUSED[name] in complaint(capsys, command)
         assert not file.exists() and not figure.exists()
         return
     assert main(command) == 0

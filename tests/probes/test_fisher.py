@@ -15,19 +15,18 @@ from constructions.gradient_descent import GradientDescent
 from constructions.inside_outside import InsideOutside
 from constructions.inside_outside.paper import language_model
 from constructions.runs import fit_family, load_run
-from probes.fisher import (
+from probes.merging import (
+    FISHER_MERGE,
     best_merge,
     diagonal_fisher,
-    divergences,
     fisher_rows,
     full_fisher,
     merge,
     normalised,
-    outcomes,
     share_grid,
 )
-from probes.flat import Flat
-from probes.tools import weights as tools
+from probes.npeff import divergences
+from probes.subject import ParameterVector
 
 KEY = jax.random.key(0)
 BOTH = jnp.asarray([0.5, 0.5])
@@ -106,11 +105,11 @@ def test_rows_are_the_curvature_of_the_divergence(kind: str) -> None:
     shape = (
         language_model(17, 4, 1, 1, 6) if kind == "probabilities" else construction.compile().model
     )
-    flat = Flat(construction, randomise(shape, KEY, 0.3))
+    flat = ParameterVector(construction, randomise(shape, KEY, 0.3))
     batch = construction.task.sample(jax.random.key(1), 8)
     theta = flat.theta
     rows = fisher_rows(flat, theta, batch)
-    assert rows.shape == (8, outcomes(flat, batch), theta.size)
+    assert rows.shape == (8, flat.outcomes(batch), theta.size)
     direction = jax.random.normal(KEY, theta.shape)
     curvature = jnp.square(rows @ direction).sum(1)
     step = 1e-4
@@ -145,7 +144,7 @@ def test_tool(tmp_path: Any) -> None:
     fitted = {"steps": 300, "batch": 64, "chunk": 100, "checkpoint_every": 100}
     fit_family("gradient-descent", settings, tmp_path / "run", seeds=[0, 1], **fitted)
     run = load_run(tmp_path / "run")
-    found = tools.fisher_merge(run, 0)
+    found = FISHER_MERGE(run, 0)
     assert found.rows == ["seed 0, steps 100 and 300", "seed 1, steps 100 and 300", "seeds 0 and 1"]
     values = np.array(found.values, float)
     better = values[:, :2].min(1)
@@ -158,10 +157,10 @@ def test_tool(tmp_path: Any) -> None:
     shape = construction.trained_shape
     built = compile_program(construction.program, config=shape)
     turned = change_value_basis(change_key_basis(built, KEY), jax.random.key(1))
-    copies = tools.fisher_merge(replace(run, models=(built, turned), path=None), 0)
+    copies = FISHER_MERGE(replace(run, models=(built, turned), path=None), 0)
     first, second, plain, merged, _, between = np.array(copies.values, float)[0]
     assert second == pytest.approx(first, rel=1e-4) and between == pytest.approx(first, rel=1e-4)
     assert plain > 1.02 * first and merged > 1.001 * first
     one = replace(run, models=run.models[:1], seeds=(0,), path=None)
     with pytest.raises(ValueError, match="one seed and fewer than two checkpoints"):
-        tools.fisher_merge(one, 0)
+        FISHER_MERGE(one, 0)

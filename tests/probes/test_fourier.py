@@ -11,8 +11,15 @@ from constructions.core.compile import compile_program
 from constructions.core.transformer import randomise
 from constructions.gradient_descent import GradientDescent
 from constructions.mesa.ridge import MesaRidge
-from probes.fourier import Spectrum, degree_bound, degree_weights, spectrum, walsh_hadamard
-from probes.subsets import all_subsets, answers
+from probes.context import (
+    Spectrum,
+    all_subsets,
+    answers,
+    degree_bound,
+    degree_weights,
+    spectrum,
+    walsh_hadamard,
+)
 
 
 def by_characters(values: np.ndarray) -> np.ndarray:

@@ -15,9 +15,9 @@ from constructions.core.slots import Slots
 from constructions.core.symmetry import change_key_basis
 from constructions.core.transformer import randomise
 from constructions.gradient_descent import GradientDescent
-from constructions.runs import fit_family, load_run
-from probes.flat import Flat
+from constructions.runs import fit_family, initial_models, load_run
 from probes.grafting import (
+    GRAFT,
     MaskSettings,
     gains,
     graft,
@@ -26,7 +26,7 @@ from probes.grafting import (
     random_mask,
     top_movement,
 )
-from probes.tools import weights as tools
+from probes.subject import ParameterVector
 
 ONE = GradientDescent(dim_x=5, num_examples=10)
 KEY = jax.random.key(0)
@@ -39,7 +39,7 @@ def wide(program: Program) -> Any:
 
 
 BUILT = wide(ONE.program)
-FLAT = Flat(ONE, BUILT)
+FLAT = ParameterVector(ONE, BUILT)
 SKILL = FLAT.theta != 0
 OUTPUT = next(part for name, part in FLAT.parts.items() if name.endswith("output"))
 #: What is written to the columns of x, which nobody reads.
@@ -110,7 +110,7 @@ def test_masks_depend_on_the_basis() -> None:
     assert overlap(masks[0], masks[1]) < 0.3
 
 
-def two_tasks(shared: bool) -> tuple[Flat, Any]:
+def two_tasks(shared: bool) -> tuple[ParameterVector, Any]:
     """Two outputs, each by a head of its own, or both by one; and where the weights end."""
     construction = GradientDescent(dim_x=5, dim_y=2, num_examples=10)
     slots = Slots()
@@ -122,7 +122,9 @@ def two_tasks(shared: bool) -> tuple[Flat, Any]:
         Head(query=x, key=x, value=-part @ y, write={y: rate * part}, keys="context")
         for part in parts
     ]
-    flat = Flat(construction, wide(Program(slots, [Layer(heads)], 1, ("context", "query"))))
+    flat = ParameterVector(
+        construction, wide(Program(slots, [Layer(heads)], 1, ("context", "query")))
+    )
     return flat, flat.theta + 0.02 * jax.random.normal(KEY, flat.theta.shape)
 
 
@@ -183,7 +185,7 @@ def test_tool(tmp_path: Any) -> None:
     path = tmp_path / "run"
     fit_family("gradient-descent", settings, path, seeds=[3, 5], **fitted)
     run = load_run(path)
-    found = tools.graft(run, 0)
+    found = GRAFT(run, 0)
     arrays = len(FLAT.parts)
     assert found.rows[:: arrays + 1] == ["seed 3", "seed 5"]
     values = np.array(found.values, float).reshape(2, arrays + 1, -1)
@@ -193,6 +195,6 @@ def test_tool(tmp_path: Any) -> None:
         assert whole[3] > 0.5 and whole[5] < whole[3]
         assert (parts[:, -1] < whole[3]).any()
     # the other way round the fit makes it worse
-    back = replace(run, models=tuple(tools.initial_models(run)))
-    with pytest.raises(ValueError, match="seed 3: .*improved by more than chance"):
-        tools.graft(back, 0)
+    back = replace(run, models=tuple(initial_models(run)))
+    with pytest.raises(ValueError, match="seed 3: .*improved on its start"):
+        GRAFT(back, 0)

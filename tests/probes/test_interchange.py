@@ -9,9 +9,9 @@ from constructions.core.transformer import Edit, randomise
 from constructions.family import Construction, Stream
 from constructions.gradient_descent import GradientDescent
 from probes import interchange as module
-from probes.attribution import attribution, path_patch
 from probes.interchange import exchange, interchange, interchange_agreement, sweep
-from probes.sites import Edited, read_sites, where
+from probes.patching import attribution, path_patch
+from probes.subject import Edited, read_sites, where
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -13,7 +13,8 @@ from constructions.core.config import Config, HeadsConfig, LayerConfig, MlpConfi
 from constructions.core.symmetry import transform
 from constructions.core.transformer import Transformer, randomise
 from constructions.gradient_descent import GradientDescent
-from probes.interpolation import blend, interpolate, interpolation_gap, roll_out
+from probes.interpolation import blend, interpolate, interpolation_gap
+from probes.roll_out import roll_out
 from synthetic.tasks.task import Batch
 
 pytestmark = pytest.mark.usefixtures("x64")

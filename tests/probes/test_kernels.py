@@ -14,7 +14,7 @@ from constructions.core.compile import compile_program
 from constructions.core.transformer import randomise
 from probes import kernels
 from probes.descent import descend, gradient_moments
-from probes.flat import Flat
+from probes.subject import ParameterVector
 from synthetic.tasks.regression import RegressionTask, Uniform
 from synthetic.theory.one_layer import optimal_step_size
 
@@ -22,24 +22,26 @@ TASK = RegressionTask(5, 10, inputs=Uniform(-1, 1))
 DESCENT = CATALOGUE["gradient-descent"](dim_x=5, num_examples=10, step_size=optimal_step_size(TASK))
 
 
-def built(start: str = "construction") -> Flat:
+def built(start: str = "construction") -> ParameterVector:
     """One layer with heads as wide as its tokens: 144 weights; made once in each precision."""
     return _built(start, jnp.zeros(()).dtype)
 
 
 @lru_cache
-def _built(start: str, dtype: Any) -> Flat:
+def _built(start: str, dtype: Any) -> ParameterVector:
     del dtype
     wide = DESCENT.counterpart().init(jax.random.key(0)).config
     model = compile_program(DESCENT.program, config=wide)
-    return Flat(DESCENT, model if start == "construction" else randomise(model, _KEY, 0.2))
+    return ParameterVector(
+        DESCENT, model if start == "construction" else randomise(model, _KEY, 0.2)
+    )
 
 
 _KEY = jax.random.key(1)
 
 
 @lru_cache
-def predictor(flat: Flat) -> Any:
+def predictor(flat: ParameterVector) -> Any:
     """The model's outputs of weights and data, compiled once for all tests."""
     return jax.jit(lambda theta, batch: flat.predict(theta, *batch.inputs))
 

@@ -15,8 +15,9 @@ from constructions.core.config import MlpConfig, NormConfig
 from constructions.core.symmetry import transform
 from constructions.core.transformer import Transformer
 from constructions.gradient_descent import GradientDescent
-from probes.ledger import CONSTRUCTION, RANDOM, compiled_like, decide, ledger, measure
-from probes.statistics import lacks
+from probes.ledger import CONSTRUCTION, RANDOM, decide, ledger
+from probes.probe import compiled_like
+from probes.statistics import lacks, measure
 from synthetic.tasks.task import Batch
 
 

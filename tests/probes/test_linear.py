@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from probes.linear import logistic_probe, ridge, ridge_probe, split
+from probes.regression import logistic_probe, ridge, ridge_probe, split
 
 KEY = jax.random.key(0)
 

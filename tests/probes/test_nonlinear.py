@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from probes.linear import Split, ridge
-from probes.nonlinear import ProbeRecipe, two_layer
+from probes.regression import Split, ridge
+from probes.syntax.sentence_probes import ProbeRecipe, two_layer
 
 KEY = jax.random.key(0)
 ROWS = 3000

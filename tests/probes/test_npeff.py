@@ -12,8 +12,8 @@ from constructions.core.compile import compile_program, config_of
 from constructions.core.symmetry import change_key_basis
 from constructions.gradient_descent import GradientDescent
 from constructions.runs import fit_family, load_run
-from probes.fisher import fisher_rows
-from probes.flat import Flat
+from probes import npeff
+from probes.merging import fisher_rows
 from probes.npeff import (
     Search,
     cluster_accuracy,
@@ -26,14 +26,14 @@ from probes.npeff import (
     top_ratio,
     unit_rows,
 )
-from probes.tools import weights as tools
+from probes.subject import ParameterVector
 from synthetic.tasks.task import Batch
 
 KEY = jax.random.key(0)
 TYPES = np.repeat(np.arange(3), 100)
 CONSTRUCTION = GradientDescent(dim_x=6, num_examples=10)
 SHAPE = config_of(CONSTRUCTION.program).with_heads(7, 7)
-FLAT = Flat(CONSTRUCTION, compile_program(CONSTRUCTION.program, config=SHAPE))
+FLAT = ParameterVector(CONSTRUCTION, compile_program(CONSTRUCTION.program, config=SHAPE))
 QUERY = next(part for name, part in FLAT.parts.items() if name.endswith("query"))
 
 
@@ -170,11 +170,11 @@ def test_tool(tmp_path: Any, monkeypatch: Any) -> None:
         "gradient-descent", {"dim_x": 2, "num_examples": 4}, tmp_path / "r", steps=3, batch=8
     )
     run = load_run(tmp_path / "r")
-    found = tools.npeff(run, 0)
+    found = npeff.NPEFF(run, 0)
     values = np.array(found.values, float)
-    assert found.rows[0] == "seed 0, component 1" and len(found.rows) == tools.COMPONENTS
-    assert values[:, 0].sum() == tools.EXAMPLES and (values[:, 1] > 1).all()
+    assert found.rows[0] == "seed 0, component 1" and len(found.rows) == npeff.COMPONENTS
+    assert values[:, 0].sum() == npeff.EXAMPLES and (values[:, 1] > 1).all()
     assert np.isnan(values[:, 2]).all() and "of isotropic ones" in found.note
-    monkeypatch.setattr(tools, "MOST_WEIGHTS", 10)
+    monkeypatch.setattr("probes.probe.MOST_WEIGHTS", 10)
     with pytest.raises(ValueError, match="has 36 weights, NPEFF takes at most 10"):
-        tools.npeff(run, 0)
+        npeff.NPEFF(run, 0)

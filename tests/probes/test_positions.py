@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from constructions.mesa import MesaRidge
-from probes.linear import split
 from probes.positions import INPUT, position_probes
+from probes.regression import split
 
 C = MesaRidge(2, 6, tokens="constructed")
 KEY = jax.random.key(0)

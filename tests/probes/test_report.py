@@ -17,12 +17,12 @@ from constructions.claims import Measurement
 from constructions.core.canonical import canonical
 from constructions.runs import fit_family
 from probes.cli import main
-from probes.comparison import Comparison, compare
 from probes.ledger import decide
 from probes.losses import mean_losses
-from probes.report import is_report, render, tone, write_report
+from probes.report.data import Comparison, compare
+from probes.report.page import is_report, render, tone, write_report
+from probes.report.tables import show_ledger
 from probes.style import number
-from probes.tables import show_ledger
 from synthetic.fitting.weights_file import RunError
 
 NAME = "gradient-descent"
@@ -144,21 +144,20 @@ def test_sections_are_what_they_say(comparison: Comparison) -> None:
     drawn = c.task.sample(jax.random.key(7), 32)
     by_hand = c.task.loss(c.trace(*drawn.inputs)["prediction"], drawn).mean()
     np.testing.assert_allclose(mean_losses(c, [reference], 7, 32), [by_hand], rtol=1e-5)
-    assert comparison.weights is not None
+    found = {name: result.data for name, result in comparison.sections.items()}
     (built,), (trained,) = (canonical(m, c.gauge()) for m in (reference, run.models[0]))
     y, x = 3, 1
-    slice_ = comparison.weights[0]
+    slice_ = found["weights"][0]
     assert (slice_.rows, slice_.columns) == (["x1", "x2", "x3", "y"], ["x1", "x2", "x3"])
     np.testing.assert_allclose(slice_.construction, built[0, y], rtol=1e-6)
     np.testing.assert_allclose(slice_.trained, trained[0, y], rtol=1e-4, atol=1e-7)
     # W_1 x = (eta / N) sum_i y_i x_i . x, and T is symmetric in its two middle axes
     expected = c.step_size / c.num_examples / 2  # type: ignore[attr-defined]
     assert slice_.construction[x][x] == pytest.approx(expected)
-    assert comparison.roll_out is not None
     deep = CATALOGUE[NAME](**SMALL, dim_y=1, steps=5)
     drawn = c.task.sample(jax.random.key(0), 1024)
     losses = c.task.loss(deep.trace(*drawn.inputs)["prediction"], drawn).mean()
-    assert comparison.roll_out.construction[0][5] == pytest.approx(float(losses), rel=1e-4)
+    assert found["roll_out"].construction[0][5] == pytest.approx(float(losses), rel=1e-4)
 
 
 def test_verdict_counts(comparison: Comparison) -> None:
@@ -185,9 +184,8 @@ def test_verdict_counts(comparison: Comparison) -> None:
         assert f'class="verdict {mark}"' in render(shown, [])
         if other in rows:
             assert "</b>: it is softmax." in render(shown, [])
-    assert comparison.curves is not None
-    level = comparison.curves.construction
-    apart = sorted(100 * abs(a / level - 1) for a in comparison.curves.trained)
+    curves = comparison.sections["curves"].data
+    apart = sorted(100 * abs(a / curves.construction - 1) for a in curves.trained)
     silent = dataclasses.replace(comparison, rows=[]).verdict
     assert (
         f"with losses {number(apart[0])} to {number(apart[1])} % from the construction's" in silent
@@ -205,10 +203,10 @@ def test_exit_status_is_the_certificates(
 
     wrong = dataclasses.replace(comparison.certificate.errors[0], max_rel_error=1.0)
     failed = dataclasses.replace(comparison.certificate, errors=(wrong,))
-    monkeypatch.setattr("probes.report.pictures", lambda _: [])
+    monkeypatch.setattr("probes.report.page.pictures", lambda _: [])
     for certificate, status in ((comparison.certificate, 0), (failed, 1)):
         shown = dataclasses.replace(comparison, certificate=certificate)
-        monkeypatch.setattr("probes.judging.Compare.comparison", lambda *_, c=shown: c)
+        monkeypatch.setattr("probes.report.commands.Compare.comparison", lambda *_, c=shown: c)
         assert main(["compare", NAME, "--out", str(tmp_path / str(status))]) == status
 
 
@@ -265,8 +263,8 @@ def test_renders_in_a_browser(out: Path, tmp_path: Path) -> None:
 def test_demo_makes_an_index_and_may_be_repeated(
     tmp_path: Path, monkeypatch: Any, comparison: Comparison, capsys: Any
 ) -> None:
-    monkeypatch.setattr("probes.judging.Compare.comparison", lambda *_: comparison)
-    monkeypatch.setattr("probes.judging.family_names", lambda _: [comparison.family])
+    monkeypatch.setattr("probes.report.commands.Compare.comparison", lambda *_: comparison)
+    monkeypatch.setattr("probes.report.commands.family_names", lambda _: [comparison.family])
     for _ in range(2):
         assert main(["demo", "--out", str(tmp_path / "reports")]) == 0
         assert str(tmp_path / "reports" / "report.html") in capsys.readouterr().out

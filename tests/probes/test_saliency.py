@@ -12,7 +12,7 @@ from numpy.random import default_rng
 from constructions.family import Construction
 from constructions.gradient_descent import GradientDescent
 from constructions.inside_outside import InsideOutside
-from probes.saliency import Saliency, saliency
+from probes.context import Saliency, saliency
 from synthetic.grammar.grammar import Grammar
 
 

@@ -15,13 +15,14 @@ from constructions.core.transformer import Transformer, randomise
 from constructions.inside_outside.tableau import GROUPS
 from constructions.runs import Run, fit_family
 from probes.selectivity import (
+    SELECTIVITY,
     SelectiveTask,
     class_means,
+    labelled,
     selectivity,
     selectivity_index,
     with_units,
 )
-from probes.tools import syntax
 from synthetic.fitting.train import fit
 
 KEY = jax.random.key(0)
@@ -165,10 +166,10 @@ def with_relu(model: Transformer) -> Transformer:
 
 def test_tool(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="the model's MLPs are gelu, whose units may be negative"):
-        syntax.units(run, 0)
+        SELECTIVITY(run, 0)
     model = with_relu(run.models[0])
-    monkeypatch.setattr(syntax, "initial_models", lambda _: (model,))
-    found = syntax.units(replace(run, models=(model,)), 0)
+    monkeypatch.setattr("probes.selectivity.initial_models", lambda _: (model,))
+    found = SELECTIVITY(replace(run, models=(model,)), 0)
     assert found.rows == ["trained, seed 0, layer 1", "random weights, layer 1"]
     assert found.columns[:2] == ["mean index", "exchanged labels"]
     assert found.values[0] == found.values[1] and "tags of words" in found.note
@@ -180,9 +181,9 @@ def test_tool_refuses_what_has_no_classes(run: Run) -> None:
     regression = CATALOGUE["gradient-descent"](dim_x=2, num_examples=3)
     model = regression.compile().model
     with pytest.raises(ValueError, match="the model has no MLP"):
-        syntax.units(replace(run, construction=regression, models=(model,)), 0)
+        SELECTIVITY(replace(run, construction=regression, models=(model,)), 0)
     with pytest.raises(ValueError, match="RegressionTask is regression, which has no classes"):
-        syntax.labelled(regression, KEY, 4)
+        labelled(regression, KEY, 4)
 
 
 def test_regulariser_moves_selectivity() -> None:

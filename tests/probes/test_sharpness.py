@@ -13,8 +13,8 @@ from jax import Array
 from constructions import CATALOGUE
 from constructions.core.transformer import Transformer, randomise
 from probes.descent import descend, normalised, root
-from probes.flat import Flat
 from probes.sharpness import adam_scale, along, edge, sharpness, spherical_sharpness
+from probes.subject import ParameterVector
 from synthetic.tasks.regression import RegressionTask, Uniform
 
 TASK = RegressionTask(5, 10, inputs=Uniform(-1, 1))
@@ -30,7 +30,7 @@ def divided(arrays: Any, by: float) -> Any:
     }  # fmt: skip
 
 
-def attention(layers: int, std: float, seed: int, by: float = 10.0) -> tuple[Flat, Any]:
+def attention(layers: int, std: float, seed: int, by: float = 10.0) -> tuple[ParameterVector, Any]:
     """Random linear attention with sums over N=10 divided by `by`, and 256 tasks."""
     construction = CATALOGUE["gradient-descent"](
         dim_x=5, num_examples=10, steps=layers, step_size=1.0
@@ -38,10 +38,10 @@ def attention(layers: int, std: float, seed: int, by: float = 10.0) -> tuple[Fla
     like = construction.counterpart().init(jax.random.key(0))
     model = randomise(like, jax.random.key(seed + 1), std)
     model = Transformer(model.config, divided(model.arrays(), by))
-    return Flat(construction, model), TASK.sample(jax.random.key(seed), 256)
+    return ParameterVector(construction, model), TASK.sample(jax.random.key(seed), 256)
 
 
-def squared(flat: Flat, theta: Any, batch: Any) -> Array:
+def squared(flat: ParameterVector, theta: Any, batch: Any) -> Array:
     """Mean of |prediction - target|^2, without the half."""
     return 2 * flat.loss(theta, batch)
 

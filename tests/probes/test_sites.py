@@ -5,7 +5,7 @@ import pytest
 
 from constructions.core.transformer import SITES, Edit
 from constructions.gradient_descent import GradientDescent
-from probes.sites import ablation, activations, place_mask, read_sites, site_axes, where
+from probes.subject import ablation, activations, place_mask, read_sites, site_axes, where
 
 
 def gd():

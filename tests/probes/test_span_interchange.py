@@ -8,8 +8,8 @@ from constructions.core.transformer import Edit, randomise
 from constructions.inside_outside.paper import language_model
 from probes.interchange import interchange
 from probes.patching import patched_prediction, site_values
-from probes.span_interchange import SpanEffects, inside_places, span_interchange
-from probes.span_pairs import Text, span_pairs
+from probes.syntax.span_interchange import SpanEffects, inside_places, span_interchange
+from probes.syntax.span_pairs import Text, span_pairs
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
 from synthetic.grammar.sentences import sample

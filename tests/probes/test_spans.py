@@ -4,10 +4,10 @@ import pytest
 
 from constructions import CATALOGUE
 from constructions.core.transformer import randomise
-from constructions.inside_outside.paper import language_model
-from probes.linear import ridge_probe
-from probes.rows import Rows, fit
-from probes.spans import span_probe, tag_probe, word_stream
+from constructions.inside_outside.counterpart import language_model
+from probes.regression import ridge_probe
+from probes.syntax.constituents import span_probe, tag_probe, word_stream
+from probes.syntax.sentence_probes import Rows, fit
 
 KEY = jax.random.key(0)
 BATCH, TIME = 300, 6

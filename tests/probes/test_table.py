@@ -6,8 +6,8 @@ import pytest
 
 from constructions.core.transformer import randomise
 from constructions.gradient_descent import GradientDescent
-from probes.sites import read_sites
-from probes.table import CONTROLS, _blocks, probe_table
+from probes.linear import CONTROLS, _blocks, probe_table
+from probes.subject import read_sites
 
 KEY = jax.random.key(0)
 

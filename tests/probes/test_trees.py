@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from nltk import Tree
 
-from probes.trees import (
+from probes.syntax.constituents import (
     decode,
     expected_trees,
     lca_depths,

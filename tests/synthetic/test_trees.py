@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nltk.tree import Tree
 
-from probes.trees import tree_spans
+from probes.syntax.constituents import tree_spans
 from synthetic.grammar import brackets, decode, sparse, treebank, trees
 from synthetic.grammar import normal_form as cnf
 from synthetic.grammar.grammar import Grammar, GrammarError

@@ -1,4 +1,4 @@
-"""Everything that a report shows, as plain data: one call a section, none of them family-specific.
+"""Everything that a report shows, as plain data: the ledger, and a probe for each section.
 
 A section that does not apply to a family (weights of a model without a canonical form, say) is
 left out; `Comparison.omitted` says why.
@@ -11,44 +11,48 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from constructions.claims import Measurement
 from constructions.family import Certificate
 from constructions.runs import Run
-from probes import losses, sections
-from probes.ledger import (
-    HOLDS,
-    NOT_APPLICABLE,
-    REFUTED,
-    VERDICTS,
-    VOID,
-    Row,
-    compiled_like,
-    ledger,
-)
-from probes.losses import Curves, RollOut, ScaleCurve
-from probes.sections import NotApplicable, Patches, Weights
-from probes.style import number
-from probes.table import ProbeTable
-from synthetic.files import plain
+from probes import find
+from probes.ledger import HOLDS, NOT_APPLICABLE, REFUTED, VERDICTS, VOID, Row, ledger
+from probes.probe import NotApplicable, Result
+from probes.style import number, plain
 
 FORMAT, VERSION = "orrery-report", 1
-#: Trained models that the probe table has a column for.
-PROBED = 1
-#: Inputs of the curves beyond the training distribution.
-FEWER = 1024
+
+
+class Section(NamedTuple):
+    """A probe on the page, and the options that it is asked with."""
+
+    probe: str
+    options: Mapping[str, Any] = {}
+
+
+#: The page's sections, by their names in the data; in the order of the page. Values that the
+#: construction keeps in its stream are probed for, in one trained model.
+SECTIONS = {
+    "curves": Section("losses"),
+    "weights": Section("weights"),
+    "probes": Section("linear", {"placed": True, "models": 1}),
+    "patches": Section("interchange"),
+    "scale_curve": Section("scale"),
+    "roll_out": Section("roll-out", {"batch": 1024}),
+}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A construction beside its trained counterparts; see the classes of its parts.
+    """A construction beside its trained counterparts.
 
     Attributes:
+        sections: name in `SECTIONS` -> what its probe gave.
         reproduce: commands, settings, seeds, versions and seconds.
         omitted: section -> why it is missing.
     """
@@ -60,12 +64,7 @@ class Comparison:
     seeds: tuple[int, ...]
     certificate: Certificate
     rows: list[Row]
-    curves: Curves | None
-    weights: list[Weights] | None
-    probes: ProbeTable | None
-    patches: Patches | None
-    scale_curve: ScaleCurve | None
-    roll_out: RollOut | None
+    sections: dict[str, Result]
     measurements: list[Measurement]
     reproduce: dict[str, Any]
     omitted: dict[str, str] = field(default_factory=dict)
@@ -113,26 +112,16 @@ class Comparison:
     @property
     def _losses(self) -> str:
         """What was measured where nothing was claimed."""
-        if self.curves is None:
+        if "curves" not in self.sections:
             return ""
-        level = self.curves.construction
-        apart = [100 * abs(loss / level - 1) for loss in self.curves.trained]
-        said = [number(a) for a in (min(apart), max(apart))]
-        said = " to ".join(dict.fromkeys(said))
-        return f", with losses {said} % from the construction's"
+        curves = self.sections["curves"].data
+        apart = [100 * abs(loss / curves.construction - 1) for loss in curves.trained]
+        shown = dict.fromkeys(number(a) for a in (min(apart), max(apart)))
+        return f", with losses {' to '.join(shown)} % from the construction's"
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; numbers that are not finite become None."""
-        parts = {
-            name: None if part is None else asdict(part)
-            for name, part in (
-                ("curves", self.curves),
-                ("patches", self.patches),
-                ("scale_curve", self.scale_curve),
-                ("roll_out", self.roll_out),
-            )
-        }
-        weights = None if self.weights is None else [asdict(w) for w in self.weights]
+        found = {name: result.data_json() for name, result in self.sections.items()}
         return plain(
             {
                 "format": FORMAT,
@@ -145,9 +134,7 @@ class Comparison:
                 "certificate": self.certificate.to_json(),
                 "claims": [row.to_json() for row in self.rows],
                 "measurements": [row.to_json() for row in self.measurements],
-                **parts,
-                "weights": weights,
-                "probes": None if self.probes is None else self.probes.to_json(),
+                **{name: found.get(name) for name in SECTIONS},
                 "omitted": self.omitted,
                 "reproduce": self.reproduce,
             }
@@ -174,40 +161,29 @@ def compare(
         batch: inputs per statistic of the ledger.
         commands: what to type to make this comparison again.
         measure: gives the published numbers that are measured apart from these models.
-        progress: called with the name of each section.
+        progress: called with the name of each part.
     """
-    construction, models = run.construction, run.models
-    reference = compiled_like(construction, models[0])
+    construction = run.construction
     omitted: dict[str, str] = {}
     began = time.perf_counter()
 
-    named = {f"trained {s}": m for s, m in zip(run.seeds[:PROBED], models, strict=False)}
-    work: dict[str, Callable[[], Any]] = {
-        "claims": lambda: ledger(
-            construction, models, seed=seed, batch=batch, claims=construction.claims
-        ),
-        "measurements": lambda: list(measure()),
-        "certificate": lambda: construction.compile().certificate,
-        "curves": lambda: losses.curves(run, reference, seed),
-        "weights": lambda: sections.weights(construction, models, reference),
-        "probes": lambda: sections.probes(construction, named, seed),
-        "patches": lambda: sections.patches(construction, models, reference, seed),
-        "scale_curve": lambda: losses.scale_curve(construction, models, reference, seed, FEWER),
-        "roll_out": lambda: losses.roll_out(construction, models, reference, seed, FEWER),
-    }
-
-    def section(name: str) -> Any:
+    def section(name: str) -> Result | None:
         progress(name)
         try:
-            return work[name]()
-        except NotApplicable as error:
-            omitted[name] = str(error)
+            return find(SECTIONS[name].probe)(run, seed, **SECTIONS[name].options)
+        except NotApplicable as missing:
+            omitted[name] = str(missing)
             return None
+
+    def claims() -> list[Row]:
+        progress("claims")
+        return ledger(construction, run.models, seed=seed, batch=batch, claims=construction.claims)
 
     # most of the time is compilation, which threads share out over the cores
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = dict(zip(work, pool.map(section, work), strict=True))
-    certificate, rows = parts.pop("certificate"), parts.pop("claims")
+        rows, measured = pool.submit(claims), pool.submit(lambda: list(measure()))
+        certificate = pool.submit(lambda: construction.compile().certificate)
+        found = dict(zip(SECTIONS, pool.map(section, SECTIONS), strict=True))
     seconds = {**run.seconds, "compare": time.perf_counter() - began}
     return Comparison(
         family=run.family,
@@ -215,11 +191,12 @@ def compare(
         source=source,
         settings=run.settings,
         seeds=run.seeds,
-        certificate=certificate,
-        rows=rows,
+        certificate=certificate.result(),
+        rows=rows.result(),
+        sections={name: result for name, result in found.items() if result is not None},
+        measurements=measured.result(),
         reproduce=_reproduce(run, seed, batch, commands, seconds),
-        omitted=omitted,
-        **parts,
+        omitted={name: omitted[name] for name in SECTIONS if name in omitted},
     )
 
 

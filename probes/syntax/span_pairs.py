@@ -3,7 +3,7 @@
 The chimera of two sentences of one length is the base with words i..j taken from the source. Where
 i..j is a constituent for sure, all that the rest of a sentence sees of it is the vector
 beta(., i, j) of what is inside, so that exchanging that vector must do what exchanging the words
-does: hidden words outside get the chimera's posterior (`probes.span_interchange` looks).
+does: hidden words outside get the chimera's posterior (`probes.syntax.span_interchange` looks).
 
 Spans whose label is known from the rest of the sentence ask nothing, as the grammar is
 context-free: the words outside are then independent of those inside. Pairs are those for which the
@@ -20,6 +20,7 @@ from jax import Array
 
 from constructions.family import Construction
 from constructions.inside_outside.construction import AT_ONCE, InsideOutside
+from probes.probe import NotApplicable
 from synthetic.grammar import chart
 
 
@@ -112,7 +113,7 @@ def span_pairs(
         chosen = rng.permutation(good)[:most]
         if chosen.size:
             return jax.tree.map(lambda a: a[chosen], pairs)
-    raise ValueError(
+    raise NotApplicable(
         f"no two of {len(text.tokens)} sentences have a constituent at the same place with sure "
         f"{sure} and gap {gap}; take more sentences, or hide more words"
     )

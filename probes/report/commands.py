@@ -49,7 +49,7 @@ class Compare:
     def run(self) -> int:
         """Run the command; the exit status."""
         (name,), settings = family_names((self.name,)), parse_settings(self.settings)
-        from probes.report import claim_directory, write_report
+        from probes.report.page import claim_directory, write_report
 
         seed_list(self.seed, self.seeds)
         check_free(self.json, self.overwrite)
@@ -71,7 +71,7 @@ class Compare:
         """The comparison of a saved or a fresh run."""
         from constructions import CATALOGUE
         from constructions.runs import fit_family, load_run
-        from probes.comparison import compare
+        from probes.report.data import compare
         from synthetic.fitting.train import print_progress
 
         options = " ".join(f"--set {s}" for s in self.settings)
@@ -141,8 +141,8 @@ class Claims:
         """Run the command; the exit status."""
         names, settings = family_names(self.names), parse_settings(self.settings)
         from constructions.runs import fit_family
-        from probes import tables
         from probes.ledger import ledger
+        from probes.report import tables
         from synthetic.fitting.train import print_progress
 
         check_free(self.json, self.overwrite)
@@ -180,7 +180,7 @@ class Demo:
 
     def run(self) -> int:
         """Run the command; the exit status."""
-        from probes.report import claim_directory, write_index, write_report
+        from probes.report.page import claim_directory, write_index, write_report
 
         seed_list(self.seed, self.seeds)
         # an earlier demonstration is replaced, anything else is left alone

@@ -1,27 +1,37 @@
-"""Run a model and read or edit its named sites; edits are arrays, not closures.
+"""What is probed: named values of a model, read or edited, and its weights as one vector.
+
+Run a model and read or edit its named sites; edits are arrays, not closures.
 
 A site is a value named in `constructions.core.transformer.SITES`, `[layer, batch, *axes]` with the
 axes given there. Reading it asks "what does the model hold here?"; editing it asks "what would the
 model have said, had it held something else here?". Both take a construction, which knows how its
 inputs become a residual stream, and any model of the same class; a model trained elsewhere takes
 part as `Activations`, a function from inputs to named arrays.
+
+`ParameterVector` is a model as a function of one vector, all its trained weights in one order:
+Jacobians, Hessians, masks over the weights and directions in their space all start there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
 
 from constructions.core.config import Config
 from constructions.core.transformer import SITES, Edit, Transformer
 from constructions.family import Construction
 from synthetic.compilation import compile_once
+from synthetic.fitting.weights_file import named
+from synthetic.tasks.task import Batch, outcome
 
 __all__ = [
     "Activations",
@@ -235,3 +245,120 @@ def place_mask(
         mask[number, 0, token[chosen], column[chosen]] = True
         masks[int(number)] = mask
     return masks
+
+
+def no_weights(model: Any) -> str:
+    """Why a model has no vector of weights, in one phrase; "" where it has one."""
+    if isinstance(model, nnx.Module):
+        return ""
+    return (
+        f"model is a {type(model).__name__}, must be a Transformer: this one is too large for "
+        "dense weights"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterVector:
+    """The functions of a construction's model, of its weights as a vector `[weight]`.
+
+    Attributes:
+        construction: gives inputs their meaning.
+        model: whose shape it is.
+    """
+
+    construction: Construction
+    model: Transformer
+
+    def __post_init__(self) -> None:
+        if missing := no_weights(self.model):
+            raise ValueError(missing)
+
+    @cached_property
+    def _split(self) -> tuple[Any, Any, Any]:
+        graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
+        return graphdef, params, rest
+
+    @cached_property
+    def _raveled(self) -> tuple[Array, Callable[[Array], Any]]:
+        with jax.ensure_compile_time_eval():  # kept beyond a jit that asks first
+            return ravel_pytree(self._split[1])
+
+    @property
+    def theta(self) -> Float[Array, " weight"]:
+        """The model's own weights."""
+        return self._raveled[0]
+
+    @cached_property
+    def parts(self) -> dict[str, slice]:
+        """Which entries are which array, in the order of the vector."""
+        sizes = [(name, array.size) for name, array in named(self._split[1]).items()]
+        ends = np.cumsum([size for _, size in sizes]).tolist()
+        return {name: slice(end - size, end) for (name, size), end in zip(sizes, ends, strict=True)}
+
+    def vector(self, model: Transformer) -> Float[Array, " weight"]:
+        """The weights of another model of this shape.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        if nnx.split(model, nnx.Param, ...)[0] != self._split[0]:
+            raise ValueError("the two models have different shapes, must have one")
+        return ravel_pytree(nnx.split(model, nnx.Param, ...)[1])[0]
+
+    def merge(self, theta: Float[Array, " weight"]) -> Transformer:
+        """The model with these weights; pure."""
+        graphdef, _, rest = self._split
+        return nnx.merge(graphdef, self._raveled[1](theta), rest)
+
+    def predict(self, theta: Float[Array, " weight"], *inputs: Array) -> Array:
+        """`construction.apply`; pure."""
+        return self.construction.apply(self.merge(theta), *inputs)
+
+    def losses(self, theta: Float[Array, " weight"], batch: Batch) -> Float[Array, " batch"]:
+        """Loss of every example; pure."""
+        return self.construction.task.loss(self.predict(theta, *batch.inputs), batch)
+
+    def loss(self, theta: Float[Array, " weight"], batch: Batch) -> Float[Array, ""]:
+        """Mean loss; pure."""
+        return self.losses(theta, batch).mean()
+
+    def log_probabilities(self, theta: Float[Array, " weight"], *inputs: Array) -> Array:
+        """Of the outcomes, on the last axis of the prediction; pure.
+
+        Probabilities of 0 count as the smallest positive number.
+
+        Raises:
+            ValueError: the task's predictions are no distributions.
+        """
+        task = self.construction.task
+        kind, found = outcome(task), self.predict(theta, *inputs)
+        if kind == "values":
+            raise ValueError(f"{type(task).__name__}: its predictions are no distributions")
+        if kind == "logits":
+            return jax.nn.log_softmax(found)
+        return jnp.log(jnp.maximum(found, jnp.finfo(found.dtype).tiny))
+
+    def outcomes(self, batch: Batch) -> int:
+        """Numbers in the prediction for one example."""
+        shape = jax.eval_shape(self.predict, self.theta, *batch.inputs).shape
+        return int(np.prod(shape[1:]))
+
+
+#: Numbers in the stream of one input, over all layers and tokens, beyond which nothing is probed or
+#: patched everywhere.
+LARGEST = 250_000
+
+
+def stream_size(construction: Construction) -> int:
+    """Numbers in the compiled model's stream of one input, over all layers and tokens."""
+    model = construction.reference
+    inputs = construction.sample(jax.random.key(0), 1)
+    tokens = jax.eval_shape(lambda *i: construction.stream(model, *i).values, *inputs).shape[1]
+    return (model.config.depth + 1) * tokens * model.config.width
+
+
+def too_large(construction: Construction) -> str:
+    """Why a stream is not looked at everywhere, in one phrase; "" where it is."""
+    if (numbers := stream_size(construction)) > LARGEST:
+        return f"{numbers} numbers in the stream of an input, too many to look at everywhere"
+    return ""

@@ -17,9 +17,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from probes.comparison import FORMAT, Comparison
-from probes.figures import pictures
 from probes.ledger import CONSTRUCTION, NOT_APPLICABLE, RANDOM, Row
+from probes.report.data import FORMAT, SECTIONS, Comparison
 from probes.style import Picture, number
 from synthetic.files import RunError, atomic, check_writable, parse_json, remove
 
@@ -91,7 +90,7 @@ def _listing(value: Any) -> str:
 
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("probes"),
+        loader=jinja2.PackageLoader("probes.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -137,6 +136,12 @@ class _View:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.comparison, name)
+
+
+def pictures(comparison: Comparison) -> list[Picture]:
+    """The figures of all sections, in the order of the page."""
+    made = [comparison.sections[name].picture for name in SECTIONS if name in comparison.sections]
+    return [make() for make in made if make is not None]
 
 
 def claim_directory(out: str | PathLike[str], *, overwrite: bool = False) -> Path:

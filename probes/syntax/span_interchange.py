@@ -1,6 +1,6 @@
 """What do hidden words learn of a constituent? Its values exchanged with another sentence's.
 
-With p the exact posterior of hidden words outside of a span, for the pairs of `probes.span_pairs`,
+With p the exact posterior of hidden words outside of a span, for the pairs of `span_pairs`,
 
     effect  =  <q(patched) - q(base), p(chimera) - p(base)> / |p(chimera) - p(base)|^2
 
@@ -23,7 +23,7 @@ the last two of `SpanPairs.marginals`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -34,11 +34,13 @@ from jax import Array
 from constructions.core.slots import Slot
 from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
-from constructions.inside_outside.construction import AT_ONCE
+from constructions.inside_outside.construction import AT_ONCE, InsideOutside
 from constructions.inside_outside.tableau import Layout
+from constructions.runs import Run, initial_models
 from probes.patching import patched_prediction, site_values, with_sites
-from probes.sites import Subject
-from probes.span_pairs import SpanPairs
+from probes.probe import Probe, Result, seed_names, table
+from probes.subject import Subject, no_weights
+from probes.syntax.span_pairs import SpanPairs, span_pairs
 from synthetic.compilation import compile_once
 
 CONSTRUCTION = "construction"
@@ -114,9 +116,9 @@ def span_interchange(
         raise ValueError(f"models are named {list(models)}, must not be '{CONSTRUCTION}'")
     if len(pairs.first) > AT_ONCE:
         raise ValueError(f"there are {len(pairs.first)} pairs, must be at most {AT_ONCE}")
-    compiled = construction.reference if compiled is None else compiled
+    parser: Transformer = construction.reference if compiled is None else compiled
     given = jax.tree.map(jnp.asarray, pairs)
-    found = {CONSTRUCTION: _in_slots(compiled, given, construction=construction)}
+    found = {CONSTRUCTION: _in_slots(parser, given, construction=construction)}
     for column, model in models.items():
         found[column] = _by_layer(with_sites(model), given, construction=construction)
 
@@ -243,3 +245,48 @@ def _interval(sums: np.ndarray, over: np.ndarray, seed: int) -> np.ndarray:
     found = sums.sum(1) / over.sum()
     low, high = np.quantile(sums @ counts / (over @ counts), (0.025, 0.975), axis=1)
     return np.stack([found, low, high], 1)
+
+
+#: Of the probe: words of the longest sentence (a construction for more is large), sentences among
+#: which pairs are looked for, and the most pairs.
+LONGEST, SENTENCES, PAIRS = 8, 4000, 64
+
+
+def measure(run: Run, seed: int) -> Result:
+    """Effect of exchanging a constituent, at every layer, beside the construction's."""
+    construction: Any = run.construction
+    few = replace(construction, max_length=min(construction.max_length, LONGEST))
+    sentences, choice = jax.random.split(jax.random.key(seed))
+    tokens, lengths, mask = few.task.sample(sentences, SENTENCES).inputs
+    pairs = span_pairs(few, tokens, lengths, mask, choice, most=PAIRS)
+    models = {f"trained, {n}": m for n, m in zip(seed_names(run), run.models, strict=True)}
+    models["random init"] = initial_models(run)[0]
+    found = span_interchange(few, models, pairs)
+    layers = max(len(a) for kinds in found.along.values() for a in kinds.values())
+    rows, values = [], []
+    for column, kinds in found.along.items():
+        for kind in kinds:
+            effect = found.effect(column, kind)[:, 0].tolist()
+            one = column == CONSTRUCTION  # values of its own slots, at no one layer
+            rows.append(f"{column}, {kind}")
+            values.append([*effect, *[np.nan] * layers] if one else [np.nan, *effect])
+    columns = ("values in slots", *(f"stream, {n} layers applied" for n in range(layers)))
+    note = f"{len(pairs.first)} pairs; 1: hidden words get the posterior of the exchanged sentence"
+    return table("effect of exchanging a constituent", columns, rows, values, note)
+
+
+def needs_inside_values(run: Run) -> str:
+    """The construction whose slots hold the values of spans, and models with sites."""
+    if not isinstance(run.construction, InsideOutside):
+        return f"family {run.family!r} keeps no values of spans: 'span-interchange' needs them"
+    return next((no_weights(model) for model in run.models if no_weights(model)), "")
+
+
+SPAN_INTERCHANGE = Probe(
+    "span-interchange",
+    "is a constituent passed on as one thing, in values at its two ends?",
+    "the model knows the words outside from elsewhere, or too little of them: look at the span "
+    "exchanged before any layer, and at random init",
+    measure,
+    needs_inside_values,
+)

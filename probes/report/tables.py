@@ -8,21 +8,17 @@ from collections.abc import Sequence
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from constructions.claims import Measurement
 from constructions.family import Certificate
 from probes.ledger import CONSTRUCTION, HOLDS, NOT_APPLICABLE, RANDOM, REFUTED, VOID, Row
-from probes.report import controls, interval, mean
-from probes.style import number
-from probes.tools import Result
+from probes.probe import Result
+from probes.report.page import controls, interval, mean
+from probes.style import WIDTH, headed_table, number
 
 MARKS = {HOLDS: "green", REFUTED: "red", VOID: "yellow", NOT_APPLICABLE: "cyan"}
 MARKS |= {"reproduced": "green", "better": "green", "differs": "red", "measured": "cyan"}
-
-
-#: Columns of what is printed where there is no terminal to say how many it has.
-WIDTH = 100
 
 
 def _show(table: Table) -> None:
@@ -31,13 +27,6 @@ def _show(table: Table) -> None:
         console = Console(highlight=False, width=WIDTH)
         table.box = box.ASCII2
     console.print(table)
-
-
-def _table(title: str, *columns: str) -> Table:
-    # What must be typed stands in the first column, and is never cut or broken.
-    first, *others = (Column(name, overflow="fold") for name in columns)
-    first.no_wrap = True
-    return Table(first, *others, title=title, title_justify="left", header_style="bold")
 
 
 def show_certificate(name: str, certificate: Certificate) -> None:
@@ -65,7 +54,7 @@ def show_ledger(name: str, rows: Sequence[Row]) -> None:
         print(f"{name}: nothing is claimed at these settings, so nothing was decided")
         return
     others = controls(rows)
-    table = _table(
+    table = headed_table(
         f"{name} (ok: rejected as it must be; MISSED: accepted; in brackets: not asked for)",
         *("claim", "holds if", "published", "construction", "trained mean [95 %]", *others, ""),
     )
@@ -109,7 +98,7 @@ def show_measurements(name: str, rows: Sequence[Measurement]) -> None:
     if not rows:
         return
     columns = ("number", "published", "measured", "standard error", "reproduced within", "")
-    table = _table(f"{name}: published numbers", *columns)
+    table = headed_table(f"{name}: published numbers", *columns)
     for row in rows:
         within = "-" if row.published is None else f"{100 * row.tolerance:g} %"
         cells = [number(row.published) if row.published is not None else "-"]
@@ -122,9 +111,6 @@ def show_measurements(name: str, rows: Sequence[Measurement]) -> None:
 
 def show_result(result: Result) -> None:
     """Print the result of a probe."""
-    table = _table(result.title, "", *result.columns)
-    for name, values in zip(result.rows, result.values, strict=True):
-        table.add_row(name, *map(number, values))
-    _show(table)
+    _show(result.__rich__())
     if result.note:
         print(result.note)

@@ -1,0 +1,230 @@
+"""Does a layer, applied again and again, go on with the algorithm?
+
+    h  <-  h + damping * delta(h),
+
+delta the update of one layer, is gradient descent with step size damping * eta where the layer is
+one step of it. A layer that only fits the training loss need not go on like that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from constructions.claims import masks
+from constructions.core.canonical import obstacle, without_inert
+from constructions.core.config import SegmentConfig
+from constructions.core.transformer import Transformer
+from constructions.family import Construction
+from constructions.runs import Run
+from probes.probe import Probe, Result, compiled_like, seed_names, table
+from probes.style import (
+    GREEN,
+    TRAINED,
+    Picture,
+    band,
+    figure_of,
+    four,
+    in_style,
+    number,
+    percent,
+    png,
+)
+from synthetic.tasks.task import Batch
+
+
+def roll_out(
+    construction: Construction,
+    model: Transformer,
+    *inputs: Array,
+    depth: int,
+    damping: ArrayLike = 1.0,
+    layer: int = -1,
+) -> Float[Array, "step *prediction"]:  # noqa: UP037
+    """Predictions along h <- h + damping * delta(h), the same layer over and over.
+
+    For a layer that does one step of gradient descent this is gradient descent with step size
+    damping * eta.
+
+    Args:
+        construction: says how inputs enter and where the prediction stands.
+        model: whose layer is applied.
+        inputs: of the construction.
+        depth: how often, at least 0.
+        damping: lambda; may be traced.
+        layer: which of the model's layers, counted as they are applied; the last by default.
+
+    Returns:
+        Predictions before the first and after every application, `[depth + 1, *prediction]`.
+
+    Raises:
+        ValueError: negative depth, no such layer, or a construction that does not say where the
+            prediction stands.
+    """
+    if depth < 0:
+        raise ValueError(f"depth is {depth}, must be at least 0")
+    single = _one_layer(model, layer)
+    places, slots = construction.places(1, *inputs), construction.program.slots
+    if "prediction" not in places:
+        raise ValueError(f"{construction} names no place of the prediction in the stream")
+    # the place is one of layer 1; the same tokens and columns are read at every depth
+    place = replace(places["prediction"], layer=np.zeros_like(places["prediction"].layer))
+    stream, groups, _ = construction.stream(single, *inputs)
+    factor = jnp.asarray(damping, stream.dtype)
+
+    def step(h: Array, _: None) -> tuple[Array, Array]:
+        return h + factor * (single(h, groups) - h), place.gather(h[None], slots)
+
+    last, predictions = jax.lax.scan(step, stream, length=depth)
+    return jnp.concatenate([predictions, place.gather(last[None], slots)[None]])
+
+
+def _one_layer(model: Transformer, layer: int) -> Transformer:
+    """One of the applied layers as a model of its own."""
+    config = model.config
+    if not -config.depth <= layer < config.depth:
+        raise ValueError(f"layer is {layer}, the model applies {config.depth}")
+    s, p, r = config.stored(layer % config.depth + 1)
+    alone = SegmentConfig((config.segments[s].pattern[p],))
+    own = model.arrays()["segments"][s]["layers"][p]
+    arrays = {"segments": {0: {"layers": {0: jax.tree.map(lambda a: a[r : r + 1], own)}}}}
+    return Transformer(replace(config, segments=(alone,), final_norm=None), arrays)
+
+
+DAMPINGS = (1.0, 0.75)
+
+
+@dataclass(frozen=True)
+class RollOut:
+    """Loss when one layer is applied over and over, h <- h + damping * delta(h).
+
+    Attributes:
+        dampings: the factors.
+        construction: `[damping, step]`, before the first and after every application.
+        trained: `[damping, seed, step]`.
+    """
+
+    dampings: list[float]
+    construction: list[list[float]]
+    trained: list[list[list[float]]]
+
+
+def measure(run: Run, seed: int, batch: int = 2048, depth: int = 12) -> Result:
+    """Loss of the last layer looped, undamped and damped.
+
+    Inert weights are removed first: training leaves them where they began, and a second application
+    would read what they wrote.
+
+    Args:
+        run: trained models.
+        seed: of the inputs.
+        batch: how many inputs.
+        depth: how often the layer is applied.
+    """
+    construction = run.construction
+    reference = compiled_like(construction, run.models[0])
+    drawn = construction.task.sample(jax.random.key(seed), batch)
+    bare = [without_inert(model, construction.gauge()) for model in (reference, *run.models)]
+    losses = np.array([
+        [_rolled(construction, model, drawn, depth, damping) for model in bare]
+        for damping in DAMPINGS
+    ])  # fmt: skip
+    found = RollOut(list(DAMPINGS), losses[:, 0].tolist(), losses[:, 1:].tolist())
+    rows = [
+        f"{name}, damping {damping:g}"
+        for damping in DAMPINGS
+        for name in ("construction", *seed_names(run))
+    ]
+    return table(
+        "loss of the layer applied again and again",
+        [f"{n} times" for n in range(depth + 1)],
+        rows,
+        losses.reshape(len(rows), -1),
+        data=found,
+        picture=partial(figure, found),
+    )
+
+
+def needs_attention_alone(run: Run) -> str:
+    """Linear attention behind one mask a layer, and a place of the prediction in the stream."""
+    construction, gauge = run.construction, run.construction.gauge()
+    for model in (compiled_like(construction, run.models[0]), *run.models):
+        if found := obstacle(model.config):
+            return f"the canonical form is that of linear attention alone; {found}"
+        for layer, own in enumerate(masks(model), start=1):
+            if len(own) > 1:
+                return f"layer {layer} has heads with different masks, so it has no single T"
+        width = model.config.width
+        if gauge.read.shape[1] != width or gauge.query.shape[0] != width:
+            return (
+                f"gauge has read {gauge.read.shape} and query {gauge.query.shape}, must be "
+                f"[rows, {width}] and [{width}, values]"
+            )
+    inputs = construction.sample(jax.random.key(0), 1)
+    if "prediction" not in construction.places(1, *inputs):
+        return f"{construction} names no place of the prediction in the stream"
+    return ""
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _rolled(construction: Any, model: Transformer, drawn: Batch, depth: int, damping: Any) -> Array:
+    steps = roll_out(construction, model, *drawn.inputs, depth=depth, damping=damping)
+    return jax.vmap(lambda p: construction.task.loss(p, drawn).mean())(steps)
+
+
+@in_style
+def figure(data: RollOut) -> Picture:
+    """Loss against the number of applications."""
+    built, trained = np.asarray(data.construction), np.asarray(data.trained)
+    steps = np.arange(built.shape[-1])
+    top = 20 * max(built[0, 0], built[0].min())
+    # what has left the frame once stays out: beyond it, losses of diverging iterations are noise
+    gone = np.maximum.accumulate(~(trained < top), axis=-1)
+    shown = np.where(np.roll(gone, 1, axis=-1) & gone, np.nan, trained)
+    drawing, (axis,) = figure_of(6.8, 3.2)
+    for damping, own, theirs, color in zip(
+        data.dampings, built, shown, (TRAINED, GREEN), strict=False
+    ):
+        band(axis, steps, theirs, color, f"trained, damping {number(damping)}")
+        axis.plot(
+            steps, own, color=color, ls="--", label=f"construction, damping {number(damping)}"
+        )
+    axis.set(xlabel="times the layer is applied", ylabel="loss", yscale="log")
+    axis.set_ylim(0.5 * np.nanmin(built), top)
+    axis.legend(fontsize=8)
+    caption = (
+        "The same layer applied again and again. Weights without effect on a single application, "
+        "which training leaves as they were initialised, are set to zero first."
+    )
+    for damping, own, theirs in zip(data.dampings, built, trained, strict=True):
+        lost = int((~(theirs.max(1) < 100 * own[0])).sum())
+        least = int(np.nanargmin(own))  # what diverges ends in NaN
+        close = np.abs(theirs[:, : least + 1] / own[: least + 1] - 1)
+        caption += (
+            f" With damping {number(damping)} the construction's loss goes from {four(own[0])} to "
+            f"{four(own[least])} at {least} applications"
+        )
+        if not own.max() < 100 * own[0]:
+            caption += " and diverges"
+        caption += (
+            f"; the trained models' follow it within {percent(float(close.max()))} up to there"
+        )
+        caption += f", and {lost} of {len(theirs)} diverge." if lost else "."
+    alt = "Loss against the number of applications, construction and trained, two dampings."
+    title = "Does the layer go on as the algorithm would?"
+    return Picture("roll-out", title, caption, alt, png(drawing))
+
+
+ROLL_OUT = Probe(
+    "roll-out",
+    "does the layer, applied again and again, go on with the algorithm?",
+    "as trained, a layer leaves what it writes into the context as it was initialised",
+    measure,
+    needs_attention_alone,
+)
