@@ -1,6 +1,6 @@
 """The mesa layer: causal ridge regression of values on keys, read by queries.
 
-layer        `mesa`, all times of a sequence, `mesa_attention`, its weights, `reference`, its definition
+layer        `mesa`, all times of a sequence, `mesa_attention`, its weights, and `reference`
 solvers      four methods to solve its linear systems, and the layer by any of them
 orthogonal   rotations of the data in float64: ill-conditioned times; `mesa_start`, `mesa_step`,
              one token after another

@@ -50,8 +50,8 @@ def reference(
 
     by_time = tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value, beta, gamma))
     batch, _, heads, dim = query.shape
-    start = (jnp.zeros((batch, heads, n, dim), query.dtype) for n in (dim, value.shape[-1]))
-    return jnp.moveaxis(lax.scan(token, tuple(start), by_time)[1], 0, 1)
+    gram, moment = (jnp.zeros((batch, heads, n, dim), query.dtype) for n in (dim, value.shape[-1]))
+    return jnp.moveaxis(lax.scan(token, (gram, moment), by_time)[1], 0, 1)
 
 
 def mesa(
@@ -75,9 +75,9 @@ def mesa(
 
     with zeta_ts the product of the forget gates in (s, t]; the pair at t is included and the ridge
     does not decay (von Oswald et al. 2023, arXiv 2309.05858, eq. 4-8, whose 1 / lambda is the ridge
-    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit and
-    as cheap as the layer, in reverse mode, forward mode, and one over the other (Hessian-vector
-    products); nothing of size time x dim^2 is stored.
+    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit
+    and as cheap as the layer, in reverse mode, forward mode, and the one over the other
+    (Hessian-vector products); nothing of size time x dim^2 is stored.
 
     Precision, of every method unless `refinements` is 0. Errors of the output are relative to its
     largest entry over all times of a sequence and head (a time whose output is small beside others
