@@ -3,9 +3,9 @@ r"""What a prediction makes of the examples in its context: their degrees, and m
 A model's answers when examples of the context are left out.
 
 What a construction's inputs are made of, and what of a prediction answers no example itself, the
-construction says (`Construction.context_size`, `subset`, `outside_context`): pairs of a regression, states
-of a sequence, visible words of a sentence, words that are trained on. Examples are removed, not set
-to 0, which is the same for linear attention only.
+construction says (`Construction.context_size`, `subset`, `outside_context`): pairs of a regression,
+states of a sequence, visible words of a sentence, words that are trained on. Examples are removed,
+not set to 0, which is the same for linear attention only.
 
 The degree of a prediction in the examples of its context, by the Walsh-Hadamard transform.
 

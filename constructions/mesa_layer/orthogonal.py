@@ -16,8 +16,7 @@ section 6.5): where a row x of weight w meets row i, u of weight d, with a = x_i
 
 Errors are those of rounding each pair by itself. Weights enter as they are, not by their roots, so
 a gate of 0 or 1 has a derivative like any other. Nothing is ever taken away from U^T D U: a forget
-gate g multiplies all weights, the ridge's too, and (1 - g) ridge is added back as rows of their
-own.
+gate g multiplies all weights, the ridge's too, and (1 - g) ridge is added back as further rows.
 """
 
 import math
@@ -89,7 +88,7 @@ def advance(
         row, unit = xs
         d, u = (row * unit).sum(-1, keepdims=True), jnp.where(unit > 0, 1, row)
         if more is not None:
-            d, u, more = _absorbed(d, u, *more, unit)
+            d, u, more = _absorbed(d, u, more, unit)
         a = (pair * unit).sum(-1, keepdims=True)
         new = d + weight * a**2
         pair, u = pair - a * u, (d * u + weight * a * pair) / new
@@ -120,7 +119,7 @@ def _forgotten(
 
 
 def _absorbed(
-    d: Array, u: Array, weights: Array, more: Rows, unit: Array
+    d: Array, u: Array, rows: tuple[Array, Rows], unit: Array
 ) -> tuple[Array, Array, tuple[Array, Rows]]:
     """Many rows X at once, of weights W, which they keep: with a = X e_i and a^T W a = d' - d,
 
@@ -130,6 +129,7 @@ def _absorbed(
     I - a a^T W / d' (Potter). It is for weights that are light beside d: of heavier ones it would
     leave rounding errors where a rotation leaves little.
     """
+    weights, more = rows
     a = (more * unit).sum(-1, keepdims=True)
     part = weights * a
     new = d + (part * a).sum(0)
@@ -177,32 +177,44 @@ def by_rotations(
             return advance(rows, q, k, v, wide, beta, gamma)
 
         def chunk(rows: Rows, xs: tuple[Any, ...]) -> tuple[Rows, Array]:
-            tokens, output, doubtful, needed = xs
+            tokens, output, doubtful, _ = xs
+            tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float64), 2, 0), tokens)
+            rows, found = scan_in_groups(token, rows, tokens)
+            found = jnp.moveaxis(found, 0, 2).astype(output.dtype)
+            return rows, jnp.where(doubtful, found, output)
 
-            def run(rows: Rows, tokens: Any, output: Array) -> tuple[Rows, Array]:
-                tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float64), 2, 0), tokens)
-                rows, found = scan_in_groups(token, rows, tokens)
-                found = jnp.moveaxis(found, 0, 2).astype(output.dtype)
-                return rows, jnp.where(doubtful, found, output)
+        def where_needed(step: Callable) -> Callable:
+            """The step for chunks, or groups of them, one of which is needed; others pass."""
 
-            def skip(rows: Rows, tokens: Any, output: Array) -> tuple[Rows, Array]:
-                del tokens
-                return rows, output
+            def guarded(rows: Rows, xs: tuple[Any, ...]) -> tuple[Rows, Array]:
+                return lax.cond(
+                    (xs[-1] > 0).any(),
+                    jax.checkpoint(step),
+                    lambda rows, xs: (rows, xs[1]),
+                    rows,
+                    xs,
+                )
 
-            return lax.cond(needed > 0, jax.checkpoint(run), skip, rows, tokens, output)
+            return guarded
 
         begin = start(wide, key.shape[1], key.shape[-1] + value.shape[-1])
         tokens = (query, key, value, input_gate, forget_gate)
-        return scan_in_groups(chunk, begin, (tokens, output, doubtful, needed))[1]
+        xs = (tokens, output, doubtful, needed)
+        return scan_in_groups(chunk, begin, xs, where_needed)[1]
 
 
-def scan_in_groups(step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-    """`lax.scan` whose backward pass keeps about 2 sqrt(n) carries of n, and computes two anew."""
+def scan_in_groups(
+    step: Callable, carry: Any, xs: Any, around: Callable[[Callable], Callable] = lambda f: f
+) -> tuple[Any, Any]:
+    """`lax.scan` whose backward pass keeps about 2 sqrt(n) carries of n, and computes two anew.
+
+    What is `around` the step is around a group of steps as well.
+    """
     length = len(jax.tree.leaves(xs)[0])
     group = max(n for n in range(1, math.isqrt(2 * length) + 1) if length % n == 0)
     grouped = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), xs)
-    inner = jax.checkpoint(step)
-    outer = jax.checkpoint(lambda carry, xs: lax.scan(inner, carry, xs))
+    inner = jax.checkpoint(around(step))
+    outer = jax.checkpoint(around(lambda carry, xs: lax.scan(inner, carry, xs)))
     carry, ys = lax.scan(outer, carry, grouped)
     return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
 
