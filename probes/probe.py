@@ -95,9 +95,12 @@ class Result:
 
     def __rich__(self) -> Any:
         """A table for `rich`, which fits it to its console."""
-        found = headed_table(self.title, "", *self.columns)
+        from rich.markup import escape
+
+        # names such as "T[o, a, b, c]" are no markup
+        found = headed_table(escape(self.title), "", *map(escape, self.columns))
         for name, values in zip(self.rows, self.values, strict=True):
-            found.add_row(name, *map(number, values))
+            found.add_row(escape(name), *map(number, values))
         return found
 
     def __str__(self) -> str:

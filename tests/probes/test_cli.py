@@ -318,7 +318,7 @@ MISTAKES = [
     (["verify", "inside-outside", "--set", "grammar=file"], "file: .*precious"),
     (["verify", "nope"], "unknown family 'nope', must be one of .*gradient-descent"),
     (["fit", "nope", "--out", "x"], "unknown family"),
-    (["probe", "nope", "--run", "x"], "unknown tool 'nope', must be one of linear"),
+    (["probe", "nope", "--run", "x"], "unknown probe 'nope', must be one of losses"),
     (["probe", "linear", "--run", "absent"], "absent/config.json: missing"),
     (["compare", NAME, "--run", "absent", "--out", "new"], "absent/config.json: missing"),
     (["verify", NAME, "--set", "dim_x=-1"], "dim_x is -1"),

@@ -132,11 +132,13 @@ def test_what_a_run_lacks_is_asked_first() -> None:
 
 
 def test_a_result_prints_and_shows_itself() -> None:
-    found = table("<title>", ["one", "two"], ["a", "b"], [[1, np.nan], [0.12345, -2]], "a & b")
+    found = table(
+        "<title>", ["one", "two"], ["T[o, a]", "b"], [[1, np.nan], [0.12345, -2]], "a & b"
+    )
     lines = str(found).splitlines()
     assert lines[0] == "<title>" and lines[-1] == "a & b"
     assert [line for line in lines if "0.123" in line and "-2" in line and "b" in line]
-    assert [line for line in lines if "n/a" in line]
+    assert [line for line in lines if "n/a" in line and "T[o, a]" in line]
     shown = found._repr_html_()
     assert "<td>0.123</td><td>-2</td>" in shown and "&lt;title&gt;" in shown
     assert "<title>" not in shown and "a &amp; b" in shown and "<th>two</th>" in shown
