@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from constructions.certificate import Certificate, Error, check_settings, verify
@@ -73,7 +75,9 @@ def once(method: Callable[[Any], Made]) -> Callable[[Any], Made]:
         memo = self.__dict__.setdefault(_MADE, {})
         key = method.__qualname__, jnp.result_type(float)
         if key not in memo:
-            with jax.ensure_compile_time_eval():
+            traced = isinstance(jnp.zeros(()), Tracer)
+            # nothing compiled outside of the block is used again inside of it
+            with jax.ensure_compile_time_eval() if traced else nullcontext():
                 memo[key] = method(self)
         return memo[key]
 

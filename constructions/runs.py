@@ -305,7 +305,8 @@ def _rebuild(run: RunDirectory) -> tuple[dict[str, Any], Construction, Counterpa
     try:
         CATALOGUE.find(config["family"])
     except ValueError as error:
-        raise RunError(f"{run.config}: family: {error}") from error
+        said = str(error).removeprefix("unknown family ")
+        raise RunError(f"{run.config}: family: {said}") from error
     try:
         construction = construct_exactly(config["family"], config["settings"])
     except ValueError as error:

@@ -105,7 +105,7 @@ def test_runs_can_be_opened_again(site: Path, run: Path, tmp_path: Path, capsys:
     with pytest.MonkeyPatch.context() as patch:  # without the package: one line
         patch.setattr(sys, "path", [p for p in sys.path if p != str(site)])
         patch.delitem(sys.modules, "sign_descent")
-        with pytest.raises(RunError, match="config.json: family: unknown family 'sign-descent'"):
+        with pytest.raises(RunError, match="config.json: family: 'sign-descent', must be one"):
             load_run(run)
         with pytest.raises(RunError, match="family: sign_descent:SignDescent: importing .* fails"):
             load_run(tmp_path / "run")
