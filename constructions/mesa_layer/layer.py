@@ -70,63 +70,58 @@ def mesa(
 ) -> Array:
     """What ridge regression on all pairs (k_s, v_s) so far predicts for the query.
 
-            o_t = G_t (H_t + ridge)^-1 q_t
-            G_t = sum_{s <= t} zeta_ts beta_s v_s k_s^T,    H_t = sum_{s <= t} zeta_ts beta_s k_s k_s^T
+        o_t = G_t (H_t + ridge)^-1 q_t
+        G_t = sum_{s <= t} zeta_ts beta_s v_s k_s^T,    H_t = sum_{s <= t} zeta_ts beta_s k_s k_s^T
 
-        with zeta_ts the product of the forget gates in (s, t]; the pair at t is included and the ridge
-        does not decay (von Oswald et al. 2023, arXiv 2309.05858, eq. 4-8, whose 1 / lambda is the ridge
-        here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit
-    <<<<<<< HEAD
-        and as cheap as the layer, in reverse mode, forward mode, and one over the other (Hessian-vector
-        products); nothing of size time x dim^2 is stored.
-    =======
-        and as cheap as the layer, in reverse mode, forward mode, and the one over the other
-        (Hessian-vector products); nothing of size time x dim^2 is stored.
-    >>>>>>> mesa
+    with zeta_ts the product of the forget gates in (s, t]; the pair at t is included and the ridge
+    does not decay (von Oswald et al. 2023, arXiv 2309.05858, eq. 4-8, whose 1 / lambda is the ridge
+    here; with gates von Oswald et al. 2025, arXiv 2506.05233, eq. 5-10). Derivatives are implicit
+    and as cheap as the layer, in reverse mode, forward mode, and the one over the other
+    (Hessian-vector products); nothing of size time x dim^2 is stored.
 
-        Precision, of every method unless `refinements` is 0. Errors of the output are relative to its
-        largest entry over all times of a sequence and head (a time whose output is small beside others
-        may be off by more of its own size), those of a gradient to the largest entry of the gradient
-        with respect to that argument, of the same sequence and head. In float32 they are at most 1e-4
-        and 1e-3, up to condition numbers of H_t + ridge of 1e11, and beyond wherever the keys
-        themselves are well-conditioned, however small the ridge is; outputs in float64 at most 1e-9.
-        Times whose condition number may exceed 512 (float32) or 2^20 (float64) are computed by
-        rotations of the data in float64 (see `orthogonal`), token by token: slower, as "scan" is. A key
-        or value that is not finite, or beyond 2^200 in float64, makes outputs NaN from its time on,
-        none before.
+    Precision, of every method unless `refinements` is 0. Errors of the output are relative to its
+    largest entry over all times of a sequence and head (a time whose output is small beside others
+    may be off by more of its own size), those of a gradient to the largest entry of the gradient
+    with respect to that argument, of the same sequence and head. In float32 they are at most 1e-4
+    and 1e-3, up to condition numbers of H_t + ridge of 1e11, and beyond wherever the keys
+    themselves are well-conditioned, however small the ridge is; outputs in float64 at most 1e-9.
+    Times whose condition number may exceed 512 (float32) or 2^20 (float64) are computed by
+    rotations of the data in float64 (see `orthogonal`), token by token: slower, as "scan" is. A key
+    or value that is not finite, or beyond 2^200 in float64, makes outputs NaN from its time on,
+    none before.
 
-        The default method is the chunked one without, conjugate gradients with a forget gate:
+    The default method is the chunked one without, conjugate gradients with a forget gate:
 
-        - "chunked": exact, all times at once by products of matrices, then refined. No forget gate.
-        - "scan": exact, token by token with a state of constant size, in many short steps. No forget
-          gate.
-        - "conjugate-gradients": all times at once, until `tolerance` is reached or `steps` are over.
-        - "cholesky": one factor per time. The reference: dim^3 work per token.
+    - "chunked": exact, all times at once by products of matrices, then refined. No forget gate.
+    - "scan": exact, token by token with a state of constant size, in many short steps. No forget
+      gate.
+    - "conjugate-gradients": all times at once, until `tolerance` is reached or `steps` are over.
+    - "cholesky": one factor per time. The reference: dim^3 work per token.
 
-        Args:
-            query: `[batch, time, head, dim]`.
-            key: `[batch, time, head, dim]`.
-            value: `[batch, time, head, value_dim]`.
-            regularization: the ridge, `[head]` or `[head, dim]` (a diagonal), positive.
-            input_gate: beta, `[batch, time, head]`, at least 0; ones if not given.
-            forget_gate: gamma, `[batch, time, head]`, in (0, 1]; ones if not given.
-            method: one of the above, or "auto".
-            chunk: tokens in a chunk; by default 32, or 64 where dim is more than 32.
-            refinements: steps x <- x + (H + ridge)^-1 (q - (H + ridge) x) of "chunked" and "scan". The
-                first takes off what float32 loses in the inverse, the next bring little. With none,
-                no method looks at condition numbers.
-            steps: the most steps of conjugate gradients; 4 dim + 20 by default, for in floating point
-                ill-conditioned systems take more than dim.
-            tolerance: residual at which they end, relative to the right side; the dtype's epsilon by
-                default.
+    Args:
+        query: `[batch, time, head, dim]`.
+        key: `[batch, time, head, dim]`.
+        value: `[batch, time, head, value_dim]`.
+        regularization: the ridge, `[head]` or `[head, dim]` (a diagonal), positive.
+        input_gate: beta, `[batch, time, head]`, at least 0; ones if not given.
+        forget_gate: gamma, `[batch, time, head]`, in (0, 1]; ones if not given.
+        method: one of the above, or "auto".
+        chunk: tokens in a chunk; by default 32, or 64 where dim is more than 32.
+        refinements: steps x <- x + (H + ridge)^-1 (q - (H + ridge) x) of "chunked" and "scan". The
+            first takes off what float32 loses in the inverse, the next bring little. With none,
+            no method looks at condition numbers.
+        steps: the most steps of conjugate gradients; 4 dim + 20 by default, for in floating point
+            ill-conditioned systems take more than dim.
+        tolerance: residual at which they end, relative to the right side; the dtype's epsilon by
+            default.
 
-        Returns:
-            `[batch, time, head, value_dim]`, in the dtype that query, key and value promote to;
-            computed in float32 or more.
+    Returns:
+        `[batch, time, head, value_dim]`, in the dtype that query, key and value promote to;
+        computed in float32 or more.
 
-        Raises:
-            ValueError: shapes or dtypes are other than these, a value is out of range (of concrete
-                arrays only), the method is unknown or has no forget gate.
+    Raises:
+        ValueError: shapes or dtypes are other than these, a value is out of range (of concrete
+            arrays only), the method is unknown or has no forget gate.
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     dtype = jnp.result_type(query, key, value)
