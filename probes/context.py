@@ -358,7 +358,7 @@ def saliency(
 
 #: Examples that are left out in all ways, contexts (fewer of large models), and contexts that
 #: maps are made for.
-PLAYERS, CONTEXTS, MAPPED = 8, 16, 8
+LEFT_OUT, CONTEXTS, MAPPED = 8, 16, 8
 
 
 def measure_degrees(run: Run, seed: int) -> Result:
@@ -367,7 +367,7 @@ def measure_degrees(run: Run, seed: int) -> Result:
         construction = run.construction
         large = ParameterVector(construction, run.models[0]).theta.size > MOST_WEIGHTS
         inputs = construction.sample(jax.random.key(seed), CONTEXTS // 4 if large else CONTEXTS)
-        players = min(PLAYERS, construction.context_size(*inputs))
+        players = min(LEFT_OUT, construction.context_size(*inputs))
         rows = []
         for model in (compiled_like(construction, run.models[0]), *run.models):
             if hasattr(model, "arrays"):
