@@ -84,6 +84,10 @@ def compile_once(function: Any = None, /, *, often: bool = False, **options: Any
     def call(*args: Any, **kwargs: Any) -> Any:
         return compiled(not _within_a_program(args, kwargs))(*args, **kwargs)
 
+    def cache_size() -> int:
+        return sum(compiled(low_effort)._cache_size() for low_effort in (True, False))
+
+    call.__dict__["_cache_size"] = cache_size  # how often it was compiled, as `jax.jit` has it
     return call
 
 
