@@ -318,12 +318,13 @@ near = cheap.near_misses()
 def test_near_misses_that_are_none_are_refused(monkeypatch):
     for misses, message in (
         ({"off": near["wrong N"].model}, "near-miss 'off' is a Transformer, must be NearMiss"),
-        ({"off": near["wrong N"]._replace(construction="gd")}, "has a str as its construction"),
         ({RANDOM: near["wrong N"]}, "near-miss 'random init': the name is taken"),
     ):
         monkeypatch.setattr(GradientDescent, "near_misses", lambda _, m=misses: m)
         with pytest.raises(ValueError, match=message):
             ledger(cheap, claims=[claim(catches=())])
+    with pytest.raises(ValueError, match="construction is a str, must be a Construction"):
+        replace(near["wrong N"], construction="gd")
     with pytest.raises(ValueError, match="claim 'c' is there twice"):
         monkeypatch.setattr(GradientDescent, "near_misses", lambda _: near)
         ledger(cheap, claims=[claim(catches=())] * 2)
