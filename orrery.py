@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from probes.probe import Result as Result
     from probes.report.data import compare as compare
     from probes.report.page import write_report as write_report
+    from probes.subject import read_sites as read_sites
     from synthetic.fitting.recipe import Recipe as Recipe
     from synthetic.fitting.train import fit as fit
     from synthetic.grammar import chart as chart
@@ -92,6 +93,7 @@ HOMES = {
     "probes.probe": "Probe Result",
     "probes.report.data": "compare",
     "probes.report.page": "write_report",
+    "probes.subject": "read_sites",
     "synthetic.grammar": "chart",
     "synthetic.grammar.grammar": "Grammar",
     "synthetic.fitting.recipe": "Recipe",
