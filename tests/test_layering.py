@@ -28,7 +28,13 @@ FAMILIES = (
 #: From the bottom up: a module may import what stands in an earlier entry, and its own part. Parts
 #: of one entry do not know one another.
 ORDER = {
-    "synthetic": [("files", "threefry"), ("grammar",), ("tasks",), ("theory",), ("fitting",)],
+    "synthetic": [
+        ("compilation", "files", "threefry"),
+        ("grammar",),
+        ("tasks",),
+        ("theory",),
+        ("fitting",),
+    ],
     "constructions": [
         ("mesa_layer",),
         ("core",),
