@@ -20,7 +20,6 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from constructions.core.indices import check_indices
-from constructions.core.softmax import NULL
 from constructions.core.transformer import Transformer
 
 NUMBERS, INTEGERS, FLAGS = "real numbers", "integers", "flags"
@@ -120,10 +119,10 @@ def model_type(model: Any, width: int | None = None) -> Any:
             f"model is {shown}, must be a Transformer: the compiled one or a trained one{hint}"
         )
     config = model.config
-    softened = NULL in config.token_groups and config.width - 1 == width
-    if width not in (None, config.width) and config.tokens is None and not softened:
+    if width not in (None, config.width) and config.tokens is None:
         raise ValueError(
-            f"model has width {config.width}, must be {width}, that of the construction's slots"
+            f"model has width {config.width}, must be {width}, that of the construction's slots (one "
+            "with a null token is read through `constructions.softened.Softened`)"
         )
     weights = jax.tree.leaves(nnx.state(model, nnx.Param))
     return jnp.result_type(*weights) if weights else jnp.result_type(float)

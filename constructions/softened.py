@@ -44,7 +44,7 @@ class Softened(Construction):
 
     Attributes:
         construction: its program has linear heads only.
-        scale: eps of `constructions.core.compile.soften`; None for the best one in each dtype.
+        scale: eps of `constructions.core.softmax.soften`; None for the best one in each dtype.
         null_score: c of the same.
     """
 
