@@ -121,8 +121,8 @@ def model_type(model: Any, width: int | None = None) -> Any:
     config = model.config
     if width not in (None, config.width) and config.tokens is None:
         raise ValueError(
-            f"model has width {config.width}, must be {width}, that of the construction's slots (one "
-            "with a null token is read through `constructions.softened.Softened`)"
+            f"model has width {config.width}, must be {width}, that of the construction's slots "
+            "(one with a null token is read through `constructions.softened.Softened`)"
         )
     weights = jax.tree.leaves(nnx.state(model, nnx.Param))
     return jnp.result_type(*weights) if weights else jnp.result_type(float)
