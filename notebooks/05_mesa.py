@@ -47,14 +47,7 @@ from synthetic.fitting.train import fit
 
 QUICK = bool(os.environ.get("ORRERY_QUICK"))
 ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
-
-# %% [markdown]
-# Everything below follows these numbers; try others. `layers` are those of the deep model.
-
-# %%
 dim, length = (4, 16) if QUICK else (10, 50)
-layers = 2 if QUICK else 4
-depths = sorted({1, 2, 4, layers} | (set() if QUICK else {8}))  # of the polynomials
 
 # %% [markdown]
 # ## Ridge regression as one head
@@ -90,8 +83,7 @@ with jax.enable_x64(True):
     exact = ridge.trace(jnp.asarray(wide))["prediction"]
     found = ridge.predict(ridge.compile().model, wide)
     print(f"largest difference from ridge regression {np.abs(found - exact).max():.1e}")
-    off = np.abs(found - exact).max()
-    assert off < 1e-10, f"the mesa head should be ridge regression to rounding, is {off:.1e} off"
+    assert np.abs(found - exact).max() < 1e-10
 
 # %% [markdown]
 # ## What linear attention can do
@@ -102,6 +94,7 @@ with jax.enable_x64(True):
 # beats it has not yet beaten least squares.
 
 # %%
+depths = (1, 2, 4) if QUICK else (1, 2, 4, 8)
 with jax.enable_x64(True):
     best = {n: best_coefficients(task, n - 1, jax.random.key(1), 2**13) for n in depths}
     guesses = {n: predictions(c, states.astype(float)) for n, c in best.items()}
@@ -128,11 +121,7 @@ print(f"mean loss: ridge {exact:.4f}, without the newest pair {late_loss:.4f}")
 print(
     "medians, mean over positions:", {n: round(float(a.mean()), 3) for n, a in polynomials.items()}
 )
-assert exact < late_loss, f"the newest pair should help: {exact:.4f} with, {late_loss:.4f} without"
-assert least.mean() < polynomials[depths[-1]].mean(), (
-    f"ridge regression should beat the polynomial of {depths[-1]} layers: medians "
-    f"{least.mean():.4f} and {polynomials[depths[-1]].mean():.4f}"
-)
+assert exact < late_loss and least.mean() < polynomials[depths[-1]].mean()
 
 # %% [markdown]
 # After as many states as dimensions the law is known, and ridge regression falls to the noise. One
@@ -160,11 +149,7 @@ for name, c in subjects.items():
     ours = mean_loss(c.predict(c.compile().model, states))
     theirs = mean_loss(c.predict(trained[name], states))
     print(f"{name}: trained {theirs:.4f}, construction {ours:.4f}, ratio {theirs / ours:.3f}")
-    most = 1.5 if QUICK else 1.05
-    assert theirs < most * ours, (
-        f"{name}: expected a loss at most {most} times the construction's, got {theirs / ours:.3f} "
-        f"times after {steps['steps']} steps"
-    )
+    assert theirs < (1.5 if QUICK else 1.05) * ours
 learned = jnp.exp(trained["mesa"].segments[0].layers[0].heads[0].log_regularization[...])
 print(f"learned regularisation {learned.ravel()}, in units of the learned keys")
 
@@ -191,6 +176,7 @@ plt.show()
 # never change. Trained layers change them.
 
 # %%
+layers = 2 if QUICK else 4
 deep = CATALOGUE["mesa-polynomial"](
     dim=dim, length=length, tokens="constructed", coefficients=best[layers]
 )
@@ -218,20 +204,9 @@ axis.set(xlabel="states seen", ylabel="median loss of the next prediction")
 axis.legend(frameon=False)
 plt.show()
 ratio = float(np.median(task.loss(guess, batch)) / np.median(task.loss(exact_ridge, batch)))
-last = by_position(guess)[-1] / least[-1]
 print(f"{sum(a.size for a in jax.tree.leaves(scalars))} numbers")
-print(f"median over sequences of the mean loss over positions: {ratio:.2f} times that of ridge")
-print(f"median loss after the last state alone, as in the figure: {last:.2f} times")
-rival = polynomials[1 if QUICK else layers].mean()
-assert by_position(guess).mean() < rival, (
-    f"expected medians below those of the polynomial, {rival:.4f} on average, got "
-    f"{by_position(guess).mean():.4f} after {recipe.steps} steps"
-)
-
-# %% [markdown]
-# The two ratios differ because the mean over positions is made by the first states, where all
-# methods know little, and the figure's right end is about one state, where ridge regression is at
-# the noise.
+print(f"median loss {ratio:.2f} times that of ridge regression")
+assert by_position(guess).mean() < polynomials[1 if QUICK else layers].mean()
 
 # %% [markdown]
 # The paper explains its deep models by the polynomial and finds the same loss, but its polynomial
@@ -255,7 +230,7 @@ with jax.enable_x64(True):
     }
 targets = {name: a.astype(states.dtype) for name, a in targets.items()}
 targets["next state"] = batch.target
-position = min(9 if QUICK else 19, length - 1)
+position = 9 if QUICK else 19
 scores = position_probes(deep, models, targets, (states,), position, jax.random.key(3))
 
 figure, axes = plt.subplots(1, 3, figsize=(8.4, 3), sharey=True, layout="constrained")
@@ -267,11 +242,7 @@ for axis, (n, name) in zip(axes, enumerate(targets), strict=True):
 axes[0].set_ylabel(f"held-out $R^2$ after {position + 1} states")
 axes[0].legend(frameon=False)
 plt.show()
-trained_score, input_score = (scores.best(of, "next state") for of in ("trained", INPUT))
-assert trained_score > input_score + 0.2, (
-    "expected a probe of the trained model to beat one of the input by .2 in R^2: "
-    f"{trained_score:.2f} and {input_score:.2f}"
-)
+assert scores.best("trained", "next state") > scores.best(INPUT, "next state") + 0.2
 
 # %% [markdown]
 # With a large ridge more than half of the solution is in the input already, and random numbers do
@@ -297,9 +268,7 @@ losses = {
 }
 for name, loss in losses.items():
     print(f"{name}: {loss:.4f}")
-assert losses["the shared law"] < losses["new laws, predicting zero"] < losses["new laws"], (
-    f"expected a model that is good on its own law and worse than zero on others: {losses}"
-)
+assert losses["the shared law"] < losses["new laws, predicting zero"] < losses["new laws"]
 
 # %% [markdown]
 # On its own law the model is better than one gradient step could be, on any other it is worse than

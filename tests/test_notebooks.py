@@ -84,7 +84,6 @@ CHANGES = [
     ("01_gradient_descent", '"dim_y": 1', '"dim_y": 2'),
     ("03_noisy_regression", '"dim_x": 10, "num_examples": 20', '"dim_x": 5, "num_examples": 20'),
     ("03_noisy_regression", "noise_levels = (1.0, 3.0)", "noise_levels = (0.5, 4.0)"),
-    ("05_mesa", "layers = 2 if QUICK", "layers = 3 if QUICK"),
 ]  # fmt: skip
 
 
