@@ -177,7 +177,7 @@ class NextState(Construction):
 
         What training on sequences with a single law ends in: the negative control.
         """
-        slots, first = self.slots()
+        slots, first = self.program.slots, self.slots()[1]
         law = np.asarray(jax.random.orthogonal(jax.random.key(0), self.dim), float)
         one, write = constant(1.0), {slots["prediction"]: 1.0}
         head = Head(one, one, law @ slots["state"], write, window=SELF, queries=STATE, keys=STATE)
