@@ -73,6 +73,11 @@ def make_stream(program: Program, model: Transformer, tokens: Sequence[Tokens]) 
             f"'{program.name}', {program.token_groups}; a model with a null token is read through "
             "`constructions.softened.Softened`"
         )
+    if model.config.width < program.slots.width:
+        raise ValueError(
+            f"the model's stream has {model.config.width} columns, program '{program.name}' "
+            f"needs {program.slots.width}"
+        )
     sizes = [part.shape() for part in tokens]
     (batch,) = np.broadcast_shapes(*((size,) for size, _ in sizes))
     groups = [
