@@ -22,7 +22,8 @@ from constructions.core.config import (
     NormConfig,
     SegmentConfig,
 )
-from constructions.core.transformer import SITES, Edit, Transformer, Wiring, randomise
+from constructions.core.transformer import SITES, Edit, Transformer, randomise
+from constructions.core.weights import Wiring
 
 WIDTH = 6
 KINDS = ("word", "prefix", "stop")
@@ -528,3 +529,30 @@ assert jnp.allclose(sites["residual"][-1], out, atol=1e-6)
         text=True,
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_weights_are_read_and_replaced_by_name():
+    """Of one head of one layer: stored layers repeat, heads of a layer differ in shape."""
+    plain = HeadsConfig("linear", 2, 3, 2), HeadsConfig("softmax", 1, 2, 4)
+    config = Config(WIDTH, (SegmentConfig((LayerConfig(plain), LayerConfig(plain[:1])), 2),))
+    arrays = jax.tree.map(jnp.zeros, config.shapes(), is_leaf=lambda s: isinstance(s, tuple))
+    model = randomise(Transformer(config, arrays), jax.random.key(0), 1.0)
+    stored = model.arrays()["segments"][0]["layers"][0]["heads"]
+    np.testing.assert_array_equal(model.layer(3).head(1).query, stored[0]["query"][1, 1])
+    np.testing.assert_array_equal(model.layer(1).head(2).output, stored[1]["output"][0, 0])
+    new = model.with_head(3, 2, query=jnp.ones((2, WIDTH)))
+    changed = {
+        (n, h, name)
+        for n in range(1, 5)
+        for h, head in enumerate(model.layer(n).heads)
+        for name in dir(head)
+        if not np.array_equal(getattr(head, name), getattr(new.layer(n).head(h), name))
+    }
+    assert changed == {(3, 2, "query")} and (new.layer(3).head(2).query == 1).all()
+    for bad in (lambda: model.layer(5), lambda: model.layer(1).head(3)):
+        with pytest.raises(ValueError, match="is [53], "):
+            bad()
+    with pytest.raises(ValueError, match="queri"):
+        model.with_head(1, 0, queri=jnp.ones((3, WIDTH)))
+    with pytest.raises(ValueError, match=r"query has shape \(1, 6\), must be \(3, 6\)"):
+        model.with_head(1, 0, query=jnp.ones((1, WIDTH)))
