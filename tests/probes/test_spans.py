@@ -4,7 +4,7 @@ import pytest
 
 from constructions import CATALOGUE
 from constructions.core.transformer import randomise
-from constructions.inside_outside.counterpart import language_model
+from constructions.inside_outside.paper import language_model
 from probes.regression import ridge_probe
 from probes.syntax.constituents import span_probe, tag_probe, word_stream
 from probes.syntax.sentence_probes import Rows, fit
