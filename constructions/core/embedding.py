@@ -73,7 +73,8 @@ def make_stream(program: Program, model: Transformer, tokens: Sequence[Tokens]) 
             f"'{program.name}', {program.token_groups}; a model with a null token is read through "
             "`constructions.softened.Softened`"
         )
-    if model.config.width < program.slots.width:
+    named = any(part.values for part in tokens)  # words come from the model's own table
+    if named and model.config.width < program.slots.width:
         raise ValueError(
             f"the model's stream has {model.config.width} columns, program '{program.name}' "
             f"needs {program.slots.width}"
