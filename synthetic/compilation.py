@@ -183,9 +183,11 @@ def _own_folder() -> Path | None:
 @cache
 def processor() -> str:
     """What machine code may depend on: the processor's instructions, or the machine's name."""
-    with suppress(OSError):
+    from synthetic.files import TextError, read_text, split_lines
+
+    with suppress(OSError, TextError):
         names = ("flags", "Features", "model name", "CPU part")
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = split_lines(read_text("/proc/cpuinfo"))
         found = sorted({line for line in lines if line.startswith(names)})
         if found:
             return "\n".join((platform.machine(), *found))

@@ -29,7 +29,8 @@ FAMILIES = (
 #: of one entry do not know one another.
 ORDER = {
     "synthetic": [
-        ("compilation", "files", "threefry"),
+        ("files", "threefry"),
+        ("compilation",),
         ("grammar",),
         ("tasks",),
         ("theory",),

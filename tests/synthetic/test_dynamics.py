@@ -102,7 +102,7 @@ def test_noise_and_its_floor():
     assert np.abs(start).max() <= 1
 
 
-def test_losses_by_hand():
+def test_losses_by_hand(x64):
     batch = TASK.sample(jax.random.key(0), 3)
     wrong = batch.target.at[1, 4, 2].add(2.0)
     by_position = np.zeros((3, 9))
