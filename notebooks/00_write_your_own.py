@@ -135,7 +135,7 @@ assert certificate.passed, f"the model differs from the algorithm: {certificate.
 result = construction.fit(
     steps=training_steps,
     batch=64,
-    learning_rate=2e-2,
+    learning_rate=5e-2,
     schedule="cosine",
 )
 print(f"loss {result.history[0]['loss']:.3f} -> {result.history[-1]['loss']:.2e}")

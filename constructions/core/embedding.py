@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array
 
 from constructions.core.program import Program
@@ -86,7 +88,8 @@ def make_stream(program: Program, model: Transformer, tokens: Sequence[Tokens]) 
     ]
     lead = max((g.shape[:-1] for g in groups), key=len)
     held = [value for part in tokens for value in part.values.values()]
-    dtype = jnp.result_type(float if not held else 0.0, *held)
+    weights = jax.tree.leaves(nnx.state(model, nnx.Param))  # a program without layers has none
+    dtype = jnp.result_type(*weights[:1] or (float,), *held)
     parts = [
         _rows(program.slots, part.values, (batch, count, model.config.width), dtype)
         for part, (_, count) in zip(tokens, sizes, strict=True)
