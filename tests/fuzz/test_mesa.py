@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from constructions.mesa_layer import METHODS, mesa, mesa_attention, mesa_start, mesa_step
 
 TIME, DIM, VALUES = 6, 4, 2  # fewer pairs than dimensions, then more
-WORST = 1e-2  # of epsilon times the condition number, up to which digits are promised
+MOST = 4  # allowed relative errors beyond that say nothing
 KEYS = ("any", "any", "repeated", "parallel", "opposite", "nearly", "zero", "unit")
 #: What is compared: the methods that take a forget gate, and those that take none.
 WAYS = [*METHODS, "attention", "decoding"]
@@ -126,7 +126,11 @@ def found(p: Problem, way: str, dtype: Any) -> np.ndarray:
 
 @fuzz(quick=10, share=0.25, problem=problems(), double=st.booleans())
 def test_mesa(problem: Problem, double: bool) -> None:
-    """Within 400 epsilon cond(H + ridge) where that says something; finite everywhere."""
+    """Finite everywhere, and as near as the layer promises where that says something.
+
+    float32: 1e-4 up to condition numbers of 1e7, beyond that 50 roundings of the square root, by
+    which rotations of the data are conditioned. float64: 400 roundings of the condition number.
+    """
     double = double and examples() > 0  # which would compile everything once more
     dtype = np.float64 if double else np.float32
     worst: Counter[str] = Counter()
@@ -143,10 +147,14 @@ def test_mesa(problem: Problem, double: bool) -> None:
             size = sizes @ np.abs(v).max(1, keepdims=True)
             size = np.maximum(size, 1e-10)  # where a gate of 0 lets nothing in
             error = (np.abs(out - weights @ v) / size).max(1)
-            rounding = np.finfo(dtype).eps * conditions
+            eps = np.finfo(dtype).eps
+            allowed = 400 * eps * conditions
+            if not double:
+                rotated = 50 * eps * np.sqrt(conditions)
+                allowed = np.where(conditions <= 1e7, np.minimum(allowed, 1e-4), rotated)
             for t in range(TIME):
-                if rounding[t] <= WORST:
-                    assert error[t] <= 400 * rounding[t], (
+                if allowed[t] <= MOST:
+                    assert error[t] <= allowed[t], (
                         f"{way}, time {t}: relative error {error[t]:.2e} at condition "
                         f"{conditions[t]:.2e}"
                     )
