@@ -11,6 +11,7 @@ interchange        models in and out
 regression         what the constructions on in-context regression share
 softened           any construction of linear heads, by softmax heads
 runs               fits of a family on disk
+imported           runs of weights that were trained elsewhere
 gradient_descent   linear attention as gradient descent, and GD++
 separate_tokens    the same where x and y are tokens of their own
 kernel_descent     the same on features of an MLP

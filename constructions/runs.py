@@ -5,7 +5,8 @@
     {"family": name in CATALOGUE, or module:attribute, "settings": {...}, "dtype": of the weights}
 
 which is all that is needed to rebuild the construction and the structure of the model; the file
-of weights is then checked against that structure, name by name.
+of weights is then checked against that structure, name by name. A run of weights that were trained
+elsewhere (`constructions.imported`) has no recipe, but the shape of its model as an entry "model".
 
 Families are named as in the catalogue, and their settings are plain data.
 """
@@ -27,6 +28,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from constructions import CATALOGUE
+from constructions.core.compile import untrained
+from constructions.core.config import Config
 from constructions.core.transformer import Transformer
 from constructions.family import Construction, Counterpart
 from synthetic.files import RunError
@@ -73,22 +76,26 @@ def plain_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(settings), default=one, allow_nan=False))
 
 
-KIND = "fit"
-FIELDS = ("family", "settings", "dtype", "recipe")
+KIND, IMPORT = "fit", "import"
+FIELDS = {
+    KIND: ("family", "settings", "dtype", "recipe"),
+    IMPORT: ("family", "settings", "dtype", "seeds", "model"),
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A fit of a family's counterpart.
+    """Models of a family that are compared with its construction, most often a fit.
 
     Attributes:
         family: its name in the catalogue, or "module:attribute".
         settings: of the construction, as plain data.
         construction: the construction with these settings.
-        models: the fitted model of every seed.
+        models: the fitted model of every seed; or models trained elsewhere, numbered.
         seeds: in the order of `models`.
-        history: the records of `metrics.jsonl`; lists over seeds where the run has several.
-        recipe: how it was fitted.
+        history: the records of `metrics.jsonl`; lists over seeds where the run has several. None
+            of models trained elsewhere.
+        recipe: how it was fitted, None where that is not known.
         optimum: the lowest loss that the class can reach, None where it is not known.
         seconds: wall time of the fit, where it was made by this process.
         path: the run directory, None for a fit that was not kept.
@@ -97,10 +104,10 @@ class Run:
     family: str
     settings: dict[str, Any]
     construction: Construction
-    models: tuple[Transformer, ...]
+    models: tuple[Any, ...]
     seeds: tuple[int, ...]
     history: list[dict[str, Any]]
-    recipe: Recipe
+    recipe: Recipe | None
     optimum: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     path: Path | None = None
@@ -214,14 +221,19 @@ def load_run(path: str | PathLike[str]) -> Run:
         models=_models(arrays, counterpart, config, run.model),
         seeds=_seeds(config),
         history=run.records(),
-        recipe=_recipe(run, config),
+        recipe=None if config["kind"] == IMPORT else _recipe(run, config),
         optimum=counterpart.optimum,
         path=run.path,
     )
 
 
 def initial_models(run: Run) -> tuple[Transformer, ...]:
-    """The weights that the fits of a run began with, one model a seed: drawn again, bit for bit."""
+    """The weights that the fits of a run began with, one model a seed: drawn again, bit for bit.
+
+    ValueError where the run was not fitted here.
+    """
+    if run.recipe is None:
+        raise ValueError(UNKNOWN_START)
     counterpart = run.construction.counterpart()
     weights = jax.tree.leaves(nnx.state(run.models[0], nnx.Param))[0]
     with jax.enable_x64(weights.dtype == "float64"):
@@ -237,6 +249,28 @@ def initial_models(run: Run) -> tuple[Transformer, ...]:
         for n, model in enumerate(drawn):
             nnx.update(model, jax.tree.map(lambda a, n=n: a[n], together))
         return tuple(drawn)
+
+
+#: What probes of the way from the first weights to the last say of models trained elsewhere.
+UNKNOWN_START = "the models were trained elsewhere: what their fits began with is not known"
+
+
+def random_model(run: Run) -> Transformer:
+    """A model of the counterpart's class without training: the first seed's start, if it is known.
+
+    Else one drawn as that of seed 0 is.
+    """
+    if run.recipe is not None:
+        return initial_models(run)[0]
+    with jax.enable_x64(float_type(run) == "float64"):
+        return run.construction.counterpart().init(seed_keys(0)[0])
+
+
+def float_type(run: Run) -> str:
+    """The dtype of the first model's weights, JAX's default where they are not known."""
+    if not isinstance(run.models[0], nnx.Module):
+        return str(jnp.zeros(0).dtype)
+    return str(jax.tree.leaves(nnx.state(run.models[0], nnx.Param))[0].dtype)
 
 
 def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transformer, ...]]]:
@@ -268,13 +302,16 @@ def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transfo
 
 
 def _read_config(run: RunDirectory, *, everywhere: bool = False) -> dict[str, Any]:
-    """The checked config; `everywhere` reads it on the first process, for all of them."""
+    """The checked config; `everywhere` reads that of a fit on the first process, for all of them."""
 
     def read() -> dict[str, Any]:
-        config = run.read_config(KIND, fields=FIELDS)
-        for name, kind in (("family", str), ("settings", dict), ("recipe", dict)):
-            if not isinstance(config[name], kind):
-                raise RunError(f"{run.config}: {name}: {config[name]!r}, must be a {kind.__name__}")
+        config = run.read_config()
+        kind = IMPORT if config.get("kind") == IMPORT and not everywhere else KIND
+        config = run.read_config(kind, fields=FIELDS[kind])
+        types = {"family": str, "settings": dict, "recipe": dict, "model": dict}
+        for name, its in types.items():
+            if name in config and not isinstance(config[name], its):
+                raise RunError(f"{run.config}: {name}: {config[name]!r}, must be a {its.__name__}")
         if config["dtype"] not in ("float32", "float64"):
             raise RunError(f"{run.config}: dtype: {config['dtype']!r}, must be float32 or float64")
         try:
@@ -328,11 +365,17 @@ def _models(
 ) -> tuple[Transformer, ...]:
     """One model a seed from arrays that were checked against the counterpart's structure."""
     stacked = len(config["seeds"]) if "seeds" in config else None
+    try:
+        shape = Config.from_json(config["model"]) if "model" in config else None
+    except (KeyError, TypeError, ValueError) as error:
+        where = path.with_name("config.json")
+        raise RunError(f"{where}: model: no shape of a model: {error}") from error
     with _precision(config):
         structure: list[Any] = []
 
         def abstract(key: jax.Array) -> Any:
-            graphdef, state = nnx.split(counterpart.init(key))
+            model = counterpart.init(key) if shape is None else untrained(shape)
+            graphdef, state = nnx.split(model)
             structure.append(graphdef)
             return named(state), state
 

@@ -44,7 +44,7 @@ from probes.options import (
     write_file,
     write_json,
 )
-from probes.report.commands import Claims, Compare, Demo
+from probes.report.commands import Claims, Compare, Demo, Import
 from synthetic.compilation import forget_programs, keep_programs
 
 
@@ -252,7 +252,7 @@ class Probe:
         return OK
 
 
-COMMANDS = (List, Verify, Fit, Compare, Claims, Probe, Demo)
+COMMANDS = (List, Verify, Fit, Import, Compare, Claims, Probe, Demo)
 
 
 class Stopped(BaseException):

@@ -19,7 +19,15 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from constructions.runs import Run, initial_models
-from probes.probe import Probe, Result, compiled_like, seed_names, table, too_many_weights
+from probes.probe import (
+    Probe,
+    Result,
+    compiled_like,
+    seed_names,
+    table,
+    too_many_weights,
+    unknown_fit,
+)
 from probes.subject import ParameterVector, no_weights
 from synthetic.compilation import compile_once
 from synthetic.fitting.distillation import Distilled, teacher_loss
@@ -291,6 +299,7 @@ def measure_with_a_teacher(run: Run, seed: int) -> Result:
 
     first = ParameterVector(construction, run.models[0])
     examples = WeightFunctions(first).examples
+    assert run.recipe is not None  # `unknown_fit`
     batch = min(run.recipe.batch, 4 * examples, 256)
     steps = 300 if examples > 64 else 60
     recipe = replace(run.recipe, steps=steps, batch=batch, warmup=0, chunk=1000,
@@ -326,7 +335,7 @@ ZEROTH_ORDER = Probe(
     "is each model a local optimum, by values of the loss alone?",
     "there are many weights: finding nothing in few steps says nothing",
     measure_without_gradients,
-    needs=lambda run: too_many_weights(run, "'zeroth-order'", MOST),
+    needs=lambda run: too_many_weights(run, "'zeroth-order'", MOST) or unknown_fit(run),
     invariant=False,
     seeds=2,
 )
@@ -336,7 +345,7 @@ DISTILLATION = Probe(
     "does the algorithm as teacher take noise out of the fit?",
     "the fit is short; a teacher that is not the best predictor is a bias",
     measure_with_a_teacher,
-    needs=lambda run: too_many_weights(run, "'distillation'"),
+    needs=lambda run: too_many_weights(run, "'distillation'") or unknown_fit(run),
     invariant=False,
     seeds=1,
 )

@@ -42,6 +42,7 @@ from probes.probe import (
     seed_names,
     table,
     too_many_weights,
+    unknown_fit,
 )
 from probes.subject import ParameterVector
 
@@ -239,7 +240,7 @@ GRAFT = Probe(
     "masks of two lineages or two bases are compared; a skill is spread over more weights than one "
     "over the penalty, and shows part of its gain only",
     measure,
-    needs=lambda run: too_many_weights(run, "grafting"),
+    needs=lambda run: too_many_weights(run, "grafting") or unknown_fit(run),
     invariant=False,
     seeds=2,
 )

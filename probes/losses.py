@@ -33,6 +33,7 @@ from probes.style import (
     percent,
     png,
     span,
+    ticks,
 )
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
@@ -46,7 +47,8 @@ class Curves:
 
     Attributes:
         steps: optimiser steps done, `[record]`.
-        losses: mean training loss of each chunk, `[seed, record]`.
+        losses: mean training loss of each chunk, `[seed, record]`; empty where the run was not
+            fitted here.
         metrics: further quantities along the fit, `[seed, record]` each.
         optimum: the lowest loss that the class can reach, None where it is not known.
         construction: loss of the compiled construction.
@@ -87,8 +89,9 @@ def mean_losses(
 
 
 def measure(run: Run, seed: int) -> Result:
-    """Loss along the fit, and the levels of the construction and the optimum."""
-    names = set(run.history[0]) - {"step", "loss", "gradient_norm", "excess"}
+    """Loss along the fit, where it was recorded, and the levels of construction and optimum."""
+    first = run.history[0] if run.history else {}
+    names = set(first) - {"step", "loss", "gradient_norm", "excess"}
 
     def column(name: str) -> list[list[float]]:
         values = [np.atleast_1d(np.asarray(record[name], float)) for record in run.history]
@@ -103,7 +106,7 @@ def measure(run: Run, seed: int) -> Result:
     level, *trained = draws.mean(0).tolist()
     found = Curves(
         steps=[int(record["step"]) for record in run.history],
-        losses=column("loss"),
+        losses=column("loss") if run.history else [],
         metrics={name: column(name) for name in sorted(names)},
         optimum=run.optimum,
         construction=level,
@@ -111,7 +114,7 @@ def measure(run: Run, seed: int) -> Result:
         standard_error=float(draws[:, 0].std(ddof=1) / np.sqrt(DRAWS)),
     )
     best = [] if run.optimum is None else [("optimum of the class", run.optimum, np.nan)]
-    last = [losses[-1] for losses in found.losses]
+    last = [losses[-1] for losses in found.losses] or [np.nan] * len(trained)
     rows = [("construction", level, np.nan), *zip(seed_names(run), trained, last, strict=True)]
     return table(
         "loss of construction and trained models",
@@ -121,11 +124,6 @@ def measure(run: Run, seed: int) -> Result:
         data=found,
         picture=partial(figure, found),
     )
-
-
-def needs_records(run: Run) -> str:
-    """Records of the fit."""
-    return "" if run.history else "the run has no records"
 
 
 def measure_scaled(run: Run, seed: int, batch: int = 1024) -> Result:
@@ -162,13 +160,21 @@ def figure(curves: Curves) -> Picture:
     metrics = {n: np.asarray(v, float) for n, v in curves.metrics.items()}
     metrics = {n: v for n, v in metrics.items() if np.isfinite(v).all() and (v > 0).all()}
     drawing, axes = figure_of(9.2, 3.3, 2 if metrics else 1)
-    left, seeds = axes[0], len(curves.losses)
-    who = f"trained, {seeds} seeds (mean, range)" if seeds > 1 else "trained"
-    band(left, curves.steps, curves.losses, TRAINED, who)
+    left, seeds = axes[0], len(curves.trained)
+    if curves.losses:
+        who = f"trained, {seeds} seeds (mean, range)" if seeds > 1 else "trained"
+        band(left, curves.steps, curves.losses, TRAINED, who)
+        where = "optimiser steps"
+    else:
+        left.plot(
+            range(seeds), curves.trained, "o", color=TRAINED, label="trained, on fresh inputs"
+        )
+        ticks(left.xaxis, [str(n) for n in range(seeds)])
+        where = "model"
     left.axhline(curves.construction, color=CONSTRUCTION, ls="--", label="construction")
     if curves.optimum is not None:
         left.axhline(curves.optimum, color=OPTIMUM, ls=":", label="optimum of the class")
-    left.set(xlabel="optimiser steps", ylabel="loss", title="Loss", yscale="log")
+    left.set(xlabel=where, ylabel="loss", title="Loss", yscale="log")
     left.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
     left.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
     left.legend()
@@ -180,8 +186,9 @@ def figure(curves: Curves) -> Picture:
         axes[1].legend()
     level = curves.construction
     excess = [loss / level - 1 for loss in curves.trained]
+    when = f"After {curves.steps[-1]} steps the" if curves.steps else "The"
     caption = (
-        f"After {curves.steps[-1]} steps the trained loss is {span(curves.trained, four)} on "
+        f"{when} trained loss is {span(curves.trained, four)} on "
         f"fresh inputs, and the construction's {four(level)} (standard error "
         f"{number(curves.standard_error, 2)}); on the same inputs they differ by "
         f"{span(excess, percent)}."
@@ -192,6 +199,8 @@ def figure(curves: Curves) -> Picture:
         shown = names.get(name, name).replace("_", " ")
         caption += f" Last {shown}: {span(values[:, -1].tolist(), percent)}."
     alt = "Training loss of every seed falls onto the lines of construction and optimum."
+    if not curves.losses:
+        alt = "Losses of the trained models beside the lines of construction and optimum."
     return Picture(
         "loss", "Does training find the construction's loss?", caption, alt, png(drawing)
     )
@@ -226,7 +235,6 @@ LOSSES = Probe(
     "does training find the construction's loss?",
     "the task is solved by much else: an equal loss says nothing of how",
     measure,
-    needs_records,
 )
 
 SCALE = Probe(

@@ -388,7 +388,7 @@ def measure_averages(run: Run, seed: int) -> Result:
         "excess over its members'",
     )
     note = f"checkpoints at steps {', '.join(str(step) for step, _ in kept)}"
-    if run.recipe.averages:
+    if run.recipe is not None and run.recipe.averages:
         note += "; they hold averages already, as the recipe says"
     return table("losses of averages of checkpoints", columns, list(groups), values, note)
 

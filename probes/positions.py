@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from constructions.family import Construction
-from constructions.runs import Run, initial_models
+from constructions.runs import Run, random_model
 from probes.probe import Probe, Result, seed_names, table
 from probes.regression import ridge, split
 from probes.subject import Subject, activations, too_large
@@ -126,7 +126,7 @@ def measure(run: Run, seed: int) -> Result:
     targets = _values(construction, inputs)
     length = targets["prediction"].shape[1]
     models: dict[str, Subject] = dict(zip(seed_names(run), run.models, strict=True))
-    models["random init"] = initial_models(run)[0]
+    models["random init"] = random_model(run)
     columns, rows, values = [*models, INPUT], [], []
     for position in sorted({length // 4, length // 2, length - 1}):
         found = position_probes(construction, models, targets, inputs, position, cut)

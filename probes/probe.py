@@ -22,7 +22,7 @@ from constructions.core.checks import ProgramError
 from constructions.core.compile import compile_program
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.runs import Run, load_checkpoints
+from constructions.runs import UNKNOWN_START, Run, load_checkpoints
 from probes.style import WIDTH, Picture, headed_table, number, plain, png
 from probes.subject import ParameterVector, no_weights
 
@@ -192,8 +192,10 @@ def seed_names(run: Run) -> list[str]:
     return [f"seed {seed}" for seed in run.seeds]
 
 
-def compiled_like(construction: Construction, model: Transformer) -> Transformer:
+def compiled_like(construction: Construction, model: Any) -> Transformer:
     """The construction in the shape of `model` where it fits, so that both share compilations."""
+    if not isinstance(model, Transformer):
+        return construction.reference
     try:
         return compile_program(construction.program, config=model.config)
     except ProgramError:
@@ -210,6 +212,11 @@ def too_many_weights(run: Run, probe: str, most: int | None = None) -> str:
     if weights > most:
         return f"the model has {weights} weights, {probe} takes at most {most}"
     return ""
+
+
+def unknown_fit(run: Run) -> str:
+    """Why a run says nothing of its fit, in one phrase; "" where it does."""
+    return UNKNOWN_START if run.recipe is None else ""
 
 
 def in_its_precision(measure: Callable[[Run, int], Result]) -> Callable[[Run, int], Result]:

@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.runs import Run, initial_models
+from constructions.runs import Run, random_model
 from probes.probe import NotApplicable, Probe, Result, seed_names, table
 from synthetic.tasks.masked_language import MaskedLanguageTask
 from synthetic.tasks.task import Batch, Task, outcome
@@ -285,7 +285,7 @@ def measure(run: Run, seed: int) -> Result:
     given = labelled(run.construction, jax.random.key(seed), SENTENCES)
     predict = jax.jit(lambda model, *inputs: with_units(run.construction)(model, *inputs)[1])
     rows, values, sizes = [], [], np.zeros(0)
-    models = [*run.models, initial_models(run)[0]]
+    models = [*run.models, random_model(run)]
     names = [*(f"trained, {name}" for name in seed_names(run)), "random weights"]
     for name, model in zip(names, models, strict=True):
         found = np.asarray(predict(model, *given.inputs))

@@ -185,7 +185,7 @@ def measure(run: Run, seed: int) -> Result:
     rate = 1.25 * edge(1.0) / trained.sharpness
 
     def moments(subject: WeightFunctions, theta: Array, batch: Any) -> float:
-        if recipe.optimizer not in ("adam", "adamw"):
+        if recipe is None or recipe.optimizer not in ("adam", "adamw"):
             return np.nan
         keys = jax.random.split(jax.random.key(seed + 1), 16)
         size = min(recipe.batch, 256)

@@ -45,6 +45,7 @@ ORDER = {
         FAMILIES,
         ("",),  # the package itself: the names of the families
         ("runs",),
+        ("imported",),
     ],
 }
 OURS = {*MAY_IMPORT, "orrery", "tests", "benchmarks", "notebooks"}

@@ -1,5 +1,7 @@
 """Models in and out.
 
-decoder       decoders of GPT-2's and OPT's shape in the one transformer
-huggingface   model folders of Hugging Face's format
+decoder        decoders of GPT-2's and OPT's shape in the one transformer
+huggingface    model folders of Hugging Face's format
+named_weights  weights under documented names
+layouts        files of weights, and the layouts of other projects
 """

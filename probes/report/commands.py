@@ -1,4 +1,4 @@
-"""The subcommands that fit and judge: compare, claims, demo."""
+"""The subcommands that judge models, and the one by which models of others come in."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from probes.options import (
     FAILED,
@@ -117,6 +117,62 @@ def measurements(name: str, quick: bool, seed: int) -> Iterator[Any]:
     from constructions import CATALOGUE
 
     return CATALOGUE[name].measurements(quick, seed)
+
+
+@dataclass
+class Import:
+    """Make a run directory of weights that were trained elsewhere.
+
+    Arrays are named layers.0.heads.1.query, key, value [width, rows] and output [rows, width]: the
+    first axis goes in, y = x @ array; layers and heads are counted from 0. Biases end in _bias;
+    further names, of norms, MLPs and embeddings, are in the docstring of
+    constructions.interchange.named_weights. Other layouts of attention are known by their names:
+    W_Q, W_K, W_V, W_O; one matrix qkv; haiku's MODULE/layer_0/query/w. Nothing is unpickled.
+    """
+
+    name: Positional[str]
+    weights: Annotated[UseAppendAction[list[Path]], arg(metavar="FILE")]
+    """safetensors, npz, or torch's .pt of tensors alone; several, one after the other, are several
+    models of one shape"""
+    out: Path
+    """the run directory"""
+    settings: Settings = field(default_factory=list)
+    layout: Literal["names", "stacked", "fused", "haiku"] | None = None
+    """how arrays are named and cut; by default as their names have it"""
+    heads: int | None = None
+    """heads side by side in a matrix, where shapes do not say"""
+    scores: Literal["plain", "scaled"] | None = None
+    """query . key as it is, or over the root of a head's rows"""
+    transposed: bool = False
+    """matrices are [out, in], as torch's Linear keeps them, although their names do not say so"""
+    expect: Annotated[UseAppendAction[list[Path]], arg(metavar="FILE")] = field(
+        default_factory=list
+    )
+    """inputs of the family by name, and the "prediction" of the model for them where it was
+    trained; refuses weights that say something else"""
+    overwrite: bool = False
+
+    def run(self) -> int:
+        """Run the command; the exit status."""
+        (name,), settings = family_names((self.name,)), parse_settings(self.settings)
+        from constructions.imported import import_weights
+
+        run = import_weights(
+            name,
+            self.weights,
+            settings,
+            self.out,
+            layout=self.layout,
+            heads=self.heads,
+            scores=self.scores,
+            transposed=self.transposed,
+            expect=self.expect or None,
+            overwrite=self.overwrite,
+        )
+        count = f"{len(run.models)} models" if len(run.models) > 1 else "1 model"
+        checked = "as expected" if self.expect else "not checked: --expect would"
+        print(f"{self.out}: {count} of {name}, predictions {checked}")
+        return OK
 
 
 @dataclass

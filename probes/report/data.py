@@ -208,7 +208,7 @@ def _reproduce(
     return {
         "commands": list(commands),
         "settings": run.settings,
-        "recipe": run.recipe.to_json(),
+        "recipe": {} if run.recipe is None else run.recipe.to_json(),
         "seeds": list(run.seeds),
         "seed of inputs and controls": seed,
         "inputs per statistic": batch,

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.inside_outside.construction import InsideOutside
-from constructions.runs import Run, initial_models
+from constructions.runs import Run, random_model
 from probes.probe import Probe, Result, seed_names, table
 from synthetic.grammar.dependencies import Arcs, Headed, dependencies
 from synthetic.grammar.examples import headed
@@ -320,7 +320,7 @@ def measure(run: Run, seed: int, heads: Headed | None = None) -> Result:
         return found._replace(shape=tuple(shape.tolist()))
 
     trained = [score(model) for model in run.models]
-    initial = score(initial_models(run)[0])
+    initial = score(random_model(run))
     shown = np.argsort(-initial.share, kind="stable")[:MOST]
     shown = shown[initial.share[shown] >= RAREST]
     one = trained[0].offsets

@@ -21,7 +21,7 @@ from nltk.tree import Tree
 
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.runs import Run, initial_models
+from constructions.runs import Run, random_model
 from probes.probe import Probe, Result, seed_names, table
 from probes.subject import Inputs, Subject, activations, no_weights
 from probes.syntax.sentence_probes import (
@@ -335,7 +335,7 @@ def _sentences(run: Run, seed: int) -> tuple[dict[str, np.ndarray], Sentences, A
     drawn, mask = task.draw(jax.random.key(seed), SENTENCES, jnp.asarray(1.0))
     inputs = (drawn.tokens, drawn.lengths, mask)
     models = {f"trained, {n}": m for n, m in zip(seed_names(run), run.models, strict=True)}
-    models["random init"] = initial_models(run)[0]
+    models["random init"] = random_model(run)
     streams = {name: word_stream(construction, m, inputs) for name, m in models.items()}
     return streams, drawn, mask, chart.inside_outside(task.grammar, *inputs)
 

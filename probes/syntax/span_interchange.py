@@ -36,7 +36,7 @@ from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
 from constructions.inside_outside.construction import AT_ONCE, InsideOutside
 from constructions.inside_outside.tableau import Layout
-from constructions.runs import Run, initial_models
+from constructions.runs import Run, random_model
 from probes.patching import patched_prediction, site_values, with_sites
 from probes.probe import Probe, Result, seed_names, table
 from probes.subject import Subject, no_weights
@@ -260,7 +260,7 @@ def measure(run: Run, seed: int) -> Result:
     tokens, lengths, mask = few.task.sample(sentences, SENTENCES).inputs
     pairs = span_pairs(few, tokens, lengths, mask, choice, most=PAIRS)
     models = {f"trained, {n}": m for n, m in zip(seed_names(run), run.models, strict=True)}
-    models["random init"] = initial_models(run)[0]
+    models["random init"] = random_model(run)
     found = span_interchange(few, models, pairs)
     layers = max(len(a) for kinds in found.along.values() for a in kinds.values())
     rows, values = [], []
