@@ -302,7 +302,7 @@ def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transfo
 
 
 def _read_config(run: RunDirectory, *, everywhere: bool = False) -> dict[str, Any]:
-    """The checked config; `everywhere` reads that of a fit on the first process, for all of them."""
+    """The checked config; `everywhere`: of a fit, read on the first process for all of them."""
 
     def read() -> dict[str, Any]:
         config = run.read_config()

@@ -57,8 +57,8 @@ from constructions.claims import predict
 from constructions.core.transformer import cast
 from constructions.family import Construction
 from constructions.runs import Run
-from probes.probe import MOST_WEIGHTS, Probe, Result, compiled_like, seed_names, table
-from probes.subject import ParameterVector
+from probes.foreign import functions, lacking, no_fewer_examples
+from probes.probe import Probe, Result, compiled_like, seed_names, table, too_many_weights
 from synthetic.tasks.task import outcome
 
 #: Inputs that are run at once: always this many, so that few shapes are compiled.
@@ -365,7 +365,7 @@ def measure_degrees(run: Run, seed: int) -> Result:
     """Shares of the degrees, in examples of the context, of construction and trained models."""
     with jax.enable_x64(True):
         construction = run.construction
-        large = ParameterVector(construction, run.models[0]).theta.size > MOST_WEIGHTS
+        large = bool(too_many_weights(run, "")) and not functions(run)
         inputs = construction.sample(jax.random.key(seed), CONTEXTS // 4 if large else CONTEXTS)
         players = min(LEFT_OUT, construction.context_size(*inputs))
         rows = []
@@ -405,18 +405,14 @@ def measure_maps(run: Run, seed: int) -> Result:
                 ]
             )
             names.append(name + kind)
-    columns = (
-        "probability of its label",
-        "completeness",
-        "best AUC of a wrong label",
-        "worst soundness",
-    )
+    columns = ("probability of its label", "completeness", "best AUC of a wrong label",
+               "worst soundness")  # fmt: skip
     return table("saliency maps of the context as certificates", columns, names, rows)
 
 
 def needs_examples(run: Run) -> str:
-    """Inputs with examples that can be left out."""
-    return no_examples(run.construction)
+    """Inputs with examples that can be left out, and models that take fewer of them."""
+    return no_examples(run.construction) or lacking(run, no_fewer_examples)
 
 
 def no_examples(construction: Construction) -> str:
@@ -428,8 +424,7 @@ def no_examples(construction: Construction) -> str:
 
 def needs_labels(run: Run) -> str:
     """The same, and predictions that are distributions."""
-    task = run.construction.task
-    return no_labels(task) or no_examples(run.construction)
+    return no_labels(run.construction.task) or needs_examples(run)
 
 
 DEGREES = Probe(
@@ -439,6 +434,7 @@ DEGREES = Probe(
     "rounding",
     measure_degrees,
     needs_examples,
+    functions=True,
 )
 
 SALIENCY = Probe(
@@ -447,4 +443,5 @@ SALIENCY = Probe(
     "completeness is looked at alone: a sum over examples lets any label be explained",
     measure_maps,
     needs_labels,
+    functions=True,
 )

@@ -26,8 +26,9 @@ from jax import Array
 from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
 from constructions.runs import Run
+from probes.foreign import no_edits
 from probes.patching import (
-    NO_SITES,
+    ByHand,
     CleanRuns,
     Sweep,
     axes_of,
@@ -43,7 +44,7 @@ from probes.patching import (
 )
 from probes.probe import Probe, Result, compiled_like, table
 from probes.style import Picture, figure_of, in_style, number, percent, png, span, ticks
-from probes.subject import Inputs, Subject, place_mask, site_axes, too_large
+from probes.subject import Inputs, Readable, place_mask, site_axes, too_large
 from synthetic.compilation import compile_once
 
 
@@ -68,7 +69,7 @@ class Agreement:
 
 def interchange(
     construction: Construction,
-    model: Subject,
+    model: Readable,
     base: Inputs,
     source: Inputs,
     *,
@@ -90,8 +91,9 @@ def interchange(
         ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit, or the
             model is a function.
     """
-    model = with_sites(model)
     base, source = pair_of(base, source)
+    if not isinstance(model, Transformer):
+        return ByHand.of(model, base, source, site).patched(where)
     return _interchange(
         model, base, source, jnp.asarray(where), construction=construction, site=site
     )
@@ -99,7 +101,7 @@ def interchange(
 
 def sweep(
     construction: Construction,
-    model: Subject,
+    model: Readable,
     base: Inputs,
     source: Inputs,
     *,
@@ -123,8 +125,14 @@ def sweep(
         ValueError: base and source do not differ in shape only, unknown site or axis, equal
             predictions on both, which leave no effect to measure, or a function as the model.
     """
-    model = with_sites(model)
     base, source = pair_of(base, source)
+    if not isinstance(model, Transformer):
+        hand = ByHand.of(model, base, source, site)
+        pair, positions = CleanRuns(construction, model, base, source), hand.positions(over)
+        must_differ(pair.gap)
+        found = {i: pair.effect(hand.patched(mask)) for i, mask in hand.masks(positions)}
+        axes = ("layer", *((over,) if isinstance(over, str) else over))
+        return _sweep_of(axes, found)
     axes = axes_of(construction, model, base, site, over)
     effect, off_axis, gap = _sweep(
         model, base, source, construction=construction, site=site, axes=axes, chunk=chunk
@@ -135,8 +143,8 @@ def sweep(
 
 def interchange_agreement(
     construction: Construction,
-    model: Subject,
-    reference: Subject,
+    model: Readable,
+    reference: Readable,
     base: Inputs,
     source: Inputs,
     *,
@@ -153,8 +161,10 @@ def interchange_agreement(
 
     ValueError as for `sweep`, and if the two models differ in depth, heads or width.
     """
-    model, reference = with_sites(model), with_sites(reference)
+    reference = with_sites(reference)
     base, source = pair_of(base, source)
+    if not isinstance(model, Transformer):
+        return _agreement_by_hand(construction, model, reference, base, source, site, over)
     axes = axes_of(construction, model, base, site, over)
     sizes = [site_axes(m.config, 1, site) for m in (model, reference)]
     if sizes[0] != sizes[1]:
@@ -164,20 +174,71 @@ def interchange_agreement(
     )
     must_differ(gap)
     must_differ(their_gap)
-    a, b = np.asarray(ours, float), np.asarray(theirs, float)
-    spread = a.std() * b.std()
-    correlation = np.mean((a - a.mean()) * (b - b.mean())) / spread if spread > 0 else np.nan
-    return Agreement(
-        float(correlation),
-        float(np.linalg.norm(a - b) / np.linalg.norm(b)),
+    return _agreed(
         np.asarray(apart),
         Sweep(axes, np.asarray(ours), np.asarray(off)),
         Sweep(axes, np.asarray(theirs), np.asarray(their_off)),
     )
 
 
+def _agreed(apart: np.ndarray, ours: Sweep, theirs: Sweep) -> Agreement:
+    """The agreement of two sweeps."""
+    a, b = np.asarray(ours.effect, float), np.asarray(theirs.effect, float)
+    spread = a.std() * b.std()
+    correlation = np.mean((a - a.mean()) * (b - b.mean())) / spread if spread > 0 else np.nan
+    error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return Agreement(float(correlation), error, apart, ours, theirs)
+
+
+def _sweep_of(axes: tuple[str, ...], found: dict[tuple[int, ...], tuple[Any, Any]]) -> Sweep:
+    """A sweep of (effect, off_axis) by index."""
+    shape = tuple(np.max([*found], axis=0) + 1)
+    both = np.array([found[i] for i in np.ndindex(*shape)], float).reshape(*shape, 2)
+    return Sweep(axes, both[..., 0], both[..., 1])
+
+
+def _agreement_by_hand(
+    construction: Construction,
+    model: Any,
+    reference: Transformer,
+    base: Any,
+    source: Any,
+    site: str,
+    over: str | tuple[str, ...],
+) -> Agreement:
+    """`interchange_agreement` of a `Subject`, patch by patch."""
+    hand = ByHand.of(model, base, source, site)
+    positions = hand.positions(over)
+    theirs = _values(reference, source, construction=construction, site=site)
+    sizes = [[a.shape[p] for p in positions] for a in (hand.values, theirs)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"site '{site}' has sizes {sizes[0]} in model, {sizes[1]} in reference")
+    pairs = [CleanRuns(construction, m, base, source) for m in (model, reference)]
+    for pair in pairs:
+        must_differ(pair.gap)
+    found: list[dict[tuple[int, ...], Any]] = [{}, {}]
+    apart = np.zeros(sizes[0])
+    for index, mask in hand.masks(positions):
+        # beyond the axes that are patched, the two have sizes of their own
+        whole = mask.any(tuple(set(range(4)) - set(positions)), keepdims=True)
+        own = _interchange(
+            reference, base, source, jnp.asarray(whole), construction=construction, site=site
+        )
+        both = hand.patched(mask), own
+        for one, pair, prediction in zip(found, pairs, both, strict=True):
+            one[index] = pair.effect(prediction)
+        apart[index] = jnp.sqrt(jnp.sum((both[0] - both[1]) ** 2) / pairs[1].gap)
+    axes = ("layer", *((over,) if isinstance(over, str) else over))
+    return _agreed(apart, *(_sweep_of(axes, one) for one in found))
+
+
+@compile_once(static_argnames=("construction", "site"))
+def _values(model: Transformer, inputs: Any, *, construction: Any, site: str) -> Array:
+    return site_values(construction, model, inputs, site)
+
+
 def exchange(
-    construction: Construction, model: Subject, base: Inputs, source: Inputs, name: str
+    construction: Construction, model: Readable, base: Inputs, source: Inputs, name: str
 ) -> dict[int, float]:
     """Effect of exchanging one variable of the algorithm: {layers applied: effect}.
 
@@ -326,7 +387,13 @@ def needs_equal_sites(run: Run) -> str:
     reference = compiled_like(run.construction, run.models[0])
     for model in run.models:
         if not isinstance(model, Transformer):
-            return NO_SITES
+            if missing := no_edits(run.construction, model):
+                return missing
+            inputs = run.construction.sample(jax.random.key(0), 1)
+            layers, wanted = len(model.read(*inputs)["residual"]), reference.config.depth + 1
+            if layers != wanted:
+                return f"site 'residual' has {layers} layers in model, {wanted} in reference"
+            continue
         sizes = [site_axes(m.config, 1, "residual") for m in (model, reference)]
         if sizes[0] != sizes[1]:
             return f"site 'residual' has sizes {sizes[0]} in model, {sizes[1]} in reference"
@@ -372,4 +439,5 @@ INTERCHANGE = Probe(
     "two tokens carry the same, and each makes up for the other",
     measure,
     needs_equal_sites,
+    functions=True,
 )

@@ -20,10 +20,11 @@ from jax import Array
 
 from constructions.family import Construction
 from constructions.runs import Run
+from probes.foreign import lacking, no_site
 from probes.probe import Probe, Result, table
 from probes.regression import Ridge, Split, ridge, split
 from probes.style import Picture, figure_of, in_style, png
-from probes.subject import Subject, activations, stream_size, too_large, variables
+from probes.subject import Readable, activations, stream_size, too_large, variables
 
 #: Numbers in the stream of one input up to which values are looked for in all tokens at once.
 SMALL = 10_000
@@ -105,7 +106,7 @@ class Target:
 
 def probe_table(
     construction: Construction,
-    models: Mapping[str, Subject],
+    models: Mapping[str, Readable],
     key: Array,
     *,
     names: tuple[str, ...] | None = None,
@@ -140,7 +141,7 @@ def probe_table(
     inputs = jax.jit(construction.sample, static_argnums=1)(draw, batch)
     compiled = construction.reference
     initial = construction.counterpart().untrained(init)
-    subjects: dict[str, Subject] = {**models, "construction": compiled, "random init": initial}
+    subjects: dict[str, Readable] = {**models, "construction": compiled, "random init": initial}
     embedded = construction.stream(compiled, *inputs)
     features = {
         name: _features(activations(construction, subject, (site,))(*inputs), site, embedded, name)
@@ -351,10 +352,16 @@ def figure(found: ProbeTable) -> Picture:
     return Picture("probes", title, caption, alt, png(drawing))
 
 
+def needs_streams(run: Run) -> str:
+    """Models that say what they hold at the construction's tokens, in a stream not too large."""
+    return too_large(run.construction) or lacking(run, no_site)
+
+
 LINEAR = Probe(
     "linear",
     "can a value of the algorithm be read off the stream?",
     "the input or a random model holds it as well: compare with those columns",
     measure,
-    needs=lambda run: too_large(run.construction),
+    needs_streams,
+    functions=True,
 )

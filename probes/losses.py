@@ -235,6 +235,7 @@ LOSSES = Probe(
     "does training find the construction's loss?",
     "the task is solved by much else: an equal loss says nothing of how",
     measure,
+    functions=True,
 )
 
 SCALE = Probe(
@@ -243,4 +244,5 @@ SCALE = Probe(
     "models that are linear in their inputs scale alike, whatever they compute",
     measure_scaled,
     needs_a_scale,
+    functions=True,
 )

@@ -76,12 +76,17 @@ def family_names(names: Sequence[str]) -> list[str]:
 
     for name in names:
         if ":" in name:
-            if os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())  # behind all others: it hides nothing
+            importable_here()
             CATALOGUE.find(name)
         elif name not in CATALOGUE:
             CATALOGUE.find(name)  # lists the names
     return list(names or CATALOGUE)
+
+
+def importable_here() -> None:
+    """Modules of the current directory are found, behind all others: it hides nothing."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def check_seed(seed: int) -> None:

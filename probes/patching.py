@@ -8,7 +8,7 @@ the source input's, 1 being all the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,12 +20,14 @@ from jax import Array
 
 from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
+from probes.foreign import Subject
 from probes.probe import NotApplicable
-from probes.subject import Edited, Inputs, Subject, site_axes
+from probes.subject import Edited, Inputs, Readable, site_axes
 
 NO_SITES = (
-    "model is a function, must be a Transformer: an interchange puts values into its named sites. "
-    "Of a function's activations, probe_table takes a table"
+    "model is a function, must be a Transformer, or a Subject with activations and edit: an "
+    "interchange puts values into its named sites. Of a function's activations, probe_table takes "
+    "a table"
 )
 
 
@@ -53,7 +55,7 @@ def pair_of(base: Inputs, source: Inputs) -> tuple[tuple[Array, ...], tuple[Arra
     return tuple(map(jnp.asarray, base)), tuple(map(jnp.asarray, source))
 
 
-def with_sites(model: Subject) -> Transformer:
+def with_sites(model: Readable) -> Transformer:
     """The model itself; ValueError for a function in its place, which has no sites to edit."""
     if isinstance(model, Transformer):
         return model
@@ -101,9 +103,14 @@ def patched_prediction(
 class CleanRuns:
     """The two clean runs of a model, and the effect of a patched prediction between them."""
 
-    def __init__(self, construction: Any, model: Transformer, base: Any, source: Any) -> None:
-        self.start = construction.apply(model, *base)
-        self.way = construction.apply(model, *source) - self.start
+    def __init__(self, construction: Any, model: Any, base: Any, source: Any) -> None:
+        def run(inputs: Any) -> Array:
+            if isinstance(model, Subject):
+                return model(*inputs)
+            return construction.apply(model, *inputs)
+
+        self.start = run(base)
+        self.way = run(source) - self.start
         self.gap = jnp.sum(self.way**2)
 
     def along(self, movement: Array) -> Array:
@@ -115,6 +122,61 @@ class CleanRuns:
         movement = patched - self.start
         along = self.along(movement)
         return along, jnp.sqrt(jnp.sum((movement - along * self.way) ** 2) / self.gap)
+
+
+@dataclass(frozen=True, eq=False)
+class ByHand:
+    """Patches of a `Subject`, one run after the other.
+
+    Attributes:
+        subject: with activations and edits.
+        base: the input that is run.
+        site: what is patched.
+        values: of the site on the source input, `[layer, batch, token, feature]`.
+    """
+
+    subject: Subject
+    base: tuple[Any, ...]
+    site: str
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, subject: Any, base: Any, source: Any, site: str) -> ByHand:
+        """ValueError for a function that is no `Subject`, or one without the site or edits."""
+        if not isinstance(subject, Subject) or subject.edit is None:
+            raise NotApplicable(NO_SITES)
+        found = subject.read(*source)
+        if site not in found:
+            raise ValueError(f"activations hold {sorted(found)}, must hold '{site}'")
+        return cls(subject, base, site, found[site])
+
+    def patched(self, where: Any) -> Array:
+        """The prediction with the source's values where the mask, of that shape, is True."""
+        shape = self.values.shape
+        try:
+            where = np.broadcast_to(np.asarray(where, bool), shape)
+        except ValueError:
+            raise ValueError(f"where has shape {np.shape(where)}, must fit {shape}") from None
+        return self.subject.run({self.site: Edit(where, self.values)}, *self.base)[0]
+
+    def positions(self, over: str | tuple[str, ...]) -> tuple[int, ...]:
+        """Positions of the layers and of the named axes; ValueError for another name."""
+        names = {"layer": 0, "token": 2, "width": 3}
+        axes = ("layer", *((over,) if isinstance(over, str) else over))
+        for axis in axes[1:]:
+            if axis not in names or axis == "layer":
+                raise ValueError(f"over is {over!r}, must name axes of '{self.site}': token, width")
+        return tuple(names[axis] for axis in axes)
+
+    def masks(self, positions: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """(index, mask) of every patch of one index on each of these axes."""
+        for index in np.ndindex(*(self.values.shape[p] for p in positions)):
+            mask = np.zeros(self.values.shape, bool)
+            at: list[Any] = [slice(None)] * 4
+            for position, number in zip(positions, index, strict=True):
+                at[position] = number
+            mask[tuple(at)] = True
+            yield index, mask
 
 
 def map_grid(function: Callable[[Array], Any], sizes: tuple[int, ...], chunk: int) -> Any:
@@ -149,7 +211,7 @@ def positions_of(model: Transformer, site: str, axes: tuple[str, ...]) -> tuple[
 
 def attribution(
     construction: Construction,
-    model: Subject,
+    model: Readable,
     base: Inputs,
     source: Inputs,
     *,
@@ -173,7 +235,7 @@ def attribution(
 
 
 def path_patch(
-    construction: Construction, model: Subject, base: Inputs, source: Inputs, *, chunk: int = 8
+    construction: Construction, model: Readable, base: Inputs, source: Inputs, *, chunk: int = 8
 ) -> np.ndarray:
     """Effects of the direct paths from every head to the heads of every later layer.
 

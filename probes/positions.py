@@ -18,9 +18,10 @@ from jax import Array
 
 from constructions.family import Construction
 from constructions.runs import Run, random_model
+from probes.foreign import lacking, no_site
 from probes.probe import Probe, Result, seed_names, table
 from probes.regression import ridge, split
-from probes.subject import Subject, activations, too_large
+from probes.subject import Readable, activations, too_large
 
 #: Sequences that the probe draws.
 SEQUENCES = 512
@@ -53,7 +54,7 @@ class PositionProbes:
 
 def position_probes(
     construction: Construction,
-    models: Mapping[str, Subject],
+    models: Mapping[str, Readable],
     targets: Mapping[str, Array],
     inputs: tuple[Array, ...],
     position: int,
@@ -125,7 +126,7 @@ def measure(run: Run, seed: int) -> Result:
     inputs = construction.sample(draw, SEQUENCES)
     targets = _values(construction, inputs)
     length = targets["prediction"].shape[1]
-    models: dict[str, Subject] = dict(zip(seed_names(run), run.models, strict=True))
+    models: dict[str, Readable] = dict(zip(seed_names(run), run.models, strict=True))
     models["random init"] = random_model(run)
     columns, rows, values = [*models, INPUT], [], []
     for position in sorted({length // 4, length // 2, length - 1}):
@@ -146,7 +147,7 @@ def needs_sequences(run: Run) -> str:
     stream, _, read = construction.stream(construction.reference, *inputs)
     if len(shape) != 3 or shape[1] != len(range(stream.shape[1])[read]) or shape[1] < 4:
         return f"{type(construction).__name__} predicts no numbers at each of some positions"
-    return ""
+    return lacking(run, no_site)
 
 
 POSITIONS = Probe(
@@ -155,4 +156,5 @@ POSITIONS = Probe(
     "the input column is left out of account: much of a solution is a multiple of its right side",
     measure,
     needs_sequences,
+    functions=True,
 )

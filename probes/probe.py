@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from constructions.claims import is_function
 from constructions.core.checks import ProgramError
 from constructions.core.compile import compile_program
 from constructions.core.transformer import Transformer
@@ -149,6 +150,8 @@ class Probe:
         invariant: whether a model in another basis of its keys and values, which is the same
             function, has the same numbers. Where it has not, the note of the result says so.
         seeds: how many of the run's seeds it looks at, None for all: rows of more say the same.
+        functions: whether it takes models that are functions (`probes.foreign.Subject`), and asks
+            for no more than these offer; `needs` then says what one lacks.
     """
 
     name: str
@@ -158,6 +161,7 @@ class Probe:
     needs: Callable[[Run], str] = anything
     invariant: bool = True
     seeds: int | None = None
+    functions: bool = False
 
     def __call__(self, run: Run, seed: int = 0, **options: Any) -> Result:
         """The result of a run.
@@ -167,6 +171,8 @@ class Probe:
                 (a fit that gained nothing has nothing to graft).
         """
         few = replace(run, models=run.models[: self.seeds], seeds=run.seeds[: self.seeds])
+        if not self.functions and any(map(is_function, few.models)):
+            raise NotApplicable("the model is a function, whose weights are not known")
         if missing := self.needs(few):
             raise NotApplicable(missing)
         found = self.measure(few, seed, **options)

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from constructions.claims import masks
+from constructions.claims import is_function, masks
 from constructions.core.canonical import obstacle, without_inert
 from constructions.core.config import SegmentConfig
-from constructions.core.transformer import Transformer
+from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
 from constructions.runs import Run
+from probes.foreign import Subject, no_edits
 from probes.probe import Probe, Result, compiled_like, seed_names, table
 from probes.style import (
     GREEN,
@@ -41,7 +42,7 @@ from synthetic.tasks.task import Batch
 
 def roll_out(
     construction: Construction,
-    model: Transformer,
+    model: Transformer | Subject,
     *inputs: Array,
     depth: int,
     damping: ArrayLike = 1.0,
@@ -54,7 +55,8 @@ def roll_out(
 
     Args:
         construction: says how inputs enter and where the prediction stands.
-        model: whose layer is applied.
+        model: whose layer is applied; a `Subject` with the stream as its site "residual", in the
+            construction's columns, and edits of it.
         inputs: of the construction.
         depth: how often, at least 0.
         damping: lambda; may be traced.
@@ -65,10 +67,14 @@ def roll_out(
 
     Raises:
         ValueError: negative depth, no such layer, or a construction that does not say where the
-            prediction stands.
+            prediction stands; a subject whose prediction does not stand there.
     """
     if depth < 0:
         raise ValueError(f"depth is {depth}, must be at least 0")
+    if isinstance(model, Subject):
+        if missing := no_stream(construction, model, inputs):
+            raise ValueError(missing)
+        return _roll_out_by_hand(construction, model, inputs, depth, float(damping), layer)
     single = _one_layer(model, layer)
     places, slots = construction.places(1, *inputs), construction.program.slots
     if "prediction" not in places:
@@ -85,6 +91,45 @@ def roll_out(
     return jnp.concatenate([predictions, place.gather(last[None], slots)[None]])
 
 
+def no_stream(construction: Construction, model: Any, inputs: Any) -> str:
+    """Why a function has no layer to apply again, in one phrase; "" where it has."""
+    if missing := no_edits(construction, model):
+        return missing
+    residual, slots = model.read(*inputs)["residual"], construction.program.slots
+    places = construction.places(len(residual) - 1, *inputs)
+    if "prediction" not in places:
+        return f"{construction} names no place of the prediction in the stream"
+    if residual.shape[-1] < slots.width:
+        return f"the stream has {residual.shape[-1]} columns, the construction's {slots.width}"
+    found, said = places["prediction"].gather(jnp.asarray(residual), slots), model(*inputs)
+    if not np.allclose(found, said, rtol=SAME, atol=SAME * float(jnp.abs(said).max())):
+        return "the prediction is not read off the columns in which the construction keeps it"
+    return ""
+
+
+def _roll_out_by_hand(
+    construction: Construction, model: Subject, inputs: Any, depth: int, damping: float, layer: int
+) -> Array:
+    """The same of a `Subject`: the layer's update is read behind a stream that is put in."""
+    residual = model.read(*inputs)["residual"]
+    layers, slots = len(residual) - 1, construction.program.slots
+    if not -layers <= layer < layers:
+        raise ValueError(f"layer is {layer}, the model applies {layers}")
+    at = layer % layers
+    place = construction.places(1, *inputs)["prediction"]
+    place = replace(place, layer=np.zeros_like(place.layer))
+    where = np.zeros(residual.shape, bool)
+    where[at] = True
+    stream, predictions = residual[0], []
+    for step in range(depth + 1):
+        predictions.append(place.gather(jnp.asarray(stream)[None], slots))
+        if step < depth:
+            edit = Edit(where, np.broadcast_to(stream, residual.shape))
+            after = model.run({"residual": edit}, *inputs)[1]["residual"][at + 1]
+            stream = stream + np.asarray(damping, stream.dtype) * (after - stream)
+    return jnp.stack(predictions)
+
+
 def _one_layer(model: Transformer, layer: int) -> Transformer:
     """One of the applied layers as a model of its own."""
     config = model.config
@@ -98,6 +143,8 @@ def _one_layer(model: Transformer, layer: int) -> Transformer:
 
 
 DAMPINGS = (1.0, 0.75)
+#: Rounding between a prediction and what stands in the stream, relative.
+SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -108,44 +155,52 @@ class RollOut:
         dampings: the factors.
         construction: `[damping, step]`, before the first and after every application.
         trained: `[damping, seed, step]`.
+        as_trained: whether weights without effect are still there in a trained model.
     """
 
     dampings: list[float]
     construction: list[list[float]]
     trained: list[list[list[float]]]
+    as_trained: bool = False
 
 
-def measure(run: Run, seed: int, batch: int = 2048, depth: int = 12) -> Result:
+def measure(run: Run, seed: int, batch: int = 2048, depth: int = 12, bare: bool = True) -> Result:
     """Loss of the last layer looped, undamped and damped.
 
     Inert weights are removed first: training leaves them where they began, and a second application
-    would read what they wrote.
+    would read what they wrote. Of functions they cannot be; their rows say "as trained".
 
     Args:
         run: trained models.
         seed: of the inputs.
         batch: how many inputs.
         depth: how often the layer is applied.
+        bare: whether inert weights are removed.
     """
     construction = run.construction
     reference = compiled_like(construction, run.models[0])
     drawn = construction.task.sample(jax.random.key(seed), batch)
-    bare = [without_inert(model, construction.gauge()) for model in (reference, *run.models)]
+    names = ["construction", *seed_names(run)]
+    models: list[Any] = [reference, *run.models]
+    for n, model in enumerate(models):
+        if bare and isinstance(model, Transformer):
+            models[n] = without_inert(model, construction.gauge())
+        elif n:
+            names[n] += ", as trained"
     losses = np.array([
-        [_rolled(construction, model, drawn, depth, damping) for model in bare]
+        [_rolled(construction, model, drawn, depth, damping) for model in models]
         for damping in DAMPINGS
     ])  # fmt: skip
-    found = RollOut(list(DAMPINGS), losses[:, 0].tolist(), losses[:, 1:].tolist())
-    rows = [
-        f"{name}, damping {damping:g}"
-        for damping in DAMPINGS
-        for name in ("construction", *seed_names(run))
-    ]
+    left = any("as trained" in name for name in names)
+    found = RollOut(list(DAMPINGS), losses[:, 0].tolist(), losses[:, 1:].tolist(), left)
+    rows = [f"{name}, damping {damping:g}" for damping in DAMPINGS for name in names]
+    note = "as trained: weights without effect, which a second application reads, were not removed"
     return table(
         "loss of the layer applied again and again",
         [f"{n} times" for n in range(depth + 1)],
         rows,
         losses.reshape(len(rows), -1),
+        note if left else "",
         data=found,
         picture=partial(figure, found),
     )
@@ -154,7 +209,12 @@ def measure(run: Run, seed: int, batch: int = 2048, depth: int = 12) -> Result:
 def needs_attention_alone(run: Run) -> str:
     """Linear attention behind one mask a layer, and a place of the prediction in the stream."""
     construction, gauge = run.construction, run.construction.gauge()
+    inputs = construction.sample(jax.random.key(0), 2)
     for model in (compiled_like(construction, run.models[0]), *run.models):
+        if is_function(model):
+            if found := no_stream(construction, model, inputs):
+                return found
+            continue
         if found := obstacle(model.config):
             return f"the canonical form is that of linear attention alone; {found}"
         for layer, own in enumerate(masks(model), start=1):
@@ -166,15 +226,27 @@ def needs_attention_alone(run: Run) -> str:
                 f"gauge has read {gauge.read.shape} and query {gauge.query.shape}, must be "
                 f"[rows, {width}] and [{width}, values]"
             )
-    inputs = construction.sample(jax.random.key(0), 1)
     if "prediction" not in construction.places(1, *inputs):
         return f"{construction} names no place of the prediction in the stream"
     return ""
 
 
+def _rolled(construction: Any, model: Any, drawn: Batch, depth: int, damping: Any) -> Array:
+    if is_function(model):
+        steps = roll_out(construction, model, *drawn.inputs, depth=depth, damping=damping)
+        return _losses(construction, steps, drawn)
+    return _rolled_at_once(construction, model, drawn, depth, damping)
+
+
 @partial(jax.jit, static_argnums=(0, 3))
-def _rolled(construction: Any, model: Transformer, drawn: Batch, depth: int, damping: Any) -> Array:
+def _rolled_at_once(
+    construction: Any, model: Transformer, drawn: Batch, depth: int, damping: Any
+) -> Array:
     steps = roll_out(construction, model, *drawn.inputs, depth=depth, damping=damping)
+    return _losses(construction, steps, drawn)
+
+
+def _losses(construction: Any, steps: Array, drawn: Batch) -> Array:
     return jax.vmap(lambda p: construction.task.loss(p, drawn).mean())(steps)
 
 
@@ -200,8 +272,9 @@ def figure(data: RollOut) -> Picture:
     axis.legend(fontsize=8)
     caption = (
         "The same layer applied again and again. Weights without effect on a single application, "
-        "which training leaves as they were initialised, are set to zero first."
+        "which training leaves as they were initialised, are set to zero first"
     )
+    caption += ", but of models behind functions." if data.as_trained else "."
     for damping, own, theirs in zip(data.dampings, built, trained, strict=True):
         lost = int((~(theirs.max(1) < 100 * own[0])).sum())
         least = int(np.nanargmin(own))  # what diverges ends in NaN
@@ -227,4 +300,5 @@ ROLL_OUT = Probe(
     "as trained, a layer leaves what it writes into the context as it was initialised",
     measure,
     needs_attention_alone,
+    functions=True,
 )

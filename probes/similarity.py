@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from constructions.claims import Evidence, comparable_weights, predict
+from constructions.claims import Evidence, comparable_weights, is_function, predict
 from constructions.core.canonical import canonical_distance
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.runs import Run
+from probes.foreign import Subject
 from probes.probe import Probe, Result, checkpoints_of, seed_names, table
 from synthetic.tasks.task import Batch, outcome
 
@@ -240,6 +241,122 @@ def sensitivities(
     return sensitivity_cosine(ours, theirs, inputs)
 
 
+#: Finite differences of two steps may differ by so much of themselves: a cosine then errs by less
+#: than its square.
+STEADY = 1e-2
+#: Most runs that finite differences take.
+MOST_RUNS = 512
+
+
+def finite_differences(
+    function: Apply, inputs: Sequence[Array]
+) -> tuple[Float[np.ndarray, "batch token dim_out dim_in"], float]:
+    """`sensitivity` by central differences in the last input, and how much two steps differ.
+
+    (f(z + h e) - f(z - h e)) / 2h, token by token and entry by entry, with h near the cube root of
+    the rounding unit, a power of two so that z +- h is as exact as z. What is given is of the step
+    h = 2^-n whose half gives nearly the same: that of float64 where predictions come in it, of
+    float32 else or where the model computes in it none the less.
+
+    Returns:
+        The sensitivities and |J_h - J_(h/2)| / |J_(h/2)|.
+    """
+    *rest, last = (np.asarray(a, float) for a in inputs)
+    scale = 2.0 ** np.round(np.log2(max(float(np.sqrt(np.mean(last**2))), 1e-30)))
+    last = last.astype(np.float32).astype(float)
+
+    def quotients(step: float) -> np.ndarray:
+        found = np.zeros(0)
+        for t, i in np.ndindex(last.shape[1:]):
+            ends = []
+            for sign in (1, -1):
+                moved = last.copy()
+                moved[:, t, i] += sign * step
+                ends.append(np.asarray(function(*rest, moved), float)[:, t])
+            if not found.size:
+                found = np.zeros((*last.shape[:2], ends[0].shape[-1], last.shape[2]))
+            found[:, t, :, i] = (ends[0] - ends[1]) / (2 * step)
+        return found
+
+    exact = np.asarray(function(*rest, last)).dtype == np.float64
+    best, steady = np.zeros(0), np.inf
+    for step in (scale * 2.0**-17, scale * 2.0**-8)[0 if exact else 1 :]:
+        wide, narrow = quotients(step), quotients(step / 2)
+        size = np.linalg.norm(narrow)
+        apart = float(np.linalg.norm(wide - narrow) / size) if size else 0.0
+        if apart < steady:
+            best, steady = wide, apart
+        if steady <= STEADY:
+            break
+    return best, steady
+
+
+def insensitive(construction: Construction, model: Any, inputs: Sequence[Array]) -> str:
+    """Why a model of any kind has no sensitivities on these inputs, in one phrase; "" if it has.
+
+    A function is asked for its own derivative, then JAX, then finite differences.
+    """
+    if not is_function(model):
+        return obstacle(partial(predict, construction, model), inputs)
+    few, last = tuple(a[:64] for a in inputs), inputs[-1]
+    if not _real(last):
+        return _not_real(len(inputs) - 1, last)
+    shape = np.shape(model(*few))
+    if len(shape) != 3 or last.ndim != 3 or shape[1] != last.shape[1]:
+        return (
+            f"input {len(inputs) - 1} has shape {last.shape} and the prediction {shape}, must be "
+            "[batch, token, dim_in] and [batch, token, dim_out]"
+        )
+    if _by_itself(model, few) is not None or _traced(model, few):
+        return ""
+    runs = 4 * int(np.prod(last.shape[1:]))
+    if runs > MOST_RUNS:
+        return f"finite differences would take {runs} runs of the model, more than {MOST_RUNS}"
+    steady = finite_differences(model, few)[1]
+    if steady > STEADY:
+        return f"finite differences of two steps differ by {steady:.2g} of themselves"
+    return ""
+
+
+def _by_itself(model: Any, inputs: Sequence[Any]) -> np.ndarray | None:
+    """A subject's own derivative."""
+    return model.differentiate(*inputs) if isinstance(model, Subject) else None
+
+
+def _traced(model: Any, inputs: Sequence[Any]) -> bool:
+    """Whether JAX can trace a function that runs on these inputs."""
+    try:
+        jax.eval_shape(model, *inputs)
+    except Exception:  # of another library, whatever it raises
+        return False
+    return True
+
+
+def cosine_of(
+    construction: Construction, model: Any, reference: Transformer, inputs: tuple[Array, ...]
+) -> float:
+    """Mean cosine of the sensitivities of a model of any kind and a `Transformer`.
+
+    Only where `insensitive` has nothing against it.
+    """
+    if not is_function(model):
+        return float(sensitivities(construction, model, reference, inputs))
+    theirs = _sensitivity(construction, reference, inputs)
+    ours = _by_itself(model, inputs)
+    if ours is None and _traced(model, inputs):
+        ours = sensitivity(model, inputs)
+    if ours is None:
+        ours, _ = finite_differences(model, inputs)
+    a, b = _flat(jnp.asarray(ours, theirs.dtype)), _flat(theirs)
+    _check_equal(a, b, "sensitivities")
+    return float((_unit(a) * _unit(b)).sum(-1).mean())
+
+
+@partial(jax.jit, static_argnums=0)
+def _sensitivity(construction: Construction, model: Transformer, inputs: Any) -> Array:
+    return sensitivity(partial(construction.apply, model), inputs)
+
+
 def compared(construction: Any, prediction: Array) -> Array:
     """A prediction without what means nothing: of logits, the mean over the outcomes."""
     if outcome(construction.task) != "logits":
@@ -264,8 +381,8 @@ def measure(run: Run, seed: int) -> Result:
         one, other = (_constant(compared(construction, f(*inputs))) for f in (ours, theirs))
         distance = prediction_distance(one, other, inputs)
         cosine = np.nan  # where inputs are no real numbers, a token each
-        if not obstacle(ours, inputs):
-            cosine = float(sensitivities(construction, model, reference, inputs))
+        if not insensitive(construction, model, inputs):
+            cosine = cosine_of(construction, model, reference, inputs)
         values.append([float(distance.relative), float(distance.mean_norm), cosine])
     columns = ("relative prediction distance", "mean prediction distance", "sensitivity cosine")
     result = table("functions, against the construction", columns, seed_names(run), values)
@@ -307,6 +424,7 @@ SIMILARITY = Probe(
     "are predictions and sensitivities the construction's?",
     "the inputs are few in kind: agreement on the task is no agreement off it",
     measure,
+    functions=True,
 )
 
 TRAINING = Probe(

@@ -7,7 +7,6 @@ A statistic maps the `Evidence` to a number. What it assumes beyond predictions 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,9 +21,10 @@ from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from probes import interpolation, similarity
 from probes.context import all_subsets, degree_weights, no_examples
+from probes.foreign import no_fewer_examples
 from probes.interpolation import between
 from probes.roll_out import roll_out
-from probes.similarity import compared, sensitivities
+from probes.similarity import compared
 from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch, outcome
 
@@ -86,10 +86,7 @@ def same_outcome(e: Evidence) -> float:
 def sensitivity_cosine(e: Evidence) -> float:
     """Mean cosine between d prediction / d query of model and construction; blind to scale."""
     inputs = jax.tree.map(lambda a: a[:1024], e.examples.inputs)
-    if not needs.known_weights(e):
-        return float(sensitivities(e.construction, e.model, e.reference, inputs))
-    theirs = partial(e.construction.apply, e.reference)
-    return float(similarity.sensitivity_cosine(e.apply, theirs, inputs))
+    return similarity.cosine_of(e.construction, e.model, e.reference, inputs)
 
 
 def weight_distance(e: Evidence) -> float:
@@ -161,9 +158,8 @@ def distributions(e: Evidence) -> str:
 
 def differentiable(e: Evidence) -> str:
     """Predictions have derivatives by the last input, token by token."""
-    inputs = tuple(a[:2] for a in e.examples.inputs)
-    apply = e.apply if needs.known_weights(e) else partial(e.construction.apply, e.model)
-    return similarity.obstacle(apply, inputs)
+    inputs = tuple(a[:64] for a in e.examples.inputs)
+    return similarity.insensitive(e.construction, e.model, inputs)
 
 
 def blendable(e: Evidence) -> str:
@@ -182,8 +178,8 @@ def rolled_alike(e: Evidence) -> str:
 
 
 def examples_to_leave_out(e: Evidence) -> str:
-    """The construction says what the examples of its inputs are."""
-    return no_examples(e.construction)
+    """The construction says what the examples of its inputs are, and the model takes fewer."""
+    return no_examples(e.construction) or no_fewer_examples(e.construction, e.model)
 
 
 Statistic = Callable[[Evidence], float]

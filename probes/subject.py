@@ -6,7 +6,7 @@ A site is a value named in `constructions.core.transformer.SITES`, `[layer, batc
 axes given there. Reading it asks "what does the model hold here?"; editing it asks "what would the
 model have said, had it held something else here?". Both take a construction, which knows how its
 inputs become a residual stream, and any model of the same class; a model trained elsewhere takes
-part as `Activations`, a function from inputs to named arrays.
+part as a `probes.foreign.Subject`, or as `Activations`, a function from inputs to named arrays.
 
 `ParameterVector` is a model as a function of one vector, all its trained weights in one order:
 Jacobians, Hessians, masks over the weights and directions in their space all start there.
@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from constructions.core.config import Config
 from constructions.core.transformer import SITES, Edit, Transformer
 from constructions.family import Construction
+from probes.foreign import Subject
 from synthetic.compilation import compile_once
 from synthetic.fitting.weights_file import named
 from synthetic.tasks.task import Batch, outcome
@@ -38,7 +39,7 @@ __all__ = [
     "Edit",
     "Edited",
     "Inputs",
-    "Subject",
+    "Readable",
     "ablation",
     "activations",
     "place_mask",
@@ -54,7 +55,8 @@ Inputs = Sequence[Array]
 #: are whatever that model calls layers and the tokens are those of the construction, in its order.
 Activations = Callable[..., Mapping[str, Array]]
 
-Subject = Transformer | Activations
+#: What values can be read off.
+Readable = Transformer | Subject | Activations
 
 
 class Edited(Transformer):
@@ -124,12 +126,14 @@ def read_sites(
 
 
 def activations(
-    construction: Construction, subject: Subject, sites: Sequence[str] = ("residual",)
+    construction: Construction, subject: Readable, sites: Sequence[str] = ("residual",)
 ) -> Activations:
     """A function from inputs to named arrays, for our models and for functions of that kind alike.
 
-    TypeError if `subject` is neither.
+    TypeError if `subject` is neither; ValueError for a `Subject` without activations.
     """
+    if isinstance(subject, Subject):
+        return subject.read
     if isinstance(subject, Transformer):
         return lambda *inputs: read_sites(construction, subject, inputs, sites)
     if not callable(subject):

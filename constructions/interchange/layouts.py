@@ -1,17 +1,17 @@
 """Files of weights, and the layouts in which other projects keep attention.
 
-`read_arrays` reads safetensors, npz, and, where torch is there, its files by `weights_only`: nothing
-is unpickled and no code of a file runs. `to_named` puts the arrays under the documented names of
-`constructions.interchange.named_weights`. The layouts:
+`read_arrays` reads safetensors, npz, and, where torch is there, its files by `weights_only`:
+nothing is unpickled and no code of a file runs. `to_named` puts the arrays under the documented
+names of `constructions.interchange.named_weights`. The layouts:
 
     names    the documented names themselves
     stacked  W_Q, W_K, W_V [(layer,) head, width, rows] and W_O [(layer,) head, rows, width], or
              matrices [width, head * rows] of heads side by side; q_proj.weight and so on likewise
     fused    queries, keys and values as one matrix [width, 3 * head * rows] (qkv, c_attn,
              in_proj_weight), and one matrix back
-    haiku    MODULE/query, key, value and linear (/w), [width, head * rows] and [head * rows, width],
-             MODULE being multi_head_attention, or layer_0, layer_1, ...: the public code of von
-             Oswald et al. 2022, arXiv 2212.07677
+    haiku    MODULE/query, key, value (/w) [width, head * rows] and MODULE/linear [head * rows,
+             width], MODULE being multi_head_attention, or layer_0, layer_1, ...: the public code
+             of von Oswald et al. 2022, arXiv 2212.07677
 
 What a torch `Linear` keeps, [out, in], is known by its name (`.weight`, `in_proj_weight`) or by its
 shape. Each layout holds attention alone; norms and MLPs have documented names only.

@@ -112,7 +112,7 @@ def named_weights(model: Transformer) -> dict[str, np.ndarray]:
 def with_named(
     base: Transformer, arrays: Mapping[str, np.ndarray], where: str = "weights"
 ) -> Transformer:
-    """A model like `base` whose weights are those named; its heads may be of another number or size.
+    """A model like `base` with the weights named; its heads may be of another number or size.
 
     Args:
         base: gives the layers, their kinds and what heads see.
@@ -121,8 +121,8 @@ def with_named(
         where: what an error message begins with, such as the name of a file.
 
     Raises:
-        ValueError: a name that is missing or unknown, or a shape that does not fit, in one line with
-            the likely cause.
+        ValueError: a name that is missing or unknown, or a shape that does not fit, in one line
+            with the likely cause.
     """
     config = _fitted(base.config, arrays, where)
     places, shapes = _places(config), named_shapes(config)

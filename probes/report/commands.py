@@ -17,6 +17,7 @@ from probes.options import (
     Settings,
     check_free,
     family_names,
+    importable_here,
     parse_settings,
     seed_list,
     write_json,
@@ -34,7 +35,12 @@ class Compare:
     out: Path
     """the directory of the report"""
     run_directory: Annotated[Path | None, arg(name="run")] = None
-    """a finished fit; without it, one is made on the spot"""
+    """a finished fit, or an import; without it, a fit is made on the spot"""
+    model: Annotated[UseAppendAction[list[str]], arg(metavar="MODULE:ATTRIBUTE")] = field(
+        default_factory=list
+    )
+    """in place of a fit: a function from the family's inputs to predictions, a Subject, or a
+    function without arguments that makes one; several are several models"""
     seeds: int = 5
     """seeds of that fit"""
     settings: Settings = field(default_factory=list)
@@ -69,12 +75,23 @@ class Compare:
 
     def comparison(self, name: str, settings: Mapping[str, Any]) -> Any:
         """The comparison of a saved or a fresh run."""
-        from constructions import CATALOGUE
         from constructions.runs import fit_family, load_run
-        from probes.report.data import compare
         from synthetic.fitting.train import print_progress
 
         options = " ".join(f"--set {s}" for s in self.settings)
+        if self.model:
+            from probes.foreign import foreign_run, named_model
+
+            importable_here()
+            for option, given in (("--run", self.run_directory), ("--steps", self.steps)):
+                if given is not None:
+                    raise ValueError(f"{option} {given} cannot be given with --model")
+            run = foreign_run(name, [named_model(one) for one in self.model], settings)
+            quick = " --quick" if self.quick else ""
+            models = " ".join(f"--model {one}" for one in self.model)
+            given = f"{models}{quick}{' ' + options if options else ''}"
+            again = [f"orrery compare {name} {given} --seed {self.seed} --out {self.out}"]
+            return self.compared(run, again)
         if self.run_directory is not None:
             run = load_run(self.run_directory)
             if run.family != name:
@@ -100,7 +117,14 @@ class Compare:
                 f"orrery compare {name} --seeds {self.seeds} --seed {self.seed}{quick}{count}"
                 f"{' ' + options if options else ''} --out {self.out}"
             ]
-        family = CATALOGUE[name]
+        return self.compared(run, again)
+
+    def compared(self, run: Any, again: list[str]) -> Any:
+        """The comparison of a run."""
+        from constructions import CATALOGUE
+        from probes.report.data import compare
+
+        name, family = run.family, CATALOGUE[run.family]
         return compare(
             run,
             about=family.about,

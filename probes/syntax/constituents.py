@@ -23,7 +23,7 @@ from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.runs import Run, random_model
 from probes.probe import Probe, Result, seed_names, table
-from probes.subject import Inputs, Subject, activations, no_weights
+from probes.subject import Inputs, Readable, activations, no_weights
 from probes.syntax.sentence_probes import (
     EMBEDDING,
     LayerScores,
@@ -40,7 +40,7 @@ from synthetic.grammar.trees import node_spans
 from synthetic.tasks.masked_language import MaskedLanguageTask
 
 
-def word_stream(construction: Construction, model: Subject, inputs: Inputs) -> np.ndarray:
+def word_stream(construction: Construction, model: Readable, inputs: Inputs) -> np.ndarray:
     """The residual stream at the words, `[layer, batch, time, feature]`; layer 0 is the embedding.
 
     Without the tokens that the construction adds (BOS, EOS). For constructions whose tokens that

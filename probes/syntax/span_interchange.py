@@ -39,7 +39,7 @@ from constructions.inside_outside.tableau import Layout
 from constructions.runs import Run, random_model
 from probes.patching import patched_prediction, site_values, with_sites
 from probes.probe import Probe, Result, seed_names, table
-from probes.subject import Subject, no_weights
+from probes.subject import Readable, no_weights
 from probes.syntax.span_pairs import SpanPairs, span_pairs
 from synthetic.compilation import compile_once
 
@@ -93,7 +93,7 @@ class SpanEffects:
 
 def span_interchange(
     construction: Construction,
-    models: Mapping[str, Subject],
+    models: Mapping[str, Readable],
     pairs: SpanPairs,
     compiled: Transformer | None = None,
 ) -> SpanEffects:
