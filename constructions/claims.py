@@ -319,13 +319,18 @@ def masks(model: Transformer) -> list[np.ndarray]:
     return [np.unique(own[:n], axis=0) for own, n in zip(wiring, heads, strict=True)]
 
 
+def one_mask(reference: Transformer, model: Transformer) -> bool:
+    """Whether `with_masks_of` can give a model the masks of a reference."""
+    return _plan(model) == _plan(reference) and all(len(own) == 1 for own in masks(reference))
+
+
 def with_masks_of(model: Transformer, reference: Transformer) -> Transformer:
     """The model with the masks of a reference that has one mask a layer and the same segments.
 
     The same function if `masks_alike` says so. ValueError for another reference.
     """
     theirs = masks(reference)
-    if _plan(model) != _plan(reference) or any(len(own) != 1 for own in theirs):
+    if not one_mask(reference, model):
         raise ValueError("the reference must have one mask a layer, and the model's segments")
     arrays, layer, kinds = model.arrays(), 0, len(model.config.token_groups)
     names = ("window", "query_groups", "key_groups", "sink_groups")

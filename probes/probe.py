@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from constructions.claims import is_function
+from constructions.claims import is_function, one_mask, with_masks_of
 from constructions.core.checks import ProgramError
 from constructions.core.compile import compile_program
 from constructions.core.transformer import Transformer
@@ -203,9 +203,13 @@ def compiled_like(construction: Construction, model: Any) -> Transformer:
     if not isinstance(model, Transformer):
         return construction.reference
     try:
-        return compile_program(construction.program, config=model.config)
+        found = compile_program(construction.program, config=model.config)
     except ProgramError:
         return construction.compile().model
+    reference = construction.reference
+    if found.config.max_heads > reference.config.max_heads and one_mask(reference, found):
+        return with_masks_of(found, reference)  # heads without weights see what the others do
+    return found
 
 
 def too_many_weights(run: Run, probe: str, most: int | None = None) -> str:

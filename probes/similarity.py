@@ -244,6 +244,8 @@ def sensitivities(
 #: Finite differences of two steps may differ by so much of themselves: a cosine then errs by less
 #: than its square.
 STEADY = 1e-2
+#: As much as they differ where the first step is right for the model's precision.
+ROUNDING = 1e-5
 #: Most runs that finite differences take.
 MOST_RUNS = 512
 
@@ -255,8 +257,8 @@ def finite_differences(
 
     (f(z + h e) - f(z - h e)) / 2h, token by token and entry by entry, with h near the cube root of
     the rounding unit, a power of two so that z +- h is as exact as z. What is given is of the step
-    h = 2^-n whose half gives nearly the same: that of float64 where predictions come in it, of
-    float32 else or where the model computes in it none the less.
+    h whose half gives nearly the same: that of float64 where predictions come in it, of float32
+    else, or where the model computes in it none the less.
 
     Returns:
         The sensitivities and |J_h - J_(h/2)| / |J_(h/2)|.
@@ -286,7 +288,7 @@ def finite_differences(
         apart = float(np.linalg.norm(wide - narrow) / size) if size else 0.0
         if apart < steady:
             best, steady = wide, apart
-        if steady <= STEADY:
+        if steady <= ROUNDING:
             break
     return best, steady
 

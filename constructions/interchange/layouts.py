@@ -141,8 +141,8 @@ def layout_of(arrays: Mapping[str, Any], where: str) -> str:
     marks: dict[str, Callable[[str], Any]] = {
         "names": re.compile(r"layers\.\d+\.(heads\.\d+|mlp|norm|mlp_norm)\.\w+").fullmatch,
         "haiku": _HAIKU.fullmatch,
-        "stacked": _STACKED.fullmatch,
         "fused": lambda name: (m := _FUSED.fullmatch(name)) and m["qkv"],
+        "stacked": _STACKED.fullmatch,
     }
     for layout, mark in marks.items():
         if any(mark(name) for name in arrays):
