@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from constructions.claims import predict
-from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.runs import Run
 from probes.probe import Probe, Result, compiled_like, seed_names, table
@@ -76,7 +75,7 @@ class ScaleCurve:
 
 def mean_losses(
     construction: Construction,
-    models: Sequence[Transformer],
+    models: Sequence[Any],
     seed: int,
     batch: int,
     task: Any = None,

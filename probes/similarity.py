@@ -251,7 +251,7 @@ MOST_RUNS = 512
 
 
 def finite_differences(
-    function: Apply, inputs: Sequence[Array]
+    function: Apply, inputs: Sequence[Any]
 ) -> tuple[Float[np.ndarray, "batch token dim_out dim_in"], float]:
     """`sensitivity` by central differences in the last input, and how much two steps differ.
 
@@ -293,7 +293,7 @@ def finite_differences(
     return best, steady
 
 
-def insensitive(construction: Construction, model: Any, inputs: Sequence[Array]) -> str:
+def insensitive(construction: Construction, model: Any, inputs: Sequence[Any]) -> str:
     """Why a model of any kind has no sensitivities on these inputs, in one phrase; "" if it has.
 
     A function is asked for its own derivative, then JAX, then finite differences.
@@ -326,9 +326,11 @@ def _by_itself(model: Any, inputs: Sequence[Any]) -> np.ndarray | None:
 
 
 def _traced(model: Any, inputs: Sequence[Any]) -> bool:
-    """Whether JAX can trace a function that runs on these inputs."""
+    """Whether JAX can trace and differentiate a function that runs on these inputs."""
+    if obstacle(model, inputs):
+        return False
     try:
-        jax.eval_shape(model, *inputs)
+        jax.eval_shape(lambda *i: sensitivity(model, i), *inputs)
     except Exception:  # of another library, whatever it raises
         return False
     return True
