@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from constructions.family import Place as Place
     from constructions.family import Tokens as Tokens
     from constructions.family import verify as verify
+    from constructions.imported import import_weights as import_weights
     from constructions.mesa_layer import mesa as mesa
     from constructions.regression import Regression as Regression
     from constructions.runs import Run as Run
@@ -55,12 +56,15 @@ if TYPE_CHECKING:
     from constructions.tint import load_auxiliary as load_auxiliary
     from constructions.tint import save_auxiliary as save_auxiliary
     from probes import PROBES as PROBES
+    from probes.foreign import Subject as Subject
+    from probes.foreign import foreign_run as foreign_run
     from probes.ledger import ledger as ledger
     from probes.probe import Probe as Probe
     from probes.probe import Result as Result
     from probes.report.data import compare as compare
     from probes.report.page import write_report as write_report
     from probes.subject import read_sites as read_sites
+    from probes.torch_hooks import from_torch as from_torch
     from synthetic.fitting.recipe import Recipe as Recipe
     from synthetic.fitting.train import fit as fit
     from synthetic.grammar import chart as chart
@@ -79,6 +83,7 @@ HOMES = {
     "constructions.core.compile": "compile_program",
     "constructions.core.evaluate": "evaluate",
     "constructions.family": "Certificate Construction Counterpart Gauge Place Tokens verify",
+    "constructions.imported": "import_weights",
     "constructions.mesa_layer": "mesa",
     "constructions.core.program": "Head Layer Mlp Norm Program",
     "constructions.regression": "Regression",
@@ -89,11 +94,13 @@ HOMES = {
     "constructions.tint": "TrainedAuxiliary load_auxiliary save_auxiliary",
     "constructions.core.transformer": "Transformer",
     "probes": "PROBES",
+    "probes.foreign": "Subject foreign_run",
     "probes.ledger": "ledger",
     "probes.probe": "Probe Result",
     "probes.report.data": "compare",
     "probes.report.page": "write_report",
     "probes.subject": "read_sites",
+    "probes.torch_hooks": "from_torch",
     "synthetic.grammar": "chart",
     "synthetic.grammar.grammar": "Grammar",
     "synthetic.fitting.recipe": "Recipe",

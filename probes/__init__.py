@@ -2,6 +2,8 @@
 
 probe              what a probe is: its question, its measurement, its result
 subject            what is probed: named values of a model, its weights as one vector
+foreign            models of others behind functions: `Subject`
+torch_hooks        a torch module as one
 regression         held-out linear and logistic probes, with control tasks
 linear, positions  what can be read off the stream, at all places or at one of a sequence
 patching           exchanged values: the machinery, their first-order estimate, single paths

@@ -133,7 +133,7 @@ def activations(
     TypeError if `subject` is neither; ValueError for a `Subject` without activations.
     """
     if isinstance(subject, Subject):
-        return subject.read
+        return lambda *inputs: {s: jnp.asarray(a) for s, a in subject.read(*inputs).items()}
     if isinstance(subject, Transformer):
         return lambda *inputs: read_sites(construction, subject, inputs, sites)
     if not callable(subject):
