@@ -271,7 +271,9 @@ def test_words_and_numbers():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rules": None}, "'rules' cannot be read"),
+        ({"rules": None}, "'rules' has a value None, must be {symbol: "),
+        ({"root": 3}, "'root' has a value 3, must be {symbol: probability}"),
+        ({"emission": {"A": 0.5}}, "'emission' has a value 0.5, must be {symbol: {word: "),
         ({"root": {"S": "x"}}, "'root' cannot be read"),
         ({"root": {"S": "1"}}, "'root' cannot be read: '1' is no number"),
         ({"root": {"S": True}}, "'root' cannot be read: True is no number"),
