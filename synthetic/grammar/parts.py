@@ -104,6 +104,11 @@ def from_json(data: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
             raise GrammarError(f"{field!r} has a value {shown(value)}, must be {must}")
         return value.items()
 
+    def name(symbol: Any) -> str:
+        if not isinstance(symbol, str):
+            raise ValueError(f"{shown(symbol)} is no name of a symbol")
+        return symbol
+
     try:
         field = "vocabulary"
         vocabulary = names(data[field], field)
@@ -111,7 +116,8 @@ def from_json(data: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
         root = {a: number(p) for a, p in items(data[field], "{symbol: probability}")}
         field, triples = "rules", "{symbol: [[first, second, probability], ..]}"
         rules = {
-            a: {(b, c): number(p) for b, c, p in own} for a, own in items(data[field], triples)
+            a: {(name(b), name(c)): number(p) for b, c, p in own}
+            for a, own in items(data[field], triples)
         }
         for a, own in rules.items():
             if len(own) < len(data[field][a]):
