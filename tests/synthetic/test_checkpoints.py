@@ -312,6 +312,10 @@ def test_model_file_is_checked(tmp_path: Path) -> None:
     model = mlp(jax.random.key(1))
     with pytest.raises(RunError, match="cannot be read: No such file"):
         load_state(file)
+    save_file({"one\nline": np.zeros(1)}, file)
+    with pytest.raises(RunError, match=r"an array is called 'one\\nline', must be printable"):
+        load_state(file)
+    file.unlink()
     save_model(file, model)
     good = file.read_bytes()
     for content in (b"", good[:5], good[:-3], b"x" * 100, b"\x02" + bytes(7) + b"[]"):
