@@ -240,7 +240,9 @@ def _other_readings(
             with _precision(arrays):
                 base = construction.counterpart().init(jax.random.key(0))
                 try:
-                    found = to_named(arrays, base.config.width, where=where, **options | change)
+                    found = to_named(
+                        arrays, base.config.width, where=where, **{**options, **change}
+                    )
                     model = with_named(base, edit(found), where)
                 except ValueError:  # it cannot be read that way
                     continue

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +35,31 @@ from constructions.runs import Run, construct_exactly, plain_settings
 _ALONE = threading.RLock()
 
 
+class ForeignError(ValueError):
+    """Foreign code failed; one line with what it raised, which is the cause."""
+
+
+@contextmanager
+def _foreign() -> Iterator[None]:
+    """Foreign code alone, and what it raises as a `ForeignError`."""
+    with _ALONE:
+        try:
+            yield
+        except Exception as error:  # whatever it is
+            raise ForeignError(f"the model fails: {_said(error)}") from error
+
+
+def _said(error: BaseException) -> str:
+    """An exception in one line."""
+    error = error.__cause__ if isinstance(error, ForeignError) and error.__cause__ else error
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A model behind functions; whatever takes a function in the place of a model takes it.
+
+    What the functions raise becomes a `ForeignError`, a ValueError.
 
     Attributes:
         predict: inputs, as `construction.sample` gives them, -> predictions `[batch, ...]`.
@@ -66,7 +89,7 @@ class Subject:
 
     def __call__(self, *inputs: Any) -> Any:
         """The predictions."""
-        with _ALONE:
+        with _foreign():
             return jnp.asarray(self.predict(*inputs))
 
     def read(self, *inputs: Any) -> dict[str, np.ndarray]:
@@ -77,7 +100,7 @@ class Subject:
         """
         if self.activations is None:
             raise ValueError(NO_ACTIVATIONS)
-        with _ALONE:
+        with _foreign():
             return {site: np.asarray(a) for site, a in self.activations(*inputs).items()}
 
     def run(self, edits: Mapping[str, Edit], *inputs: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -88,7 +111,7 @@ class Subject:
         """
         if self.edit is None:
             raise ValueError(NO_EDITS)
-        with _ALONE:
+        with _foreign():
             prediction, found = self.edit(edits, *inputs)
             return jnp.asarray(prediction), {site: np.asarray(a) for site, a in found.items()}
 
@@ -96,7 +119,7 @@ class Subject:
         """`derivative` of these inputs, None where there is none."""
         if self.derivative is None:
             return None
-        with _ALONE:
+        with _foreign():
             found = self.derivative(*inputs)
         return None if found is None else np.asarray(found)
 
@@ -126,8 +149,7 @@ def fails(model: Any, inputs: Sequence[Any], on: str) -> str:
     try:
         model(*inputs)
     except Exception as error:  # whatever foreign code raises
-        said = " ".join(str(error).split())
-        return f"the model fails on {on}: {type(error).__name__}: {said}"[:300]
+        return f"the model fails on {on}: {_said(error)}"
     return ""
 
 

@@ -157,7 +157,8 @@ class ByHand:
             where = np.broadcast_to(np.asarray(where, bool), shape)
         except ValueError:
             raise ValueError(f"where has shape {np.shape(where)}, must fit {shape}") from None
-        return self.subject.run({self.site: Edit(where, self.values)}, *self.base)[0]
+        value: Any = self.values
+        return self.subject.run({self.site: Edit(where, value)}, *self.base)[0]
 
     def positions(self, over: str | tuple[str, ...]) -> tuple[int, ...]:
         """Positions of the layers and of the named axes; ValueError for another name."""

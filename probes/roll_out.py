@@ -74,7 +74,9 @@ def roll_out(
     if isinstance(model, Subject):
         if missing := no_stream(construction, model, inputs):
             raise ValueError(missing)
-        return _roll_out_by_hand(construction, model, inputs, depth, float(damping), layer)
+        return _roll_out_by_hand(
+            construction, model, inputs, depth, float(np.asarray(damping)), layer
+        )
     single = _one_layer(model, layer)
     places, slots = construction.places(1, *inputs), construction.program.slots
     if "prediction" not in places:
@@ -118,13 +120,14 @@ def _roll_out_by_hand(
     at = layer % layers
     place = construction.places(1, *inputs)["prediction"]
     place = replace(place, layer=np.zeros_like(place.layer))
-    where = np.zeros(residual.shape, bool)
+    where: Any = np.zeros(residual.shape, bool)
     where[at] = True
     stream, predictions = residual[0], []
     for step in range(depth + 1):
         predictions.append(place.gather(jnp.asarray(stream)[None], slots))
         if step < depth:
-            edit = Edit(where, np.broadcast_to(stream, residual.shape))
+            value: Any = np.broadcast_to(stream, residual.shape)
+            edit = Edit(where, value)
             after = model.run({"residual": edit}, *inputs)[1]["residual"][at + 1]
             stream = stream + np.asarray(damping, stream.dtype) * (after - stream)
     return jnp.stack(predictions)

@@ -5,6 +5,7 @@ torch is imported where a module is wrapped, and nowhere else.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,8 +52,7 @@ def from_torch(
         ValueError: no module, a site of a submodule that does not exist; when it is run, a
             submodule that is called another number of times than it is named.
     """
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"module is a {type(module).__name__}, must be a torch.nn.Module")
     known = dict(module.named_modules())

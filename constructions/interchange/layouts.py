@@ -19,6 +19,7 @@ shape. Each layout holds attention alone; norms and MLPs have documented names o
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -58,14 +59,16 @@ def read_arrays(path: str | PathLike[str]) -> dict[str, np.ndarray]:
         ValueError: it cannot be read, is of another kind, or holds something else than arrays.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    if path.suffix in TORCH:
-        return _read_torch(path)
-    kinds = ", ".join((".safetensors", ".npz", *TORCH))
-    raise RunError(f"{path}: must end in {kinds}; other formats, pickles among them, are not read")
+    readers = {".safetensors": lambda path: read_safetensors(path)[0], ".npz": _read_npz}
+    readers |= dict.fromkeys(TORCH, _read_torch)
+    if path.suffix not in readers:
+        kinds = ", ".join(readers)
+        raise RunError(f"{path}: must end in {kinds}; other formats, such as pickles, are not read")
+    arrays = readers[path.suffix](path)
+    for name in arrays:
+        if not name.isprintable():  # it would break the line of every message about it
+            raise RunError(f"{path}: an array is called {name!r}, must be printable characters")
+    return arrays
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -87,7 +90,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise RunError(f"{path}: cannot be read: no such file")
     try:
-        import torch
+        torch: Any = importlib.import_module("torch")
     except ImportError:
         raise RunError(
             f"{path}: torch reads it, and is not installed; save the weights as safetensors or npz"

@@ -104,7 +104,8 @@ def named_weights(model: Transformer) -> dict[str, np.ndarray]:
         own = np.asarray(_at(arrays, where))[index]
         if name.endswith(".output_bias") and where[-3] == "heads":  # of all rows together
             rows = _at(arrays, where[:-2]).values()
-            own = sum(np.asarray(w["output_bias"])[index] for w in rows if "output_bias" in w)
+            each = [np.asarray(w["output_bias"])[index] for w in rows if "output_bias" in w]
+            own = np.sum(each, axis=0)
         found[name] = np.array(own if name.startswith(_TABLES) else own.T)
     return found
 

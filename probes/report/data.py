@@ -21,6 +21,7 @@ from constructions.claims import Measurement
 from constructions.family import Certificate
 from constructions.runs import Run
 from probes import find
+from probes.foreign import ForeignError
 from probes.ledger import HOLDS, NOT_APPLICABLE, REFUTED, VERDICTS, VOID, Row, ledger
 from probes.probe import NotApplicable, Result
 from probes.style import number, plain
@@ -171,7 +172,7 @@ def compare(
         progress(name)
         try:
             return find(SECTIONS[name].probe)(run, seed, **SECTIONS[name].options)
-        except NotApplicable as missing:
+        except (NotApplicable, ForeignError) as missing:
             omitted[name] = str(missing)
             return None
 

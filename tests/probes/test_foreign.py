@@ -14,7 +14,7 @@ from constructions.gradient_descent import GradientDescent
 from constructions.runs import Run, construct
 from probes import PROBES, find
 from probes.cli import main
-from probes.foreign import Subject, foreign_run, named_model, no_edits, no_site
+from probes.foreign import ForeignError, Subject, foreign_run, named_model, no_edits, no_site
 from probes.interchange import interchange, interchange_agreement, sweep
 from probes.probe import NotApplicable
 from probes.roll_out import roll_out
@@ -212,6 +212,20 @@ def infinite(x, y, q):
 
 number = 3
 """
+
+
+def test_what_foreign_code_raises_is_one_line_with_its_cause() -> None:
+    subject = Subject(lambda *_: np.ones(3)[5], lambda *_: {"residual": None.shape})  # type: ignore[attr-defined]
+    for call, said in (
+        (subject, "IndexError: index 5 is"),
+        (subject.read, "AttributeError: 'None"),
+    ):
+        with pytest.raises(ForeignError, match=f"the model fails: {said}") as caught:
+            call(np.ones(3))
+        assert type(caught.value.__cause__).__name__ in said and "\n" not in str(caught.value)
+    for call in (lambda: Subject(subject.predict).read(1), lambda: Subject(abs).run({}, 1)):
+        with pytest.raises(ValueError, match="Subject"):
+            call()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from constructions.interchange.named_weights import named_weights
 from constructions.runs import Run, construct, fit_family, load_run
 from probes import find
 from probes.cli import main
-from probes.foreign import foreign_run, no_edits
+from probes.foreign import ForeignError, foreign_run, no_edits
 from probes.interchange import interchange, sweep
 from probes.ledger import ledger
 from probes.report.data import compare
@@ -133,7 +133,7 @@ def test_a_layer_that_is_called_again_is_named_for_each_call(x64: None) -> None:
         first = module.layers[0](tokens(*map(torch.tensor, inputs)))
         second = module.layers[0](first)
     np.testing.assert_allclose(found[1:], [first.numpy(), second.numpy()], rtol=1e-12)
-    with pytest.raises(ValueError, match=r"'layers.0' is called 2 times, and named 1 times"):
+    with pytest.raises(ForeignError, match=r"'layers.0' is called 2 times, and named 1 times"):
         wrap(module, ("layers.0",)).read(*inputs)
 
 
