@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from constructions.core.transformer import Edit
 from constructions.imported import import_weights
 from constructions.interchange.layouts import read_arrays
 from constructions.interchange.named_weights import named_weights
@@ -128,11 +129,19 @@ def test_a_module_is_read_edited_and_differentiated_as_the_same_weights(
 def test_a_layer_that_is_called_again_is_named_for_each_call(x64: None) -> None:
     module = Model(loops=2).double()
     inputs = [np.ones((2, *s)) for s in ((3, 2), (3, 1), (1, 2))]
-    found = wrap(module, ("layers.0:input", "layers.0", "layers.0")).read(*inputs)["residual"]
+    subject = wrap(module, ("layers.0:input", "layers.0", "layers.0"))
+    found = subject.read(*inputs)["residual"]
     with torch.no_grad():
         first = module.layers[0](tokens(*map(torch.tensor, inputs)))
         second = module.layers[0](first)
     np.testing.assert_allclose(found[1:], [first.numpy(), second.numpy()], rtol=1e-12)
+    mask, ones = np.zeros(found.shape, bool), np.ones(found.shape)
+    for layer, expected in ((1, module.layers[0](torch.ones(2, 4, 3).double())), (2, ones[2])):
+        mask[:] = False
+        mask[layer] = True
+        prediction, _ = subject.run({"residual": Edit(mask, ones)}, *inputs)  # type: ignore[arg-type]
+        expected = np.asarray(torch.as_tensor(expected).detach())[:, -1:, -1:]
+        np.testing.assert_allclose(prediction, -expected, rtol=1e-12)
     with pytest.raises(ForeignError, match=r"'layers.0' is called 2 times, and named 1 times"):
         wrap(module, ("layers.0",)).read(*inputs)
 
@@ -141,7 +150,7 @@ def test_a_module_stays_as_it_is() -> None:
     module = Model().train()
     module.layers[1].eval()
     subject = wrap(module)
-    inputs = [np.ones((2, *s), np.float32) for s in ((3, 2), (3, 1), (1, 2))]
+    inputs = [np.ones((64, *s), np.float32) for s in ((3, 2), (3, 1), (1, 2))]
     first = subject(*inputs)
     np.testing.assert_array_equal(first, subject(*inputs))  # dropout is off
     subject.read(*inputs), subject.differentiate(*inputs)
