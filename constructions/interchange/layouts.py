@@ -4,7 +4,8 @@
 nothing is unpickled and no code of a file runs. `to_named` puts the arrays under the documented
 names of `constructions.interchange.named_weights`. The layouts:
 
-    names    the documented names themselves
+    names    the documented names themselves; of a model folder that orrery wrote, which holds what
+             heads see as well, matrices are [rows, width]
     stacked  W_Q, W_K, W_V [(layer,) head, width, rows] and W_O [(layer,) head, rows, width], or
              matrices [width, head * rows] of heads side by side; q_proj.weight and so on likewise
     fused    queries, keys and values as one matrix [width, 3 * head * rows] (qkv, c_attn,
@@ -190,8 +191,10 @@ def to_named(
     layout = layout or layout_of(arrays, where)
     reader = _Reader(width, heads, transposed, where)
     if layout == "names":
+        # a model folder of ours says what heads see, and keeps matrices as the model does
+        turned = transposed != any(name.endswith(".window") for name in arrays)
         found = {
-            name: np.swapaxes(a, -1, -2) if transposed and _is_matrix(name, a) else a
+            name: np.swapaxes(a, -1, -2) if turned and _is_matrix(name, a) else a
             for name, a in arrays.items()
         }
     else:

@@ -16,7 +16,7 @@ they are stored (a layer that is applied several times is stored once), heads fr
 
 A head has further ones where its kind has: log_regularization (), input_gate, forget_gate [width]
 and their biases (), factor_query, factor_key [width, rows]. Which tokens a head sees is no weight:
-it is the family's.
+it is the family's, and where a file says it (window, query_groups, ...) it must be that.
 """
 
 from __future__ import annotations
@@ -125,12 +125,15 @@ def with_named(
         ValueError: a name that is missing or unknown, or a shape that does not fit, in one line
             with the likely cause.
     """
+    said = {name: a for name, a in arrays.items() if name.rpartition(".")[2] in _SEEN}
+    arrays = {name: a for name, a in arrays.items() if name not in said}
     config = _fitted(base.config, arrays, where)
     places, shapes = _places(config), named_shapes(config)
     given = {**_scales(base, config, shapes, arrays, where), **arrays}
     _check(given, shapes, config, where)
     kinds = np.result_type(np.float32, *(a.dtype for a in arrays.values()))
     filled = _wired(base, config, kinds, where)
+    _check_seen(said, filled, places, where)
     for name, (keys, index) in places.items():
         own = np.asarray(given[name])
         _at(filled, keys)[index] = own if name.startswith(_TABLES) else own.T
@@ -269,6 +272,23 @@ def _check(
     if lines:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise ValueError(f"{where}: {lines[0]}{more}")
+
+
+def _check_seen(
+    said: Mapping[str, np.ndarray], filled: Any, places: Mapping[str, Any], where: str
+) -> None:
+    """ValueError where a file says that a head sees other tokens than the family has it."""
+    for name, array in said.items():
+        head, _, kind = name.rpartition(".")
+        if f"{head}.query" not in places:
+            raise ValueError(f"{where}: {name}: the model of these settings has no such head")
+        keys, index = places[f"{head}.query"]
+        own = _at(filled, keys[:-1])[kind][index]
+        if np.shape(array) != own.shape or not np.array_equal(array, own):
+            raise ValueError(
+                f"{where}: {name}: {np.asarray(array).tolist()}, a head of these settings has "
+                f"{own.tolist()}: it sees other tokens"
+            )
 
 
 def _wired(base: Transformer, config: Config, dtype: Any, where: str) -> dict[str, Any]:

@@ -315,6 +315,25 @@ def test_what_does_not_fit_is_refused_by_name(w: Any, options: Any, said: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_what_heads_see_is_the_family_s_whatever_a_file_says() -> None:
+    """As in a model folder of ours, which keeps matrices as [rows, width]."""
+    plain = import_weights(NAME, weights(), SMALL)
+    w = {name: array.T for name, array in weights().items()}
+    seen = plain.models[0].layer(1).head(0)
+    kinds = ("window", "query_groups", "key_groups", "sink_groups")
+    w |= {f"layers.0.heads.{n}.{k}": np.asarray(getattr(seen, k)) for n in range(2) for k in kinds}
+    run, given = import_weights(NAME, w, SMALL), inputs()
+    with jax.enable_x64(True):
+        found = run.construction.predict(run.models[0], *given)
+    np.testing.assert_allclose(found, by_hand(weights(), given), rtol=1e-12)
+    with pytest.raises(ValueError, match="heads.5.window: the model of .* has no such head"):
+        import_weights(NAME, w | {"layers.0.heads.5.window": np.zeros(2, int)}, SMALL)
+    w["layers.0.heads.1.key_groups"] = np.array([True, True])
+    said = r"heads.1.key_groups: \[True, True\], a head of these settings has \[True, False\]"
+    with pytest.raises(ValueError, match=said):
+        import_weights(NAME, w, SMALL)
+
+
 def test_softmax_heads_must_say_how_scores_are_scaled() -> None:
     soft = HeadsConfig("softmax", 1, 3, 3)
     model = untrained(Config(4, (SegmentConfig((LayerConfig((soft, soft)),)),)))
