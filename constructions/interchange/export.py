@@ -154,6 +154,11 @@ def is_own(model: Transformer, construction: Construction) -> bool:
     return False
 
 
+def stored_arrays(model: Transformer) -> dict[str, np.ndarray]:
+    """The weights by the names of the file, such as `layers.0.heads.1.query`, `[rows, width]`."""
+    return _stored(model, None)[1]
+
+
 def _stored(
     model: Transformer, program: Program | None
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:

@@ -84,7 +84,7 @@ class OrreryOutput(ModelOutput):
             width]`.
         logits: of a language model, products of that with the rows of its readout, `[batch, token,
             word]`; `OrreryModel.probabilities` makes probabilities of them.
-        hidden_states: the stream in front of every block, and behind the last one.
+        hidden_states: the stream in front of every block, then the last hidden state.
         attentions: the weights between tokens of every block with heads, `[batch, head, query,
             key]`.
     """
@@ -589,9 +589,9 @@ class OrreryModel(PreTrainedModel, HookedRootModule):
             before, stream, pattern = block(self.layers[number], stream, groups)
             states.append(before)
             patterns += [] if pattern is None else [pattern]
-        states.append(stream)
         if self.config.final_norm is not None:
             stream = self.ln_final(self.final_norm, stream)
+        states.append(stream)
         wanted = output_hidden_states or self.config.output_hidden_states
         out = OrreryOutput(
             last_hidden_state=stream,
