@@ -27,8 +27,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from constructions import CATALOGUE
-from constructions.core.transformer import Transformer
-from constructions.family import Construction, Counterpart
+from constructions.core.transformer import Transformer, cast
+from constructions.family import Certificate, Construction, Counterpart, verify
+from constructions.interchange.export import export
 from synthetic.files import RunError
 from synthetic.fitting import devices
 from synthetic.fitting.recipe import Recipe
@@ -265,6 +266,79 @@ def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transfo
             where = run.checkpoints / str(step)
             found.append((step, _models(flat, counterpart, config, where)))
     return found
+
+
+def export_family(
+    name: str,
+    settings: Mapping[str, Any] | None,
+    out: str | PathLike[str],
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Certificate:
+    """Write a family's construction as `constructions.interchange.export` does.
+
+    Returns its certificate, which the model card has. `dtype` is "float32", the default, or
+    "float64". Errors as in `construct` and `export`.
+    """
+    family, construction = CATALOGUE.find(name), construct(name, settings)
+    certificate = verify(construction)
+    given = plain_settings(name, {**family.example(), **(settings or {})})
+    facts = {"name": name, "claim": family.about, "source": family.source}
+    facts |= {"settings": f"`{json.dumps(given)}`"}
+    with jax.enable_x64(dtype == "float64"):
+        model = construction.compile(dtype or "float32").model
+    export(
+        model,
+        construction,
+        out,
+        facts={title: text for title, text in facts.items() if text},
+        certificate=certificate,
+        overwrite=overwrite,
+    )
+    return certificate
+
+
+def export_run(
+    run: Run,
+    out: str | PathLike[str],
+    *,
+    seed: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the model of a run as `constructions.interchange.export` does.
+
+    Args:
+        run: of one seed, or several.
+        out: the folder.
+        seed: which one; the first if None.
+        dtype: "float32" or "float64"; that of the fit if None.
+        overwrite: replace an earlier export.
+
+    Raises:
+        ValueError: the run has no such seed; as `export`.
+    """
+    if seed is not None and seed not in run.seeds:
+        raise ValueError(f"seed is {seed}, must be one of {', '.join(map(str, run.seeds))}")
+    place = 0 if seed is None else run.seeds.index(seed)
+    loss = run.history[-1]["loss"]
+    facts = {
+        "name": f"{run.family}, trained",
+        "family": f"{run.family}, {CATALOGUE.find(run.family).source}",
+        "settings": f"`{json.dumps(run.settings)}`",
+        "fit": f"seed {run.seeds[place]}, {run.history[-1]['step']} steps; the loss at the end was "
+        f"{(loss[place] if isinstance(loss, list) else loss):.6g}",
+    }
+    if run.optimum is not None:
+        facts["lowest loss that the class can reach"] = f"{run.optimum:.6g}"
+    with jax.enable_x64("float64" in (dtype, _dtype(run.models[place]))):
+        model = run.models[place] if dtype is None else cast(run.models[place], dtype)
+        export(model, run.construction, out, facts=facts, overwrite=overwrite)
+
+
+def _dtype(model: Transformer) -> str:
+    return str(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
 
 
 def _read_config(run: RunDirectory, *, everywhere: bool = False) -> dict[str, Any]:

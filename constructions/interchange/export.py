@@ -89,6 +89,7 @@ def export(
     config = _config(model.config, shapes, program, places, dtype)
     text = card(
         config,
+        model.config,
         construction,
         {name: list(array.shape) for name, array in example.items()},
         dict(facts or {}),

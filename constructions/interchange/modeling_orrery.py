@@ -1,9 +1,9 @@
-"""A transformer of orrery's in torch: all of it, in one file that needs torch and transformers only.
+"""A transformer of orrery's, all of it, in one file that needs torch and transformers only.
 
     from transformers import AutoModel
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
-    out = model(inputs_embeds=stream, token_type_ids=kinds)        # or input_ids=words
-    out.last_hidden_state                                          # the stream behind the last block
+    out = model(inputs_embeds=stream, token_type_ids=kinds)    # or input_ids=words
+    out.last_hidden_state                                      # the stream behind the last block
 
 With h the residual stream, `[batch, token, width]`, a block computes
 
@@ -80,13 +80,10 @@ class OrreryOutput(ModelOutput):
     """What a model gives.
 
     Attributes:
-        last_hidden_state: the stream behind the last block and the final norm, `[batch, token,
-            width]`.
-        logits: of a language model, products of that with the rows of its readout, `[batch, token,
-            word]`; `OrreryModel.probabilities` makes probabilities of them.
+        last_hidden_state: the stream behind the last block and the final norm.
+        logits: of a language model, `[batch, token, word]`; see `OrreryModel.probabilities`.
         hidden_states: the stream in front of every block, then the last hidden state.
-        attentions: the weights between tokens of every block with heads, `[batch, head, query,
-            key]`.
+        attentions: weights between tokens, `[batch, head, query, key]`, of blocks with heads.
     """
 
     last_hidden_state: Tensor | None = None
@@ -633,24 +630,18 @@ class OrreryModel(PreTrainedModel, HookedRootModule):
     def stream_of(self, **values: Tensor) -> Tensor:
         """The stream whose slots hold these values, `[batch, token, size]`, and 0 elsewhere.
 
-        Slots of tokens of different kinds may share columns, and so values are added: each is 0 at
-        tokens that do not own it. Names with spaces are given as `**{"a name": value}`.
+        Slots of tokens of different kinds may share columns, and so values are added: each must be
+        0 at tokens that do not own it. A name with spaces is given as `**{"a name": value}`.
         """
         parts = []
         for name, value in values.items():
-            start, stop = self.columns(name)
+            if name not in self.config.slots:
+                raise ValueError(f"no slot {name!r}, must be one of {list(self.config.slots)}")
+            start, stop = self.config.slots[name]["columns"]
             if value.shape[-1] != stop - start:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, its last axis must be "
-                                 f"{stop - start}")  # fmt: skip
+                raise ValueError(f"{name}: {value.shape[-1]} columns, must be {stop - start}")
             parts.append(functional.pad(value, (start, self.config.hidden_size - stop)))
-        return sum(parts[1:], parts[0]).to(self.dtype)
-
-    def columns(self, slot: str) -> tuple[int, int]:
-        """The first column of a slot, and the one behind its last."""
-        if slot not in self.config.slots:
-            raise ValueError(f"no slot {slot!r}, must be one of {', '.join(self.config.slots)}")
-        start, stop = self.config.slots[slot]["columns"]
-        return start, stop
+        return sum(parts[1:], parts[0])
 
     def read(self, hidden_states: Sequence[Tensor], name: str) -> Tensor:
         """A value of the algorithm, `[batch, ...]`, from the streams of all layers.
@@ -659,31 +650,25 @@ class OrreryModel(PreTrainedModel, HookedRootModule):
         tokens and slots of `config.places[name]`. These are for inputs of the sizes of the example.
         """
         if name not in self.config.places:
-            raise ValueError(f"no value {name!r}, must be one of {', '.join(self.config.places)}")
-        place, residual = self.config.places[name], torch.stack(list(hidden_states), 1)
-        layer, token, column = torch.broadcast_tensors(
-            *(torch.tensor(place[axis], device=residual.device) for axis in AXES)
-        )
-        return place["scale"] * residual[:, layer, token, column]
+            raise ValueError(f"no value {name!r}, must be one of {list(self.config.places)}")
+        place, streams = self.config.places[name], torch.stack(list(hidden_states), 1)
+        axes = (place[axis] for axis in ("layers", "tokens", "columns"))
+        index = (torch.tensor(axis, device=streams.device) for axis in axes)
+        layer, token, column = torch.broadcast_tensors(*index)
+        return place["scale"] * streams[:, layer, token, column]
 
     def _kinds(self, token_type_ids: Tensor | None, stream: Tensor) -> Tensor:
-        names = self.config.token_groups
+        names, (batch, count, _) = self.config.token_groups, stream.shape
         if token_type_ids is None:
             if len(names) > 1:
                 raise ValueError(f"token_type_ids must say which of {names} each token is")
-            token_type_ids = torch.zeros(stream.shape[1], dtype=torch.long, device=stream.device)
+            token_type_ids = torch.zeros(count, dtype=torch.long, device=stream.device)
         groups = token_type_ids if token_type_ids.ndim > 1 else token_type_ids[None]
-        if groups.ndim != 2 or groups.shape[1] != stream.shape[1] or len(groups) not in (
-            1, len(stream)
-        ):  # fmt: skip
+        if tuple(groups.shape) not in ((1, count), (batch, count)):
+            shape = tuple(token_type_ids.shape)
             raise ValueError(
-                f"token_type_ids has shape {tuple(token_type_ids.shape)}, must be [token] or "
-                f"[batch, token] of inputs {tuple(stream.shape[:2])}"
+                f"token_type_ids has shape {shape}, must be [{count}] or [{batch}, {count}]"
             )
         if bool(((groups < 0) | (groups >= len(names))).any()):
             raise ValueError(f"token_type_ids must be 0 to {len(names) - 1}, one of {names}")
         return groups.long()
-
-
-#: Of a place, as indices into `[batch, layer, token, column]`.
-AXES = ("layers", "tokens", "columns")

@@ -1,7 +1,11 @@
 """Exported models in torch against ours: outputs, gradients and sites; opened by other tools."""
 
+import importlib.util
+import inspect
 import os
+import sys
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import jax
@@ -25,9 +29,10 @@ from constructions.core.layer import ACTIVATIONS
 from constructions.core.transformer import SITES, Edit, Transformer, cast
 from constructions.family import Certificate, Error
 from constructions.gradient_descent import GradientDescent
+from constructions.interchange.card import MODULES
 from constructions.interchange.decoder import decoder
 from constructions.interchange.export import export, stored_arrays
-from constructions.mesa.models import sequence_model
+from constructions.mesa.models import causal_language_model
 from constructions.runs import construct
 from constructions.softened import Softened
 from synthetic.compilation import compile_once
@@ -38,14 +43,8 @@ pytest.importorskip("transformers", reason="exported models need transformers")
 #: Largest error, relative to the largest entry.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 NO_CERTIFICATE = Certificate("none", (Error("float64", 0.0, 0.0, 0.0, "prediction"),))
-#: Our sites, and the modules that have them.
-MODULES = {
-    "residual": "hook_resid_pre",
-    "attention": "attn.hook_pattern",
-    "head_output": "attn.hook_result",
-    "middle": "hook_resid_mid",
-    "mlp_hidden": "mlp.hook_post",
-}
+#: Family, dtype, and whether it is trained weights: of many, what is tested every time.
+QUICK = [("gradient-descent", "float64", False), ("hyper-prototypes", "float32", True)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,6 +58,12 @@ def load(folder) -> Any:
     from transformers import AutoModel
 
     return AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+
+def load_as(folder, dtype) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
 
 
 def exported(model, construction, folder) -> Any:
@@ -226,8 +231,260 @@ def check(model: Transformer, theirs: Any, stream, groups, tolerance: float) -> 
     assert relative(given.grad, down) < 10 * tolerance
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_shapes(x64, tmp_path, seed):
-    config = random_config(seed)
-    model = random_model(config, seed)
-    check(model, exported(model, None, tmp_path / "m"), *random_inputs(config), 1e-12)
+@pytest.mark.parametrize(
+    ("seed", "dtype"),
+    [(0, "float64"), (2, "float32")]
+    + [
+        pytest.param(seed, dtype, marks=pytest.mark.slow)
+        for seed, dtype in product(range(3, 40), TOLERANCE)
+    ],
+)
+def test_random_shapes(tmp_path, seed, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        config = random_config(seed)
+        model = random_model(config, seed)
+        theirs = exported(model, None, tmp_path / "m")
+        assert theirs.dtype == getattr(torch, dtype)
+        check(model, theirs, *random_inputs(config), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "trained"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product(CATALOGUE, TOLERANCE, (False, True))
+    ],
+)
+def test_families(tmp_path, name, dtype, trained):
+    """Every named value of every family; `trained` is of its counterpart, untrained."""
+    with jax.enable_x64(dtype == "float64"):
+        construction = construct(name)
+        model = construction.compile(dtype).model
+        if trained:
+            model = construction.counterpart().init(jax.random.key(1))
+        theirs = exported(model, construction, tmp_path / "m")
+        inputs = construction.sample(jax.random.key(3), 3)
+        stream, groups, _ = construction.stream(model, *inputs)
+        run = compile_once(lambda model, s, g: model.run(s, g, sites=("residual",)))
+        out, sites = run(model, stream, groups)
+        streams = jnp.concatenate([sites["residual"][:-1], out[None]])
+        places = construction.places(model.config.depth, *inputs)
+        found = theirs(
+            inputs_embeds=tensor(stream), token_type_ids=tensor(groups), output_hidden_states=True
+        )
+        assert relative(found.last_hidden_state, out) < TOLERANCE[dtype]
+        assert set(theirs.config.places) == set(places)
+        for value, place in places.items():
+            wanted = place.gather(streams, construction.program.slots)
+            mine = theirs.read(found.hidden_states, value)
+            assert relative(mine, wanted) < TOLERANCE[dtype], value
+        if model.config.tokens is not None:
+            probable = theirs.probabilities(found.logits)
+            assert relative(probable, model.word_probabilities(out)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
+def test_softened(tmp_path, dtype):
+    """Weights of attention to rounding; what small differences of them give, as certified."""
+    with jax.enable_x64(dtype == "float64"):
+        linear = GradientDescent(dim_x=3, num_examples=5, steps=2, step_size=0.5)
+        construction = Softened(linear)
+        model = construction.compile(dtype).model
+        theirs = exported(model, construction, tmp_path / "m")
+        inputs = construction.sample(jax.random.key(3), 3)
+        stream, groups, _ = construction.stream(model, *inputs)
+        out, sites = model.run(stream, groups, sites=("attention",))
+        found, values = captured(
+            theirs,
+            ["blocks.0.attn.hook_pattern"],
+            inputs_embeds=tensor(stream),
+            token_type_ids=tensor(groups),
+        )
+        (pattern,) = values.values()
+        assert relative(pattern, sites["attention"][0]) < TOLERANCE[dtype] / 100
+        assert relative(found.last_hidden_state, out) < construction.tolerance(dtype)
+        assert theirs.config.layers[0]["heads"][1]["name"].endswith("minus")
+
+
+def test_language_models(x64, tmp_path):
+    """Words go in as `input_ids`, scores and probabilities of words come out."""
+    small = decoder(11, positions=6, layers=2, heads=2, width=4)
+    models = {
+        "decoder": small,
+        "mesa": causal_language_model(9, "mesa", gates=True, heads=2, width=4),
+    }
+    words = np.random.default_rng(0).integers(0, 9, (2, 6))
+    for name, shaped in models.items():
+        model = random_model(shaped.config)
+        theirs = exported(model, None, tmp_path / name)
+        kinds = np.random.default_rng(1).integers(0, len(model.config.token_groups), 6)
+        out = model(model.embed(words), jnp.asarray(kinds))
+        found = theirs(input_ids=tensor(words), token_type_ids=tensor(kinds))
+        assert relative(found.logits, model.word_scores(out)) < 1e-12
+        probable = theirs.probabilities(found.logits)
+        assert relative(probable, model.word_probabilities(out)) < 1e-12
+        with pytest.raises(ValueError, match="input_ids must be .* numbers from 0 to"):
+            theirs(input_ids=tensor(words + 5), token_type_ids=tensor(kinds))
+
+
+def mesa_model(gates: bool, ridge: float) -> Transformer:
+    layer = LayerConfig((HeadsConfig("mesa", 2, 3, 3, gates=gates),))
+    model = random_model(Config(6, (SegmentConfig((layer,)),)))
+    return model.map_parts(
+        lambda part: part.weights | {"log_regularization": jnp.full((1, 2), np.log(ridge))}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", [False, True])
+def test_mesa_heads_keep_what_the_layer_promises(tmp_path, gates):
+    """At condition numbers of 1e11, which leave no digits of a Gram matrix in float32."""
+    for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-4)):
+        with jax.enable_x64(dtype == "float64"):
+            model = cast(mesa_model(gates, 1e-10), dtype)
+            stream, groups = random_inputs(model.config, tokens=40)
+            theirs = exported(model, None, tmp_path / dtype)
+            out = theirs(inputs_embeds=tensor(stream), token_type_ids=tensor(groups))
+            assert relative(out.last_hidden_state, model(stream, groups)) < tolerance
+
+
+def small_model() -> Transformer:
+    """Two blocks that share their weights, with heads, MLP and norms."""
+    norm = NormConfig(affine=True)
+    heads = HeadsConfig("softmax", 2, 2, 3), HeadsConfig("linear", 1, 3, 1, bias=True)
+    layer = LayerConfig(heads, MlpConfig(4, "gelu"), norm, norm)
+    config = Config(5, (SegmentConfig((layer,), 2, tied=True),), ("a", "b"), norm)
+    return random_model(config)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(ours, theirs, stream, kinds of tokens)."""
+    with jax.enable_x64(True):
+        model = small_model()
+        theirs = exported(model, None, tmp_path_factory.mktemp("small") / "m")
+        return model, theirs, *random_inputs(model.config)
+
+
+def test_edits_equal_hooks_that_replace(small, x64):
+    model, theirs, stream, groups = small
+    sites = model.run(stream, groups, sites=tuple(SITES))[1]
+    layers = jnp.arange(2)[:, None, None, None, None]
+    one = jnp.broadcast_to(layers == 1, sites["attention"].shape)
+    edits = {
+        "attention": Edit(one, 2 * sites["attention"]),
+        "middle": Edit(one[..., 0, :, :1] & (layers[..., 0] == 1), jnp.full((1, 1, 1, 1), 0.25)),
+    }
+    wanted, _ = model.run(stream, groups, edits=edits)
+    block = theirs.blocks[1]
+    handles = [
+        block.attn.hook_pattern.register_forward_hook(lambda m, x, y: 2 * y),
+        block.hook_resid_mid.register_forward_hook(lambda m, x, y: torch.full_like(y, 0.25)),
+    ]
+    found = theirs(inputs_embeds=tensor(stream), token_type_ids=tensor(groups))
+    for handle in handles:
+        handle.remove()
+    assert relative(found.last_hidden_state, wanted) < 1e-12
+    plain = theirs(inputs_embeds=tensor(stream), token_type_ids=tensor(groups))
+    assert relative(plain.last_hidden_state, wanted) > 1e-3
+
+
+def test_transformer_lens(small, x64):
+    lens = pytest.importorskip("transformer_lens", reason="needs transformer-lens")
+    model, theirs, stream, groups = small
+    sites = model.run(stream, groups, sites=tuple(SITES))[1]
+    assert isinstance(theirs, lens.HookedRootModule)
+    given = {"inputs_embeds": tensor(stream), "token_type_ids": tensor(groups)}
+    out, cache = theirs.run_with_cache(**given)
+    for site, module in MODULES.items():
+        for number in range(2):
+            assert relative(cache[f"blocks.{number}.{module}"], sites[site][number]) < 1e-12
+    assert cache["blocks.0.attn.hook_q"].shape == (2, 5, 3, 3)
+    nothing = theirs.run_with_hooks(
+        **given, fwd_hooks=[("blocks.1.hook_mlp_out", lambda value, hook: 0 * value)]
+    )
+    last = theirs.ln_final(theirs.final_norm, cache["blocks.1.hook_resid_mid"])
+    assert relative(nothing.last_hidden_state, last) < 1e-12
+    assert relative(out.last_hidden_state, last) > 1e-3
+
+
+def test_nnsight(small, x64):
+    nnsight = pytest.importorskip("nnsight", reason="needs nnsight")
+    model, theirs, stream, groups = small
+    wanted = model.run(stream, groups, sites=("attention",))[1]["attention"]
+    traced = nnsight.NNsight(theirs)
+    with traced.trace(inputs_embeds=tensor(stream), token_type_ids=tensor(groups)):
+        pattern = traced.blocks[0].attn.hook_pattern.output.save()
+        traced.blocks[1].hook_resid_post.output[:] = 0
+        out = traced.output.save()
+    assert relative(pattern, wanted[0]) < 1e-12
+    zero = theirs.ln_final(theirs.final_norm, torch.zeros_like(tensor(stream)))
+    assert relative(out.last_hidden_state, zero) < 1e-12
+
+
+def test_without_other_tools(small, x64, monkeypatch):
+    """Torch and transformers are enough."""
+    model, theirs, stream, groups = small
+    for name in ("transformer_lens", "transformer_lens.hook_points"):
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("alone", inspect.getfile(type(theirs)))
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "alone", module)
+    spec.loader.exec_module(module)
+    other = module.OrreryModel(module.OrreryConfig(**theirs.config.to_dict())).double()
+    assert type(other.blocks[0].hook_resid_pre).__module__ == "alone"
+    assert not hasattr(other, "run_with_cache")
+    other.load_state_dict(theirs.state_dict())
+    given = {"inputs_embeds": tensor(stream), "token_type_ids": tensor(groups)}
+    found, values = captured(other, ["blocks.0.hook_resid_pre"], **given)
+    assert relative(found.last_hidden_state, model(stream, groups)) < 1e-12
+    assert relative(values["blocks.0.hook_resid_pre"], stream) == 0
+
+
+def test_saved_again_by_transformers(small, x64, tmp_path):
+    _, theirs, stream, groups = small
+    theirs.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    given = {"inputs_embeds": tensor(stream), "token_type_ids": tensor(groups)}
+    assert torch.equal(again(**given).last_hidden_state, theirs(**given).last_hidden_state)
+    narrow = load_as(tmp_path / "again", torch.float32)
+    found = narrow(**given | {"inputs_embeds": given["inputs_embeds"].float()})
+    assert found.last_hidden_state.dtype == torch.float32
+    assert narrow.layers[0].heads[0].window.dtype == torch.int32
+
+
+def test_streams_from_named_values(x64, tmp_path):
+    construction = construct("gradient-descent", {"dim_x": 2, "num_examples": 3})
+    model = construction.compile().model
+    theirs = exported(model, construction, tmp_path / "m")
+    x, y, query = construction.sample(jax.random.key(0), 2)
+    stream = theirs.stream_of(
+        x=tensor(jnp.concatenate([x, query], 1)),
+        y=torch.nn.functional.pad(tensor(y), (0, 0, 0, 1)),
+    )
+    assert relative(stream, construction.stream(model, x, y, query).values) == 0
+    with pytest.raises(ValueError, match=r"no slot 'z', must be one of \['x', 'y'\]"):
+        theirs.stream_of(z=stream)
+    with pytest.raises(ValueError, match="y: 3 columns, must be 1"):
+        theirs.stream_of(y=stream)
+    with pytest.raises(ValueError, match="no value 'nothing', must be one of"):
+        theirs.read([stream], "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs_embeds": None}, "give input_ids or inputs_embeds, one of them"),
+        ({"token_type_ids": None}, r"token_type_ids must say which of \['a', 'b'\]"),
+        ({"token_type_ids": np.full(5, 2)}, "token_type_ids must be 0 to 1"),
+        ({"token_type_ids": np.zeros(4)}, r"token_type_ids has shape \(4,\), must be \[5\]"),
+        ({"inputs_embeds": np.zeros((2, 5, 4))}, r"inputs_embeds has shape \(2, 5, 4\)"),
+        ({"attention_mask": np.zeros((2, 5))}, "attention_mask holds other numbers than 1"),
+        ({"inputs_embeds": None, "input_ids": np.zeros((2, 5))}, "the model has no embedding"),
+    ],
+)
+def test_what_the_model_refuses(small, change, message):
+    _, theirs, stream, groups = small
+    given = {"inputs_embeds": stream, "token_type_ids": groups} | change
+    with pytest.raises(ValueError, match=message):
+        theirs(**{name: a if a is None else tensor(a) for name, a in given.items()})
