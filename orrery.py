@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from constructions.family import Place as Place
     from constructions.family import Tokens as Tokens
     from constructions.family import verify as verify
+    from constructions.interchange.export import export as export
     from constructions.mesa_layer import mesa as mesa
     from constructions.regression import Regression as Regression
     from constructions.runs import Run as Run
@@ -79,6 +80,7 @@ HOMES = {
     "constructions.core.compile": "compile_program",
     "constructions.core.evaluate": "evaluate",
     "constructions.family": "Certificate Construction Counterpart Gauge Place Tokens verify",
+    "constructions.interchange.export": "export",
     "constructions.mesa_layer": "mesa",
     "constructions.core.program": "Head Layer Mlp Norm Program",
     "constructions.regression": "Regression",

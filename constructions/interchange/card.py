@@ -125,12 +125,18 @@ def _known(
     if certificate is not None:
         yield f"## The certificate\n\nThe weights against the algorithm.\n\n```\n{certificate}\n```"
     if not own:
+        known = (
+            "The slots of the embedding (layer 0) and the place of the prediction hold for every "
+            "model of the task; the rest of these tables is the construction's."
+            if config["slots"]
+            else "Its columns are not those of the construction."
+        )
         yield (
             "## What is not known\n\nThe weights were trained, or changed: what heads do, and what "
-            "columns hold between the first layer and the last, is not known. The slots of the "
-            "embedding (layer 0) and the place of the prediction hold for every model of the "
-            "task; the rest of these tables is the construction's."
+            f"columns hold between the first layer and the last, is not known. {known}"
         )
+    if not config["slots"]:
+        return
     rows = [
         (
             name,

@@ -76,15 +76,17 @@ def export(
         RunError: the folder exists, or is none of ours where it is to be replaced.
     """
     folder = claim_export(out, overwrite=overwrite)
-    if isinstance(model, Compiled):
-        model = model.model
+    compiled, model = (model, model.model) if isinstance(model, Compiled) else (None, model)
     dtype = check_exportable(model)
     with jax.enable_x64(dtype == "float64"):
         own = construction is not None and is_own(model, construction)
         program = None if construction is None else construction.program
+        if program is not None and model.config.width < program.slots.width:
+            program = None  # a language model with columns of its own
         example, places = _example(model, construction)
         if construction is not None and own and certificate is None:
-            certificate = verify(construction)
+            known = compiled is not None and compiled.construction is construction
+            certificate = compiled.certificate if compiled and known else verify(construction)
     shapes, tensors = _stored(model, program if own else None)
     config = _config(model.config, shapes, program, places, dtype)
     text = card(
@@ -129,8 +131,8 @@ def check_exportable(model: Any) -> str:
         )
     if not isinstance(model, Transformer):
         raise ValueError(f"model is a {type(model).__name__}, must be a Transformer to be exported")
-    arrays = {jax.tree_util.keystr(p): a for p, a in jax.tree.leaves_with_path(model.arrays())}
-    found = {str(a.dtype) for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)}
+    arrays = jax.tree.leaves(model.arrays())
+    found = {str(a.dtype) for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)}
     if not found:  # a norm without gains, say
         found = {str(jnp.result_type(float))}
     if len(found) > 1 or not found <= {"float32", "float64"}:
@@ -138,7 +140,7 @@ def check_exportable(model: Any) -> str:
             f"model has weights in {', '.join(sorted(found))}, must be float32 or float64 "
             "throughout to be exported"
         )
-    check_numbers({name: np.asarray(a) for name, a in arrays.items()}, "model")
+    check_numbers(stored_arrays(model), "model")
     return found.pop()
 
 
@@ -291,6 +293,8 @@ def _example(
     inputs = construction.sample(jax.random.key(0), 2)
     found = _of_construction(construction, model, *inputs)
     slots = construction.program.slots
+    if model.config.width < slots.width:  # a language model of another width
+        return _as_saved(found), {}
     places = construction.places(model.config.depth, *inputs)
     return _as_saved(found), {name: _place(place, slots) for name, place in places.items()}
 

@@ -233,10 +233,10 @@ def check(model: Transformer, theirs: Any, stream, groups, tolerance: float) -> 
 
 @pytest.mark.parametrize(
     ("seed", "dtype"),
-    [(0, "float64"), (2, "float32")]
+    [(1, "float64"), (2, "float32")]
     + [
         pytest.param(seed, dtype, marks=pytest.mark.slow)
-        for seed, dtype in product(range(3, 40), TOLERANCE)
+        for seed, dtype in product([0, *range(3, 40)], TOLERANCE)
     ],
 )
 def test_random_shapes(tmp_path, seed, dtype):
@@ -273,6 +273,8 @@ def test_families(tmp_path, name, dtype, trained):
             inputs_embeds=tensor(stream), token_type_ids=tensor(groups), output_hidden_states=True
         )
         assert relative(found.last_hidden_state, out) < TOLERANCE[dtype]
+        if model.config.width < construction.program.slots.width:  # columns of its own
+            places = {}
         assert set(theirs.config.places) == set(places)
         for value, place in places.items():
             wanted = place.gather(streams, construction.program.slots)
@@ -306,25 +308,25 @@ def test_softened(tmp_path, dtype):
         assert theirs.config.layers[0]["heads"][1]["name"].endswith("minus")
 
 
-def test_language_models(x64, tmp_path):
+@pytest.mark.parametrize("mixer", [None, pytest.param("mesa", marks=pytest.mark.slow)])
+def test_language_models(x64, tmp_path, mixer):
     """Words go in as `input_ids`, scores and probabilities of words come out."""
-    small = decoder(11, positions=6, layers=2, heads=2, width=4)
-    models = {
-        "decoder": small,
-        "mesa": causal_language_model(9, "mesa", gates=True, heads=2, width=4),
-    }
+    shaped = decoder(9, positions=6, layers=2, heads=2, width=4)
+    if mixer is not None:
+        shaped = causal_language_model(9, mixer, gates=True, heads=2, width=4)
+    model = random_model(shaped.config)
+    theirs = exported(model, None, tmp_path / "m")
     words = np.random.default_rng(0).integers(0, 9, (2, 6))
-    for name, shaped in models.items():
-        model = random_model(shaped.config)
-        theirs = exported(model, None, tmp_path / name)
-        kinds = np.random.default_rng(1).integers(0, len(model.config.token_groups), 6)
-        out = model(model.embed(words), jnp.asarray(kinds))
-        found = theirs(input_ids=tensor(words), token_type_ids=tensor(kinds))
-        assert relative(found.logits, model.word_scores(out)) < 1e-12
-        probable = theirs.probabilities(found.logits)
-        assert relative(probable, model.word_probabilities(out)) < 1e-12
-        with pytest.raises(ValueError, match="input_ids must be .* numbers from 0 to"):
-            theirs(input_ids=tensor(words + 5), token_type_ids=tensor(kinds))
+    out = compile_once(lambda model, stream: model(stream))(model, model.embed(words))
+    found = theirs(input_ids=tensor(words))
+    assert relative(found.logits, model.word_scores(out)) < 1e-12
+    probable = theirs.probabilities(found.logits)
+    assert relative(probable, model.word_probabilities(out)) < 1e-12
+    with pytest.raises(ValueError, match="input_ids must be .* numbers from 0 to 8"):
+        theirs(input_ids=tensor(words + 5))
+    if mixer is None:
+        with pytest.raises(ValueError, match="input_ids has 12 tokens, the model 6 positions"):
+            theirs(input_ids=tensor(np.tile(words, 2)))
 
 
 def mesa_model(gates: bool, ridge: float) -> Transformer:
