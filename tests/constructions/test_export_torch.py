@@ -3,9 +3,11 @@
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -490,3 +492,14 @@ def test_what_the_model_refuses(small, change, message):
     given = {"inputs_embeds": stream, "token_type_ids": groups} | change
     with pytest.raises(ValueError, match=message):
         theirs(**{name: a if a is None else tensor(a) for name, a in given.items()})
+
+
+@pytest.mark.slow
+def test_the_lines_in_the_readme(tmp_path, monkeypatch):
+    pytest.importorskip("transformer_lens", reason="needs transformer-lens")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = (c for c in re.findall("```python\n(.*?)```", readme, re.DOTALL) if "export(" in c)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["cache"]["blocks.0.attn.hook_pattern"].shape == (2, 1, 6, 6)
