@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from constructions import CATALOGUE
 from constructions.core.transformer import Transformer, cast
 from constructions.family import Certificate, Construction, Counterpart, verify
-from constructions.interchange.export import export
+from constructions.interchange.export import check_exportable, export
 from synthetic.files import RunError
 from synthetic.fitting import devices
 from synthetic.fitting.recipe import Recipe
@@ -284,12 +284,13 @@ def export_family(
     "float64". Errors as in `construct` and `export`.
     """
     family, construction = CATALOGUE.find(name), construct(name, settings)
+    with jax.enable_x64(dtype == "float64"):
+        model = construction.compile(dtype or "float32").model
+    check_exportable(model)  # before the work that a certificate is
     certificate = verify(construction)
     given = plain_settings(name, {**family.example(), **(settings or {})})
     facts = {"name": name, "claim": family.about, "source": family.source}
     facts |= {"settings": f"`{json.dumps(given)}`"}
-    with jax.enable_x64(dtype == "float64"):
-        model = construction.compile(dtype or "float32").model
     export(
         model,
         construction,

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from constructions.certificate import Certificate, verify
+from constructions.certificate import Certificate, check_settings, verify
 from constructions.core.compile import compile_program, config_of, placed_heads
 from constructions.core.config import Config, LayerConfig
 from constructions.core.evaluate import SlotBySlot
@@ -72,21 +72,24 @@ def export(
 
     Raises:
         ValueError: the model is no `Transformer`, is too large to be dense, has weights of another
-            type or that are not finite, or does not fit the construction.
+            type or that are not finite, or does not fit the construction; a setting of that is not
+            hashable.
         RunError: the folder exists, or is none of ours where it is to be replaced.
     """
     folder = claim_export(out, overwrite=overwrite)
     compiled, model = (model, model.model) if isinstance(model, Compiled) else (None, model)
     dtype = check_exportable(model)
+    if construction is not None:
+        check_settings(construction)
     with jax.enable_x64(dtype == "float64"):
         own = construction is not None and is_own(model, construction)
         program = None if construction is None else construction.program
         if program is not None and model.config.width < program.slots.width:
             program = None  # a language model with columns of its own
         example, places = _example(model, construction)
-        if construction is not None and own and certificate is None:
-            known = compiled is not None and compiled.construction is construction
-            certificate = compiled.certificate if compiled and known else verify(construction)
+    if own and certificate is None:
+        known = compiled is not None and compiled.construction is construction
+        certificate = compiled.certificate if compiled and known else verify(construction)
     shapes, tensors = _stored(model, program if own else None)
     config = _config(model.config, shapes, program, places, dtype)
     text = card(
@@ -308,7 +311,7 @@ def _of_construction(construction: Construction, model: Transformer, *inputs: An
     stream = construction.stream(model, *inputs)
     tokens = construction.embed(*inputs)
     found = {"inputs_embeds": stream.values, "token_type_ids": stream.groups}
-    if model.config.tokens is not None and not any(part.values for part in tokens):
+    if all(part.words is not None and not part.values for part in tokens):
         found["input_ids"] = jnp.concatenate([jnp.asarray(part.words) for part in tokens], 1)
     return found | {"last_hidden_state": model(stream.values, stream.groups)}
 

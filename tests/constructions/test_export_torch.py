@@ -393,6 +393,20 @@ def test_edits_equal_hooks_that_replace(small, x64):
     assert relative(plain.last_hidden_state, wanted) > 1e-3
 
 
+def test_outputs_by_the_names_of_transformers(small, x64):
+    model, theirs, stream, groups = small
+    sites = model.run(stream, groups, sites=("residual", "attention"))[1]
+    given = {"inputs_embeds": tensor(stream), "token_type_ids": tensor(groups)}
+    out = theirs(**given, output_hidden_states=True, output_attentions=True)
+    for number in range(2):
+        assert relative(out.hidden_states[number], sites["residual"][number]) < 1e-12
+        assert relative(out.attentions[number], sites["attention"][number]) < 1e-12
+    assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+    assert out.hidden_states[2] is out.last_hidden_state and out.logits is None
+    (alone,) = theirs(**given, return_dict=False)
+    assert torch.equal(alone, out.last_hidden_state)
+
+
 def test_transformer_lens(small, x64):
     lens = pytest.importorskip("transformer_lens", reason="needs transformer-lens")
     model, theirs, stream, groups = small
