@@ -228,9 +228,9 @@ def check(model: Transformer, theirs: Any, stream, groups, tolerance: float) -> 
         if name.endswith("output_bias"):  # ours has one for each row of equal heads
             continue
         # of an array whose gradient cancels only the rounding errors are left
-        assert relative(mine, slope, largest / 100) < 10 * tolerance, name
+        assert relative(mine, slope, largest / 100) < tolerance, name
     assert not [name for name in theirs if not name.startswith("tokens.")]
-    assert relative(given.grad, down) < 10 * tolerance
+    assert relative(given.grad, down) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def check(model: Transformer, theirs: Any, stream, groups, tolerance: float) -> 
     [(1, "float64"), (2, "float32")]
     + [
         pytest.param(seed, dtype, marks=pytest.mark.slow)
-        for seed, dtype in product([0, *range(3, 40)], TOLERANCE)
+        for seed, dtype in product([0, *range(3, 20)], TOLERANCE)
     ],
 )
 def test_random_shapes(tmp_path, seed, dtype):
