@@ -19,25 +19,13 @@ from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from synthetic.files import split_lines
+from synthetic.files import InputError, split_lines
 
 TOLERANCE = 1e-6  # on sums of probabilities, which files give in decimals
 
 
-class GrammarError(ValueError):
-    """A grammar that is not one; the message names the symbol, the rule or the line.
-
-    What a long name or line would make longer than `MOST` characters is left out of its middle.
-    """
-
-    MOST = 400
-
-    def __init__(self, message: str) -> None:
-        left_out = len(message) - self.MOST
-        if left_out > 0:
-            front, back = message[: self.MOST // 2], message[-self.MOST // 2 :]
-            message = f"{front} .. ({left_out} characters) .. {back}"
-        super().__init__(message)
+class GrammarError(InputError):
+    """A grammar that is not one; the message names the symbol, the rule or the line."""
 
 
 MUST_BE = "must be a string of one character or more, without NUL and lone surrogates"
