@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from constructions.family import Tokens as Tokens
     from constructions.family import verify as verify
     from constructions.imported import import_weights as import_weights
+    from constructions.interchange.export import export as export
     from constructions.mesa_layer import mesa as mesa
     from constructions.regression import Regression as Regression
     from constructions.runs import Run as Run
@@ -84,6 +85,7 @@ HOMES = {
     "constructions.core.evaluate": "evaluate",
     "constructions.family": "Certificate Construction Counterpart Gauge Place Tokens verify",
     "constructions.imported": "import_weights",
+    "constructions.interchange.export": "export",
     "constructions.mesa_layer": "mesa",
     "constructions.core.program": "Head Layer Mlp Norm Program",
     "constructions.regression": "Regression",

@@ -21,8 +21,9 @@ from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.interchange.layouts import flat, read_arrays, to_named
 from constructions.interchange.named_weights import with_named
-from constructions.runs import IMPORT, Run, construct_exactly, plain_settings
+from constructions.runs import IMPORT, Run, construct_exactly, initial_models, plain_settings
 from synthetic.fitting.run_directory import RunDirectory
+from synthetic.fitting.step import seed_keys
 from synthetic.fitting.weights_file import named, save_model
 
 #: Largest difference to the supplied predictions, relative to their root mean square, that counts
@@ -103,6 +104,19 @@ def import_weights(
     if directory is not None:
         _write(run, directory, overwrite)
     return run
+
+
+def random_model(run: Run) -> Transformer:
+    """A model of the counterpart's class without training: the first seed's start, if it is known.
+
+    Else one drawn as that of seed 0 is.
+    """
+    if run.recipe is not None:
+        return initial_models(run)[0]
+    known = isinstance(run.models[0], Transformer)
+    dtype = _dtype(run.models[0]) if known else str(jnp.zeros(0).dtype)
+    with jax.enable_x64(dtype == "float64"):
+        return run.construction.counterpart().init(seed_keys(0)[0])
 
 
 def _several(given: Any) -> list[Any]:

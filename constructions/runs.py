@@ -30,8 +30,9 @@ from jax.sharding import Mesh
 from constructions import CATALOGUE
 from constructions.core.compile import untrained
 from constructions.core.config import Config
-from constructions.core.transformer import Transformer
-from constructions.family import Construction, Counterpart
+from constructions.core.transformer import Transformer, cast
+from constructions.family import Certificate, Construction, Counterpart, verify
+from constructions.interchange.export import check_exportable, export
 from synthetic.files import RunError
 from synthetic.fitting import devices
 from synthetic.fitting.recipe import Recipe
@@ -230,15 +231,11 @@ def load_run(path: str | PathLike[str]) -> Run:
 
 
 def initial_models(run: Run) -> tuple[Transformer, ...]:
-    """The weights that the fits of a run began with, one model a seed: drawn again, bit for bit.
-
-    ValueError where the run was not fitted here.
-    """
+    """The weights that the fits of a run began with, one model a seed: drawn again, bit for bit."""
     if run.recipe is None:
         raise ValueError(UNKNOWN_START)
     counterpart = run.construction.counterpart()
-    weights = jax.tree.leaves(nnx.state(run.models[0], nnx.Param))[0]
-    with jax.enable_x64(weights.dtype == "float64"):
+    with jax.enable_x64(_dtype(run.models[0]) == "float64"):
         seeds = jnp.asarray(run.seeds, jnp.uint32)
         drawn = [counterpart.init(seed_keys(seed)[0]) for seed in seeds]
         if not run.history or not isinstance(run.history[-1]["loss"], list):
@@ -255,24 +252,6 @@ def initial_models(run: Run) -> tuple[Transformer, ...]:
 
 #: What probes of the way from the first weights to the last say of models trained elsewhere.
 UNKNOWN_START = "the models were trained elsewhere: what their fits began with is not known"
-
-
-def random_model(run: Run) -> Transformer:
-    """A model of the counterpart's class without training: the first seed's start, if it is known.
-
-    Else one drawn as that of seed 0 is.
-    """
-    if run.recipe is not None:
-        return initial_models(run)[0]
-    with jax.enable_x64(float_type(run) == "float64"):
-        return run.construction.counterpart().init(seed_keys(0)[0])
-
-
-def float_type(run: Run) -> str:
-    """The dtype of the first model's weights, JAX's default where they are not known."""
-    if not isinstance(run.models[0], nnx.Module):
-        return str(jnp.zeros(0).dtype)
-    return str(jax.tree.leaves(nnx.state(run.models[0], nnx.Param))[0].dtype)
 
 
 def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transformer, ...]]]:
@@ -301,6 +280,83 @@ def load_checkpoints(path: str | PathLike[str]) -> list[tuple[int, tuple[Transfo
             where = run.checkpoints / str(step)
             found.append((step, _models(flat, counterpart, config, where)))
     return found
+
+
+def export_family(
+    name: str,
+    settings: Mapping[str, Any] | None,
+    out: str | PathLike[str],
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Certificate:
+    """Write a family's construction as `constructions.interchange.export` does.
+
+    Returns its certificate, which the model card has. `dtype` is "float32", the default, or
+    "float64". Errors as in `construct` and `export`.
+    """
+    family, construction = CATALOGUE.find(name), construct(name, settings)
+    with jax.enable_x64(dtype == "float64"):
+        model = construction.compile(dtype or "float32").model
+    check_exportable(model)  # before the work that a certificate is
+    certificate = verify(construction)
+    given = plain_settings(name, {**family.example(), **(settings or {})})
+    facts = {"name": name, "claim": family.about, "source": family.source}
+    facts |= {"settings": f"`{json.dumps(given)}`"}
+    export(
+        model,
+        construction,
+        out,
+        facts={title: text for title, text in facts.items() if text},
+        certificate=certificate,
+        overwrite=overwrite,
+    )
+    return certificate
+
+
+def export_run(
+    run: Run,
+    out: str | PathLike[str],
+    *,
+    seed: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the model of a run as `constructions.interchange.export` does.
+
+    Args:
+        run: of one seed, or several.
+        out: the folder.
+        seed: which one; the first if None.
+        dtype: "float32" or "float64"; that of the fit if None.
+        overwrite: replace an earlier export.
+
+    Raises:
+        ValueError: the run has no such seed; as `export`.
+    """
+    if seed is not None and seed not in run.seeds:
+        raise ValueError(f"seed is {seed}, must be one of {', '.join(map(str, run.seeds))}")
+    place = 0 if seed is None else run.seeds.index(seed)
+    fit = "trained elsewhere, and imported"
+    if run.history:
+        loss, step = run.history[-1]["loss"], run.history[-1]["step"]
+        loss = loss[place] if isinstance(loss, list) else loss
+        fit = f"seed {run.seeds[place]}, {step} steps; the loss at the end was {loss:.6g}"
+    facts = {
+        "name": f"{run.family}, trained",
+        "family": f"{run.family}, {CATALOGUE.find(run.family).source}",
+        "settings": f"`{json.dumps(run.settings)}`",
+        "fit": fit,
+    }
+    if run.optimum is not None:
+        facts["lowest loss that the class can reach"] = f"{run.optimum:.6g}"
+    with jax.enable_x64("float64" in (dtype, _dtype(run.models[place]))):
+        model = run.models[place] if dtype is None else cast(run.models[place], dtype)
+        export(model, run.construction, out, facts=facts, overwrite=overwrite)
+
+
+def _dtype(model: Transformer) -> str:
+    return str(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
 
 
 def _read_config(run: RunDirectory, *, everywhere: bool = False) -> dict[str, Any]:
@@ -370,8 +426,7 @@ def _models(
     try:
         shape = Config.from_json(config["model"]) if "model" in config else None
     except (KeyError, TypeError, ValueError) as error:
-        where = path.with_name("config.json")
-        raise RunError(f"{where}: model: no shape of a model: {error}") from error
+        raise RunError(f"{path.parent}/config.json: model: no shape of a model: {error}") from error
     with _precision(config):
         structure: list[Any] = []
 

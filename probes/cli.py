@@ -252,7 +252,56 @@ class Probe:
         return OK
 
 
-COMMANDS = (List, Verify, Fit, Import, Compare, Claims, Probe, Demo)
+
+
+@dataclass
+class Export:
+    """Write a construction, or a trained model, as a model folder for Hugging Face's transformers.
+
+    AutoModel.from_pretrained(FOLDER, trust_remote_code=True) opens it.
+    """
+
+    out: Path
+    """the folder"""
+    name: Annotated[Positional[str | None], arg(help="a family; or give --run")] = None
+    run_directory: Annotated[Path | None, arg(name="run")] = None
+    """a finished fit, whose model is written in the place of a construction"""
+    seed: int | None = None
+    """of a fit of several seeds, which one; the first if none is given"""
+    settings: Settings = field(default_factory=list)
+    dtype: Literal["float64", "float32"] | None = None
+    """of the weights; by default float32, or that of the fit"""
+    overwrite: bool = False
+    """replace an earlier export"""
+
+    def run(self) -> int:
+        """Run the command; the exit status."""
+        if (self.name is None) == (self.run_directory is None):
+            raise ValueError("give the name of a family, or --run: one of them")
+        settings = parse_settings(self.settings)
+        if self.name is not None:
+            family_names((self.name,))
+        if self.name is not None and self.seed is not None:
+            raise ValueError(f"--seed {self.seed} can be given with --run alone")
+        if self.name is None and settings:
+            raise ValueError(f"--set {self.settings[0]}: a run has its own settings")
+        from constructions.interchange.export import claim_export
+        from constructions.runs import export_family, export_run, load_run
+
+        claim_export(self.out, overwrite=self.overwrite)
+        options: dict[str, Any] = {"dtype": self.dtype, "overwrite": self.overwrite}
+        if self.run_directory is not None:
+            run = load_run(self.run_directory)
+            export_run(run, self.out, seed=self.seed, **options)
+            passed = True
+        else:
+            assert self.name is not None
+            passed = export_family(self.name, settings, self.out, **options).passed
+        print(f"{self.out}: AutoModel.from_pretrained({str(self.out)!r}, trust_remote_code=True)")
+        return OK if passed else FAILED
+
+
+COMMANDS = (List, Verify, Fit, Import, Compare, Claims, Probe, Demo, Export)
 
 
 class Stopped(BaseException):

@@ -17,7 +17,8 @@ import numpy as np
 from jax import Array
 
 from constructions.family import Construction
-from constructions.runs import Run, random_model
+from constructions.imported import random_model
+from constructions.runs import Run
 from probes.foreign import lacking, no_site
 from probes.probe import Probe, Result, seed_names, table
 from probes.regression import ridge, split

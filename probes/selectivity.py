@@ -30,7 +30,8 @@ from jaxtyping import Float, Int
 
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.runs import Run, random_model
+from constructions.imported import random_model
+from constructions.runs import Run
 from probes.probe import NotApplicable, Probe, Result, seed_names, table
 from synthetic.tasks.masked_language import MaskedLanguageTask
 from synthetic.tasks.task import Batch, Task, outcome

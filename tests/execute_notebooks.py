@@ -5,7 +5,9 @@ As a script it refreshes every .ipynb, or those whose names are given:
     python tests/execute_notebooks.py [NN_name ...]
 """
 
+import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +18,17 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
+
+
+#: Modules of extras; a notebook that imports one is run where that is installed.
+OPTIONAL = ("torch", "transformers", "transformer_lens")
+
+
+def not_installed(source: Path) -> list[str]:
+    """Those of the optional modules that a notebook imports and that are not installed."""
+    text = source.read_text(encoding="utf-8")
+    used = [m for m in OPTIONAL if re.search(rf"^(import|from) {m}\b", text, re.MULTILINE)]
+    return [module for module in used if importlib.util.find_spec(module) is None]
 
 
 def from_source(source: Path) -> nbformat.NotebookNode:
@@ -52,6 +65,9 @@ def main(names: list[str]) -> None:
     if unknown:
         sys.exit(f"no notebook {', '.join(unknown)}; there are: {', '.join(known)}")
     for source in [known[name] for name in names] or SOURCES:
+        if absent := not_installed(source):
+            print(f"{source.name}: left out, {', '.join(absent)} not installed", flush=True)
+            continue
         print(source.name, flush=True)
         nbformat.write(execute(from_source(source)), source.with_suffix(".ipynb"))
 

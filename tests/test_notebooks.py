@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
-from execute_notebooks import SOURCES, execute, from_source
+from execute_notebooks import SOURCES, execute, from_source, not_installed
 from nbclient.exceptions import CellExecutionError
 
 each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
@@ -53,6 +53,8 @@ def missing(ran: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> list[s
 def test_runs_at_quick_settings_and_shows_what_is_stored(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if absent := not_installed(source):
+        pytest.skip(f"{', '.join(absent)} not installed, which the notebook imports")
     monkeypatch.setenv("ORRERY_QUICK", "1")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # figures inline, as a reader sees them
     stored = nbformat.read(source.with_suffix(".ipynb"), as_version=4)

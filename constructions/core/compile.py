@@ -13,7 +13,7 @@ A program may also be compiled into a larger `Config` than it needs; the spare h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -172,16 +172,8 @@ def fill(program: Program, config: Config) -> dict[str, Any]:
 def _fill_layer(
     layer: Layer, shape: LayerConfig, arrays: Any, r: int, config: Config, where: str
 ) -> None:
-    used = [0] * len(shape.heads)
-    for head in layer.single_heads:
-        place = _place_head(head, shape.heads, used)
-        if place is None:
-            raise ProgramError(
-                f"{where}, head '{head.name}' (mixer {head.mixer}, {head.key.size} key rows, "
-                f"{head.value.size} value rows) does not fit into the heads {shape.heads}"
-            )
-        _fill_head(head, arrays["heads"][place], (r, used[place]), config)
-        used[place] += 1
+    for head, row, n in placed_heads(layer, shape, where):
+        _fill_head(head, arrays["heads"][row], (r, n), config)
     if layer.mlp is not None:
         if shape.mlp is None or not _fits(_mlp_config(layer.mlp), shape.mlp):
             raise ProgramError(f"{where}, mlp '{layer.mlp.name}' does not fit into {shape.mlp}")
@@ -204,6 +196,23 @@ def _order(config: Config) -> list[int]:
             order += range(start, start + size)
         first += segment.stacked * size
     return order
+
+
+def placed_heads(layer: Layer, shape: LayerConfig, where: str) -> Iterator[tuple[Head, int, int]]:
+    """Every head of a layer, the row of equal heads that it goes to, and its place there.
+
+    ProgramError where one does not fit.
+    """
+    used = [0] * len(shape.heads)
+    for head in layer.single_heads:
+        row = _place_head(head, shape.heads, used)
+        if row is None:
+            raise ProgramError(
+                f"{where}, head '{head.name}' (mixer {head.mixer}, {head.key.size} key rows, "
+                f"{head.value.size} value rows) does not fit into the heads {shape.heads}"
+            )
+        yield head, row, used[row]
+        used[row] += 1
 
 
 def _place_head(head: Head, groups: Sequence[HeadsConfig], used: list[int]) -> int | None:

@@ -29,8 +29,9 @@ from jaxtyping import Bool, Float, Int
 
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
+from constructions.imported import random_model
 from constructions.inside_outside.construction import InsideOutside
-from constructions.runs import Run, random_model
+from constructions.runs import Run
 from probes.probe import Probe, Result, seed_names, table
 from synthetic.grammar.dependencies import Arcs, Headed, dependencies
 from synthetic.grammar.examples import headed

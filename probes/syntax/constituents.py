@@ -21,7 +21,8 @@ from nltk.tree import Tree
 
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
-from constructions.runs import Run, random_model
+from constructions.imported import random_model
+from constructions.runs import Run
 from probes.probe import Probe, Result, seed_names, table
 from probes.subject import Inputs, Readable, activations, no_weights
 from probes.syntax.sentence_probes import (

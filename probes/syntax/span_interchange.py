@@ -34,9 +34,10 @@ from jax import Array
 from constructions.core.slots import Slot
 from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
+from constructions.imported import random_model
 from constructions.inside_outside.construction import AT_ONCE, InsideOutside
 from constructions.inside_outside.tableau import Layout
-from constructions.runs import Run, random_model
+from constructions.runs import Run
 from probes.patching import patched_prediction, site_values, with_sites
 from probes.probe import Probe, Result, seed_names, table
 from probes.subject import Readable, no_weights

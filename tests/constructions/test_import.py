@@ -21,10 +21,11 @@ from constructions.core.config import (
     SegmentConfig,
     TokensConfig,
 )
-from constructions.imported import import_weights
+from constructions.imported import import_weights, random_model
+from constructions.interchange.export import stored_arrays
 from constructions.interchange.layouts import flat, layout_of, read_arrays, to_named
 from constructions.interchange.named_weights import named_shapes, named_weights, with_named
-from constructions.runs import fit_family, initial_models, load_run, random_model
+from constructions.runs import fit_family, initial_models, load_run
 from probes.cli import main
 from synthetic.files import RunError
 
@@ -326,6 +327,11 @@ def test_what_heads_see_is_the_family_s_whatever_a_file_says() -> None:
     with jax.enable_x64(True):
         found = run.construction.predict(run.models[0], *given)
     np.testing.assert_allclose(found, by_hand(weights(), given), rtol=1e-12)
+    folder = stored_arrays(plain.models[0])
+    assert set(w) | {f"layers.0.heads.{n}.scale" for n in range(2)} == set(folder)
+    again = named_weights(import_weights(NAME, folder, SMALL).models[0])
+    for name, array in weights().items():
+        np.testing.assert_array_equal(again[name], array)
     with pytest.raises(ValueError, match="heads.5.window: the model of .* has no such head"):
         import_weights(NAME, w | {"layers.0.heads.5.window": np.zeros(2, int)}, SMALL)
     w["layers.0.heads.1.key_groups"] = np.array([True, True])

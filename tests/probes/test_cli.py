@@ -56,7 +56,7 @@ def test_help_needs_no_jax() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("list", "verify", "fit", "compare", "claims", "probe", "demo"):
+    for command in ("list", "verify", "fit", "compare", "claims", "probe", "demo", "export"):
         assert command in done.stdout
 
 
