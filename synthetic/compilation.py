@@ -4,7 +4,8 @@ Most programs of a report, a certificate or a probe run once, and XLA takes a hu
 to compile them than they take to run. `compile_once` is `jax.jit` for those; `jax.jit` itself is
 for training loops, benchmarks and what users call. Nothing else decides how a program is compiled.
 
-`keep_programs` lets the command find again what it compiled before. It imports no JAX.
+`keep_programs` lets the command find again what it compiled before, in JAX's own cache and, without
+tracing, in ours (`synthetic.kept_programs`). It imports no JAX.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from functools import cache, partial, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, overload
+
+from synthetic.kept_programs import Kept, NoName, call_kept
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,7 +85,13 @@ def compile_once(function: Any = None, /, *, often: bool = False, **options: Any
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled(not _within_a_program(args, kwargs))(*args, **kwargs)
+        if _within_a_program(args, kwargs):
+            return compiled(False)(*args, **kwargs)
+        if Kept.folder is not None:
+            with suppress(NoName):
+                chosen = compiler_options(often=often)
+                return call_kept(function, args, kwargs, compiler=chosen, **options)
+        return compiled(True)(*args, **kwargs)
 
     def cache_size() -> int:
         return sum(compiled(low_effort)._cache_size() for low_effort in (True, False))
@@ -125,6 +134,7 @@ def keep_programs() -> Path | None:
     Returns:
         The folder, or None.
     """
+    Kept.folder = None
     if os.environ.get("ORRERY_NO_CACHE", "0") not in ("", "0"):
         forget_programs()
         return None
@@ -133,6 +143,7 @@ def keep_programs() -> Path | None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return None
     folder = _own_folder()
+    Kept.folder = folder
     if folder is not None:
         _configure(
             jax_compilation_cache_dir=str(folder),
@@ -144,6 +155,7 @@ def keep_programs() -> Path | None:
 
 def forget_programs() -> None:
     """Let JAX compile everything anew, whatever is kept."""
+    Kept.folder = None
     _configure(jax_enable_compilation_cache=False)
 
 
