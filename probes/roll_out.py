@@ -36,6 +36,7 @@ from probes.style import (
     percent,
     png,
 )
+from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 
 
@@ -172,7 +173,7 @@ def needs_attention_alone(run: Run) -> str:
     return ""
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@compile_once(static_argnums=(0, 3), often=True)
 def _rolled(construction: Any, model: Transformer, drawn: Batch, depth: int, damping: Any) -> Array:
     steps = roll_out(construction, model, *drawn.inputs, depth=depth, damping=damping)
     return jax.vmap(lambda p: construction.task.loss(p, drawn).mean())(steps)

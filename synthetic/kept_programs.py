@@ -121,7 +121,7 @@ def compile_kept(
     path = None
     if Kept.folder is not None and len(jax.devices()) == 1:
         with suppress(NoName):
-            name = _digest(_everywhere(), _settings(), options, identity, _Shapes(args))
+            name = _digest(sources(), _settings(), options, identity, _Shapes(args))
             path = Kept.folder / f"{function.__name__.strip('<>')}-{name}.program"
             with suppress(Exception):  # missing, cut off, or of another kind: compiled again
                 return _read(path)
@@ -173,7 +173,7 @@ class _Shapes:
 
 
 @cache
-def _everywhere() -> str:
+def sources() -> str:
     """Our source files and the versions of the packages below them."""
     found = hashlib.sha256(sys.version.encode())
     root = Path(__file__).parents[1]
@@ -255,9 +255,7 @@ def _say(tell: Callable[[bytes], object], value: Any, arrays: bool) -> None:
         value.__module__
     ):
         each("function", [_place(value)])
-    elif is_dataclass(value):
-        each(_place(type(value)), _attributes(value).items())
-    elif _is_module(value):
+    elif is_dataclass(value) or _is_module(value):
         each(_place(type(value)), _attributes(value).items())
     elif hasattr(value, "get_metadata") and hasattr(value, "get_value"):  # a variable of flax.nnx
         each(_place(type(value)), [value.get_value(), repr(sorted(value.get_metadata()))])

@@ -23,9 +23,8 @@ from constructions.runs import Run
 from probes import find
 from probes.ledger import HOLDS, NOT_APPLICABLE, REFUTED, VERDICTS, VOID, Row, ledger
 from probes.probe import NotApplicable, Result
+from probes.report.index import FORMAT, VERSION
 from probes.style import number, plain
-
-FORMAT, VERSION = "orrery-report", 1
 
 
 class Section(NamedTuple):

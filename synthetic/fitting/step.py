@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from synthetic.fitting import devices
 from synthetic.fitting.recipe import Recipe
 from synthetic.fitting.weights_file import named, unnamed
+from synthetic.kept_programs import compile_kept
 from synthetic.tasks.task import Curriculum, Task, checked
 
 RESERVED = ("step", "loss", "gradient_norm", "excess", "steps", "steps_per_second")
@@ -68,6 +69,12 @@ class Loop:
     rest: Any
 
     @property
+    def _identity(self) -> tuple[Any, ...]:
+        """All that a program of this loop depends on, besides what it is given."""
+        made = (self.model, self.task, self.predict, self.metrics)
+        return (*made, self.recipe, self.transformation, self.mesh, self.stacked)
+
+    @property
     def length(self) -> int:
         """Steps in a full chunk."""
         recipe = self.recipe
@@ -86,7 +93,8 @@ class Loop:
             return begin(named(params), named(rest))
 
         if self.stacked:
-            return self.lay_out(jax.jit(jax.vmap(draw))(self._seeds()))
+            seeds = self._seeds()
+            return self.lay_out(compile_kept(jax.vmap(draw), self._identity, (seeds,))(seeds))
         return self.lay_out(begin(named(self.params), named(self.rest)))
 
     def lay_out(self, state: Any) -> Any:
@@ -94,7 +102,7 @@ class Loop:
         if self.mesh is not None:
             return devices.place(state, self._sharding())
         # Through numpy: fresh buffers (they will be donated) that carry no weak types.
-        return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), state)
+        return jax.tree.map(_copied, state)
 
     def host(self, state: TrainingState) -> TrainingState:
         """The state as numpy arrays, whole on every process."""
@@ -108,7 +116,7 @@ class Loop:
 
         def module(index: int) -> nnx.Module:
             pick = (lambda x: x[index]) if self.stacked else (lambda x: x)
-            arrays = jax.tree.map(lambda x: jnp.array(pick(x)), (params, state.rest))
+            arrays = jax.tree.map(lambda x: _copied(pick(x)), (params, state.rest))
             return self._merge(*arrays)
 
         return [module(index) for index in range(len(self.seeds))]
@@ -141,9 +149,10 @@ class Loop:
             arrays, seeds = devices.place(arrays, whole), devices.place(seeds, whole)
             options["out_shardings"] = (self._sharding(), whole)
         else:
-            arrays = [jnp.asarray(array) for array in arrays]
+            arrays = jax.device_put(arrays)
         bounds = (np.int32(0), np.int32(0))
-        run = jax.jit(chunk, **options).lower(state, seeds, arrays, *bounds).compile()
+        given = (state, seeds, arrays, *bounds)
+        run = compile_kept(chunk, (*self._identity, self.length), given, **options)
         return lambda state, a, b: run(state, seeds, arrays, np.int32(a), np.int32(b))
 
     def _chunk(
@@ -229,6 +238,11 @@ class Loop:
         assert self.mesh is not None
         axes = (devices.SEED,) if self.stacked else ()
         return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+
+def _copied(leaf: Any) -> Array:
+    """A copy on the device; `jnp.array` would compile a program for each shape."""
+    return jax.device_put(np.asarray(leaf), may_alias=False)
 
 
 def make_loop(

@@ -19,6 +19,7 @@ from scipy.optimize import minimize
 from scipy.special import gammaln
 from scipy.stats import chi2
 
+from synthetic.compilation import compile_once
 from synthetic.tasks.regression import RegressionTask, Uniform
 from synthetic.theory.spectral import (
     Estimate,
@@ -208,7 +209,7 @@ def _evaluate(
     )
 
 
-@jax.jit
+@compile_once(often=True)
 def _log_loss(parameters: Array, nodes: Array, signal: Array, noise: Array) -> tuple[Array, Array]:
     """`log sum(signal rho^2 + noise g^2)` of rates and curvatures `[2, steps]`, and gradient."""
 
