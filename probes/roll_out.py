@@ -167,10 +167,18 @@ def needs_attention_alone(run: Run) -> str:
                 f"gauge has read {gauge.read.shape} and query {gauge.query.shape}, must be "
                 f"[rows, {width}] and [{width}, values]"
             )
-    inputs = construction.sample(jax.random.key(0), 1)
-    if "prediction" not in construction.places(1, *inputs):
-        return f"{construction} names no place of the prediction in the stream"
-    return ""
+    return no_single_layer(construction, construction.sample(jax.random.key(0), 1))
+
+
+def no_single_layer(construction: Any, inputs: tuple[Any, ...]) -> str:
+    """Why no prediction is read after a single layer, in one phrase; "" where one is."""
+    try:
+        places = construction.places(1, *inputs)
+    except ValueError as error:  # such as a family whose layers come in pairs
+        return f"a single layer is no model of {type(construction).__name__}: {error}"
+    if "prediction" in places:
+        return ""
+    return f"{type(construction).__name__} names no place of the prediction in the stream"
 
 
 @compile_once(static_argnums=(0, 3), often=True)

@@ -23,7 +23,7 @@ from constructions.family import Construction
 from probes import interpolation, similarity
 from probes.context import all_subsets, degree_weights, no_examples
 from probes.interpolation import between
-from probes.roll_out import roll_out
+from probes.roll_out import no_single_layer, roll_out
 from probes.similarity import compared, sensitivities
 from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch, outcome
@@ -162,8 +162,12 @@ def distributions(e: Evidence) -> str:
 def differentiable(e: Evidence) -> str:
     """Predictions have derivatives by the last input, token by token."""
     inputs = tuple(a[:2] for a in e.examples.inputs)
-    apply = e.apply if needs.known_weights(e) else partial(e.construction.apply, e.model)
-    return similarity.obstacle(apply, inputs)
+    if needs.known_weights(e):
+        return similarity.obstacle(e.apply, inputs)
+    apply = partial(e.construction.apply, e.model)
+    # of models of one shape, the same is true
+    shape = f"differentiable {e.model.config!r}"
+    return e.once(shape, lambda: similarity.obstacle(apply, inputs))
 
 
 def blendable(e: Evidence) -> str:
@@ -176,9 +180,7 @@ def rolled_alike(e: Evidence) -> str:
     """One layer of linear attention may be applied again and again, and the prediction read."""
     if missing := needs.masks_alike(e):
         return missing
-    if "prediction" not in e.construction.places(1, *e.examples.inputs):
-        return f"{type(e.construction).__name__} names no place of the prediction in the stream"
-    return ""
+    return no_single_layer(e.construction, e.examples.inputs)
 
 
 def examples_to_leave_out(e: Evidence) -> str:

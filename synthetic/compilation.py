@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from synthetic.kept_programs import Kept, NoName, call_kept
+from synthetic.kept_programs import Kept, call_kept
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -88,9 +88,8 @@ def compile_once(function: Any = None, /, *, often: bool = False, **options: Any
         if _within_a_program(args, kwargs):
             return compiled(False)(*args, **kwargs)
         if Kept.folder is not None:
-            with suppress(NoName):
-                chosen = compiler_options(often=often)
-                return call_kept(function, args, kwargs, compiler=chosen, **options)
+            told = {"often": often, "compiler": compiler_options}
+            return call_kept(function, args, kwargs, **told, **options)
         return compiled(True)(*args, **kwargs)
 
     def cache_size() -> int:

@@ -58,14 +58,19 @@ def call_kept(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
-    compiler: Mapping[str, Any],
+    often: bool,
+    compiler: Callable[..., Mapping[str, Any]],
     static_argnums: int | Iterable[int] = (),
     static_argnames: str | Iterable[str] = (),
 ) -> Any:
-    """`jax.jit(function, ...)(*args, **kwargs)`, by a kept program.
+    """`jax.jit(function, ...)(*args, **kwargs)`, by a kept program where there is one.
 
-    Raises:
-        NoName: it has no name, or could not be kept when it was compiled.
+    Args:
+        function: what `jit` takes.
+        args, kwargs: what it is called with.
+        often: how well it is to be compiled.
+        compiler: `often` -> the compiler's options.
+        static_argnums, static_argnames: those of `jit`.
     """
     import jax
 
@@ -80,7 +85,7 @@ def call_kept(
     leaves, tree = jax.tree.flatten((given, given_by_name))
     shapes = tuple(map(_shape, leaves))
     settings = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
-    same = (function, *fixed.items(), *named.items(), tree, shapes, settings)
+    same = (function, often, *fixed.items(), *named.items(), tree, shapes, settings)
     if same not in Kept.found:
         identity = (function, fixed, named, _Shapes((given, given_by_name)))
 
@@ -92,16 +97,9 @@ def call_kept(
 
         flat.__name__ = function.__name__
         Kept.found[same] = compile_kept(
-            flat, identity, leaves, compiler_options=dict(compiler) or None
+            flat, identity, leaves, compiler_options=dict(compiler(often=often)) or None
         )
-    program = Kept.found[same]
-    if program is _NOT_KEPT:
-        raise NoName
-    return program(*leaves)
-
-
-def _NOT_KEPT(*_: Any) -> Any:  # noqa: N802
-    raise NoName
+    return Kept.found[same](*leaves)
 
 
 def compile_kept(
