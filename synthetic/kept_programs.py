@@ -19,6 +19,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 import types
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -123,11 +124,45 @@ def compile_kept(
             path = Kept.folder / f"{function.__name__.strip('<>')}-{name}.program"
             with suppress(Exception):  # missing, cut off, or of another kind: compiled again
                 return _read(path)
+            function = _renamed(function, f"{path.stem[:-24]}")
+    _listen()
+    _Here.loaded = False
     program = jax.jit(function, **options).lower(*args).compile()
-    if path is not None:
+    # what JAX's own cache gave lacks the machine code that would have to be written
+    if path is not None and not _Here.loaded:
         with suppress(Exception):  # no program is lost by it
             _write(path, program)
     return program
+
+
+class _Local(threading.local):
+    """Whether JAX's own cache gave this thread a program since it was last asked."""
+
+    loaded = False
+
+
+_Here = _Local()
+
+
+@cache
+def _listen() -> None:
+    import jax
+
+    def notice(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            _Here.loaded = True
+
+    jax.monitoring.register_event_listener(notice)
+
+
+def _renamed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function under a name that JAX's own cache has no other program by."""
+
+    def renamed(*args: Any) -> Any:
+        return function(*args)
+
+    renamed.__name__ = name.replace("-", "_")
+    return renamed
 
 
 def _read(path: Path) -> Callable[..., Any]:
@@ -164,7 +199,7 @@ def _shape(leaf: Any) -> tuple[Any, ...]:
 
 
 class _Shapes:
-    """A value of which only shapes and dtypes of arrays count."""
+    """A value of whose arrays only shapes and dtypes count; all else of it does, numbers too."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

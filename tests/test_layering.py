@@ -30,6 +30,7 @@ FAMILIES = (
 ORDER = {
     "synthetic": [
         ("files", "threefry"),
+        ("kept_programs",),
         ("compilation",),
         ("grammar",),
         ("tasks",),
