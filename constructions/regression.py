@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float
 
 from constructions.family import Construction
-from constructions.inputs import Input
+from constructions.inputs import Input, number
+from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform, distribution
+from synthetic.theory.one_layer import optimal_step_size
 
 Inputs = Float[Array, "batch context dim_x"]
 Outputs = Float[Array, "batch context dim_y"]
@@ -21,6 +24,7 @@ class Regression(Construction):
 
     dim_x: int
     dim_y: int
+    num_examples: int
 
     @property
     def arguments(self) -> tuple[Input, ...]:
@@ -43,3 +47,44 @@ class Regression(Construction):
         x, y, x_query = inputs
         index = np.asarray(kept, int)
         return x[:, index], y[:, index], x_query
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRegression(Regression):
+    """A construction on linear regression, whose task may have other distributions.
+
+    Attributes:
+        inputs: of x_i and the queries: "uniform" on [-1/2, 1/2), "gaussian" for N(0, I),
+            {"uniform": [low, high]} or {"gaussian": covariance}, a number or a matrix.
+        weights: of each row of W, likewise.
+        noise: standard deviation of the noise on the context's outputs.
+    """
+
+    inputs: Uniform | Gaussian | str | Mapping[str, Any] = "uniform"
+    weights: Uniform | Gaussian | str | Mapping[str, Any] = "gaussian"
+    noise: float | int = 0.0
+
+    def check_distributions(self) -> None:
+        """The settings of the task's distributions as they are kept; ValueError for others."""
+        object.__setattr__(self, "noise", number("noise", self.noise, least=0))
+        for name in ("inputs", "weights"):
+            found = distribution(name, getattr(self, name))
+            try:
+                found.covariance_matrix(self.dim_x)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            object.__setattr__(self, name, found)
+
+    def regression_task(self, num_examples: int, queries: int = 1) -> RegressionTask:
+        """Linear regression with these distributions."""
+        return RegressionTask(
+            self.dim_x, num_examples, self.dim_y, queries,
+            distribution("inputs", self.inputs), distribution("weights", self.weights), self.noise,
+        )  # fmt: skip
+
+    def best_step_size(self) -> float:
+        """The best one of a single step from 0 on the task; ValueError where it is not known."""
+        try:
+            return optimal_step_size(self.regression_task(self.num_examples))
+        except ValueError as error:
+            raise ValueError(f"step_size is None, must be given: {error}") from None

@@ -63,11 +63,13 @@ def construct_exactly(name: str, settings: Mapping[str, Any]) -> Construction:
 
 
 def plain_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON has them: arrays and tuples become lists."""
+    """Settings as JSON has them: arrays and tuples become lists, grammars what they are made of."""
 
     def one(value: Any) -> Any:
         if isinstance(value, np.ndarray | np.generic | jax.Array):
             return np.asarray(value).tolist()
+        if hasattr(value, "to_json"):  # a grammar, a distribution
+            return value.to_json()
         raise ValueError(f"settings of {name}: {value!r} cannot be written as JSON")
 
     return json.loads(json.dumps(dict(settings), default=one, allow_nan=False))

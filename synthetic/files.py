@@ -23,6 +23,22 @@ from pathlib import Path
 from typing import Any
 
 
+class InputError(ValueError):
+    """What is given is not what it should be; the message is one line.
+
+    What a long name or line would make longer than `MOST` characters is left out of its middle.
+    """
+
+    MOST = 400
+
+    def __init__(self, message: str) -> None:
+        left_out = len(message) - self.MOST
+        if left_out > 0:
+            front, back = message[: self.MOST // 2], message[-self.MOST // 2 :]
+            message = f"{front} .. ({left_out} characters) .. {back}"
+        super().__init__(message)
+
+
 class RunError(ValueError):
     """A saved model or run that cannot be used; one line names the file and the field."""
 

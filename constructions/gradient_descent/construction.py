@@ -50,14 +50,14 @@ from constructions.gradient_descent.paper import (
     TWO_STEP_CLAIMS,
 )
 from constructions.inputs import number
-from constructions.regression import Inputs, Outputs, Queries, Regression
+from constructions.regression import Inputs, LinearRegression, Outputs, Queries
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.regression import RegressionTask
-from synthetic.theory.one_layer import one_layer_excess, optimal_one_layer, optimal_step_size
+from synthetic.theory.one_layer import one_layer_excess, optimal_one_layer
 
 
 @dataclass(frozen=True)
-class GradientDescent(Regression):
+class GradientDescent(LinearRegression):
     """`steps` steps of gradient descent, or GD++, on 1/(2N) sum_i |W x_i - y_i|^2.
 
     Attributes:
@@ -84,8 +84,9 @@ class GradientDescent(Regression):
 
     def __post_init__(self) -> None:
         self.whole("dim_x", "dim_y", "num_examples", "steps")
+        self.check_distributions()
         if self.step_size is None and self.steps == 1:
-            object.__setattr__(self, "step_size", optimal_step_size(self.task))
+            object.__setattr__(self, "step_size", self.best_step_size())
         if self.step_size is None:
             raise ValueError(f"step_size is None, must be given for steps={self.steps}")
         for name in ("step_size", "curvature"):
@@ -164,8 +165,8 @@ class GradientDescent(Regression):
 
     @property
     def task(self) -> RegressionTask:
-        """Noise-free regression with inputs uniform on (-1/2, 1/2) and weights N(0, I)."""
-        return RegressionTask(self.dim_x, self.num_examples, self.dim_y)
+        """Linear regression with these inputs, weights and noise."""
+        return self.regression_task(self.num_examples)
 
     @property
     def unplaced(self) -> tuple[str, ...]:
@@ -283,7 +284,7 @@ class GradientDescent(Regression):
             return {"canonical_distance": canonical_distance(model, reference, gauge)}
 
         optimum, metrics = None, distance
-        if self.steps == 1 and self.init_weight is None:
+        if self.steps == 1 and self.has_closed_form:
             reference = replace(self, step_size=None).reference
             optimum = self.optimal_loss
 
@@ -302,6 +303,12 @@ class GradientDescent(Regression):
             quick=replace(recipe, steps=recipe.steps // 2),
             exact=None if optimum is None else self.population_excess,
         )
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the loss of one layer is known: W_0 = 0, distributions of mean 0."""
+        centred = self.task.inputs.mean == self.task.weights.mean == 0
+        return centred and self.init_weight is None
 
     @property
     def optimal_loss(self) -> float:
@@ -356,10 +363,11 @@ class GradientDescent(Regression):
     def claims(self) -> tuple[Claim, ...]:
         """The paper's statements about one trained layer, applied once or, as GD++, twice.
 
-        For other numbers of steps, and other W_0, those on functions alone.
+        For other numbers of steps, other W_0 and other means, those on functions alone.
         """
-        published = (self.dim_x, self.dim_y, self.num_examples) == (10, 1, 10)
-        if self.init_weight is None and self.steps == 1:
+        sizes = (self.dim_x, self.dim_y, self.num_examples)
+        published = sizes == (10, 1, 10) and self.task == RegressionTask()
+        if self.steps == 1 and self.has_closed_form:
             return (*ONE_STEP_CLAIMS, *([PUBLISHED_LOSS] if published else []))
         if self.init_weight is None and self.steps == 2 and self.recurrent and self.curvature:
             return (*TWO_STEP_CLAIMS, *([PUBLISHED_CURVATURE] if published else []))

@@ -1,11 +1,15 @@
 """What Zhao et al. 2023 state of masked language models on text of a grammar, as claims.
 
 The trained counterpart is a masked language model in the shape of BERT. Near-misses, which the
-claims must tell from the construction, parse by another grammar or with half of the outside pass.
+claims must tell from the construction, parse by another grammar, with half of the outside pass, or
+not at all: they have the exact posterior, but of a window of neighbouring words. On grammars of
+short sentences, such as `toy`, a window of two words on either side is within 0.04 nats of the
+posterior, and what satisfies a claim there need not parse; on `brackets` windows lose.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +78,32 @@ def same_word(e: Evidence) -> float:
     return float(equal.sum() / mask.sum())
 
 
+def window_posterior(grammar: Grammar, words: int) -> Callable[..., Array]:
+    """The best guess from a window: P(word at t | visible words at most `words` from t, time).
+
+    What no model that sees only neighbours, position and length of the sentence can surpass: the
+    chart's posterior where all other words are hidden too.
+
+    Args:
+        grammar: of the sentences.
+        words: how many on either side are seen.
+
+    Returns:
+        (tokens, lengths, mask) -> `[batch, time, word]`, as `word_posterior` has them.
+    """
+
+    def guess(tokens: Array, lengths: Array, mask: Array) -> Array:
+        times = jnp.arange(tokens.shape[1])
+
+        def at(time: Array) -> Array:
+            hidden = mask | (jnp.abs(times - time) > words)
+            return chart.inside_outside(grammar, tokens, lengths, hidden).word_posterior[:, time]
+
+        return jnp.moveaxis(jax.lax.map(at, times), 0, 1)
+
+    return compile_once(guess, often=True)
+
+
 CLAIMS = (
     Claim(
         "the posterior",
@@ -82,9 +112,9 @@ CLAIMS = (
         0.1,
         "<=",
         f"{_PAPER}, section 3 (the posterior is the optimum of masked language modelling)",
-        catches=("left children only", "uniform words"),
-        note="The least loss has this predictor alone; what computes it is another question. On a "
-        "grammar as small as the example's, rules of equal probability do as well.",
+        catches=("left children only", "uniform words", "window of 4 words"),
+        note="The least loss has this predictor alone; what computes it is another question. Rules "
+        "of equal probability do nearly as well.",
     ),
     Claim(
         "the least loss",
@@ -93,16 +123,16 @@ CLAIMS = (
         0.1,
         "<=",
         f"{_PAPER}, section 3",
-        catches=("left children only", "uniform words"),
+        catches=("left children only", "uniform words", "window of 4 words"),
     ),
     Claim(
         "the same word",
-        "Five times in six it holds the same word most likely.",
+        "Nine times in ten it holds the same word most likely.",
         same_word,
-        5 / 6,
+        0.9,
         ">=",
         f"{_PAPER}, section 3",
-        catches=("left children only",),
+        catches=("left children only", "window of 4 words"),
     ),
 )
 
@@ -180,7 +210,7 @@ def counterpart(c: Any) -> Counterpart:
 
 
 def near_misses(c: Any) -> dict[str, NearMiss]:
-    """Parses by a grammar that is off, or with half of the outside pass."""
+    """Parses by a grammar that is off, half of the outside pass, and windows of words."""
     g = c.grammar
 
     def of(program: Program) -> NearMiss:
@@ -207,4 +237,5 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
         "every rule alike": with_grammar(rules=alike),
         "uniform words": with_grammar(emission=words),
         "left children only": of(replace(c.program, layers=layers)),
+        **{f"window of {k} words": NearMiss(window_posterior(c.grammar, k), c) for k in (1, 2, 4)},
     }

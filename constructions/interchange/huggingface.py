@@ -428,8 +428,8 @@ def _stored(folder: Path) -> Tensors:
     if not isinstance(listed, dict) or not listed:
         raise RunError(f"{index}: weight_map: missing or not a map from arrays to files")
     for name, file in listed.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise RunError(f"{index}: weight_map: {name}: {file!r}, must be a file of the folder")
+        if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
+            raise RunError(f"{index}: weight_map: {name!r}: {file!r}, must be a file of the folder")
     found: Tensors = {}
     for file in sorted(set(listed.values())):
         for name, entry in _read(folder / file).items():

@@ -45,7 +45,7 @@ from constructions.core.weights import Part
 from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
 from constructions.inputs import number
 from constructions.kernel_descent.paper import FROM_PRIOR_MEAN_CLAIMS, FROM_ZERO_CLAIMS
-from constructions.regression import Inputs, Outputs, Queries, Regression
+from constructions.regression import Inputs, LinearRegression, Outputs, Queries
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.regression import RegressionTask
 from synthetic.tasks.sine import SineTask, coefficient_moments, optimal_step, sine_and_cosine
@@ -96,7 +96,7 @@ PRIOR_MEAN = "prior mean"
 
 
 @dataclass(frozen=True)
-class KernelDescent(Regression):
+class KernelDescent(LinearRegression):
     """`steps` steps of gradient descent on 1/(2N) sum_i |W m(x_i) - y_i|^2.
 
     Attributes:
@@ -137,6 +137,12 @@ class KernelDescent(Regression):
             raise ValueError(f"amplitudes is {self.amplitudes!r}, must be two numbers")
         bounds = tuple(number("amplitudes", a) for a in self.amplitudes)
         object.__setattr__(self, "amplitudes", bounds)
+        self.check_distributions()
+        if isinstance(self.task, SineTask) and self.regression_task(1) != RegressionTask(1, 1):
+            raise ValueError(
+                f"inputs, weights and noise are {self.inputs}, {self.weights} and {self.noise}, "
+                "must be left out for dim_x=1, dim_y=1: the task is sine waves"
+            )
         if self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation is {self.activation!r}, must be one of {known}")
@@ -188,7 +194,7 @@ class KernelDescent(Regression):
         if self.dim_x == self.dim_y == 1:
             low, high = self.amplitudes
             return SineTask(self.num_examples, low_amplitude=low, high_amplitude=high)
-        return RegressionTask(self.dim_x, self.num_examples, self.dim_y)
+        return self.regression_task(self.num_examples)
 
     @cached_property
     def points(self) -> np.ndarray:

@@ -46,18 +46,17 @@ from constructions.core.slots import Affine, Slots
 from constructions.core.transformer import Transformer, randomise
 from constructions.core.weights import Part
 from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
-from constructions.regression import Inputs, Outputs, Queries, Regression
+from constructions.regression import Inputs, LinearRegression, Outputs, Queries
 from constructions.separate_tokens.paper import claims
 from synthetic.fitting.recipe import Recipe
 from synthetic.fitting.train import Fit
 from synthetic.tasks.regression import RegressionTask
-from synthetic.theory.one_layer import optimal_step_size
 
 _GROUPS = ("context", "query", "dump")
 
 
 @dataclass(frozen=True)
-class SeparateTokens(Regression):
+class SeparateTokens(LinearRegression):
     """`steps` steps of gradient descent on pairs whose halves are separate tokens.
 
     There are position codes for `num_examples` pairs: inputs may have fewer, and any number of
@@ -88,10 +87,11 @@ class SeparateTokens(Regression):
 
     def __post_init__(self) -> None:
         self.whole("dim_x", "dim_y", "num_examples", "queries", "steps")
+        self.check_distributions()
         if self.step_size is None and self.steps > 1:
             raise ValueError(f"step_size is None, must be given for steps={self.steps}")
         if self.step_size is None:
-            object.__setattr__(self, "step_size", optimal_step_size(self.task))
+            object.__setattr__(self, "step_size", self.best_step_size())
         self.finite("step_size")
         self.finite("score_scale", above=0)
         if self.mixer not in ("softmax", "linear"):
@@ -101,8 +101,8 @@ class SeparateTokens(Regression):
 
     @property
     def task(self) -> RegressionTask:
-        """Noise-free regression with inputs uniform on (-1/2, 1/2) and weights N(0, I)."""
-        return RegressionTask(self.dim_x, self.num_examples, self.dim_y, self.queries)
+        """Linear regression with these inputs, weights and noise."""
+        return self.regression_task(self.num_examples, self.queries)
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -1,6 +1,7 @@
 """What becomes of the statements of von Oswald et al. 2022 when the first layer is another one."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ def measure(
             "The construction is exact with linear heads, so that this is about training. ",
         ),
     ):
-        c = SeparateTokens(**sizes, mixer=mixer, attends="anything")
+        c = SeparateTokens(mixer=mixer, attends="anything", **dict[str, Any](sizes))
         ratios = loss_ratios(c, seed, seeds)
         each = ", ".join(f"{ratio:.2f}" for ratio in np.sort(ratios))
         yield Measurement(

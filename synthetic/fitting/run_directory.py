@@ -360,16 +360,20 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         # Checked before orbax opens anything: it leaves tasks behind where a file is broken.
-        folder = self.path / str(step)
-        try:
-            if parse_json((folder / MANIFEST).read_bytes()) != _fingerprints(folder):
-                return None
-        except (OSError, ValueError):
+        if not self._whole(step):
             return None
         shapes = dict(self._manager.item_metadata(step))
         target = {name: np.zeros(array.shape, array.dtype) for name, array in shapes.items()}
         tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         return {name: np.asarray(array) for name, array in tree.items()}
+
+    def _whole(self, step: int) -> bool:
+        """Whether a checkpoint's files are those of its manifest."""
+        folder = self.path / str(step)
+        try:
+            return parse_json((folder / MANIFEST).read_bytes()) == _fingerprints(folder)
+        except (OSError, ValueError):
+            return False
 
     def _drop(self, steps: list[int]) -> None:
         if steps:
@@ -387,6 +391,25 @@ class Checkpoints:
             active_processes={jax.process_index()},
             barrier_sync_key_prefix="orrery",
         )
+        try:
+            return self._manage(ocp, alone)
+        except (ValueError, TypeError, KeyError) as error:  # orbax opens all of them at once
+            steps = [int(f.name) for f in self.path.iterdir() if f.name.isdecimal()]
+            damaged = sorted(step for step in steps if not self._whole(step))
+            if not damaged:
+                raise RunError(
+                    f"{self.path}: cannot be opened: {' '.join(str(error).split())}"
+                ) from error
+            if not self._writes or len(damaged) == len(steps):
+                raise RunError(
+                    f"{self.path}: the checkpoints of steps {damaged} are damaged; remove them, or "
+                    "give --overwrite in place of --resume to begin again"
+                ) from error
+        for step in damaged:
+            shutil.rmtree(self.path / str(step))
+        return self._manage(ocp, alone)
+
+    def _manage(self, ocp: Any, alone: Any) -> Any:
         return ocp.CheckpointManager(
             self.path,
             item_handlers=ocp.StandardCheckpointHandler(multiprocessing_options=alone),

@@ -179,6 +179,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         raise
     except (SafetensorError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: truncated or no safetensors file: {error}") from error
+    for name in arrays:
+        if not name.isprintable():  # it would break the line of every message about it
+            raise RunError(f"{path}: an array is called {name!r}, must be printable characters")
     return arrays, header
 
 

@@ -82,6 +82,10 @@ def inside_outside(
         strict: refuse a sentence of which nothing is defined; otherwise, and under `jit`, its
             probabilities are NaN.
 
+    Every span has a scale of its own: a symbol is lost where its likelihood is below 1e-38
+    (float32) or 1e-308 (float64) of that of another symbol of the span. Where rare rules alone
+    parse a sentence, five of 1e-9 in one span say, take float64.
+
     A sentence without a parse has log_z = -inf and no marginals (NaN). It may have a posterior
     where exchanging one word would mend it: that word's own number is not looked at.
 

@@ -5,7 +5,11 @@ english  subject and verb agree in number; modifiers, prepositional phrases, rel
          coordination recur; nouns, verbs and adjectives share words, so that the tag of a hidden
          word has an entropy of about half a nat even where all but one word in seven are seen
 
-Both have heads (`synthetic.grammar.dependencies`). In a third, `agreement`, every arc is
+brackets  pairs of opening and closing words of four kinds, one in another or one after the other,
+          around single words: a closing word has the kind of its opening one, any number of words
+          before, so that windows of neighbours know little of it
+
+toy and english have heads (`synthetic.grammar.dependencies`). In another, `agreement`, every arc is
 informative: words have one of a few genders. Determiners and adjectives mostly have that of their
 noun and stand on one side of it, which the gender decides; verbs and prepositions show the genders
 of both nouns that they stand between. A noun may be far from what depends on it and from its verb,
@@ -89,6 +93,13 @@ Vp   -> 'like' [0.1] | 'cook' [0.05] | 'run' [0.05] | 'park' [0.05] | 'find' [0.
 """
 
 
+BRACKETS = """
+%start S
+S -> S S [0.1] | 'a' S 'A' [0.16] | 'b' S 'B' [0.16] | 'c' S 'C' [0.16] | 'd' S 'D' [0.16]
+S -> 'a' 'A' [0.0325] | 'b' 'B' [0.0325] | 'c' 'C' [0.0325] | 'd' 'D' [0.0325] | 'x' [0.13]
+"""
+
+
 @cache
 def named(name: str) -> Grammar:
     """One of `NAMED`.
@@ -103,7 +114,7 @@ def named(name: str) -> Grammar:
     return Grammar.from_text(NAMED[name], name=name)
 
 
-NAMED = {"toy": TOY, "english": ENGLISH}
+NAMED = {"toy": TOY, "english": ENGLISH, "brackets": BRACKETS}
 
 
 #: Head tables of the named grammars: verbs head clauses, prepositions their phrases.

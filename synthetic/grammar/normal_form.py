@@ -23,6 +23,8 @@ l(C); `/lex` is left out where b(C) = 0.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -49,6 +51,7 @@ from synthetic.grammar.trees import check, unfold
 CHAIN, LEXICAL, REST, JOIN, WORD = "+", "/lex", "@", "&", "="
 # Of n nonterminals the rules alone take 8 n (n + 1)^2 bytes or more.
 MOST_NONTERMINALS, MOST_CHAINS = 1000, 2**15
+SMALLEST = sys.float_info.min  # smaller ones lose digits, and then all of them
 
 
 def convert(
@@ -72,7 +75,8 @@ def convert(
         name: what messages call the grammar.
 
     Raises:
-        GrammarError: an empty rule; a probability that is negative or not finite; a symbol
+        GrammarError: an empty rule; a probability that is negative or not finite, or that is below
+            2.3e-308 in the normal form, where several multiply; a symbol
             without rules, that is not reached or derives no words; probabilities of a symbol that
             do not sum to 1 within 1e-6; a cycle of unary rules; a name that bears a mark of the
             conversion where the conversion would set that mark; more than 1000 nonterminals, or
@@ -120,7 +124,7 @@ class _Conversion:
             if len(right) != 1 or isinstance(right[0], Word):
                 raise GrammarError(f"{name}: rules of {ROOT} must be of one symbol each")
             for x, p in self.options(right[0]).items():
-                self.form.root[x] = self.form.root.get(x, 0.0) + probability * p
+                self.form.root[x] = self.form.root.get(x, 0.0) + self.product(x, probability, p)
         while self.waiting:
             self.branch(*self.waiting.popleft())
         rank = {symbol: number for number, symbol in enumerate(rules)}
@@ -156,7 +160,7 @@ class _Conversion:
             path[depth:] = [bottom]
             for x, q in reversed([*self.given[bottom].items()]):
                 if is_unary(x):
-                    waiting.append((str(x[0]), depth + 1, p * q))
+                    waiting.append((str(x[0]), depth + 1, self.product(bottom, p, q)))
             branching, lexical = self.branching[bottom], self.lexical[bottom]
             if not branching > 0 and not lexical > 0:
                 continue
@@ -164,7 +168,7 @@ class _Conversion:
             if len(path) > 1:
                 self.reserve(name, CHAIN, path)
             if branching > 0:
-                found[name] = p * branching
+                found[name] = self.product(name, p, branching)
                 if name not in self.form.rules:
                     self.nonterminal(name)
                     rules = self.given[bottom].items()
@@ -173,13 +177,23 @@ class _Conversion:
             if lexical > 0:
                 if branching > 0:
                     self.reserve(name, LEXICAL, path)
-                found[name] = p * lexical
+                found[name] = self.product(name, p, lexical)
                 if name not in self.form.emission:
                     self.form.emission[name] = {
                         x.text: q / lexical
                         for (x, *more), q in self.given[bottom].items()
                         if isinstance(x, Word) and not more
                     }
+        return found
+
+    def product(self, what: str, *probabilities: float) -> float:
+        """The probability of several choices; refused where a float would not hold its digits."""
+        found = math.prod(probabilities)
+        if found < SMALLEST and all(probabilities):
+            raise GrammarError(
+                f"{self.name}: probabilities {', '.join(f'{p:.3g}' for p in probabilities)} of "
+                f"{what} multiply to less than {SMALLEST:.3g}, which float64 cannot hold"
+            )
         return found
 
     def nonterminal(self, name: str) -> None:
@@ -198,7 +212,9 @@ class _Conversion:
         into = self.form.rules[name]
         for b, p in self.options(right[0]).items():
             for c, q in seconds.items():
-                into[b, c] = into.get((b, c), 0.0) + probability * p * q
+                into[b, c] = into.get((b, c), 0.0) + self.product(
+                    f"{name} -> {b} {c}", probability, p, q
+                )
 
     def rest(self, right: Right) -> str:
         """The symbol that stands for `right`, two symbols or more."""

@@ -98,23 +98,40 @@ def refuse_size(nonterminals: int, preterminals: int, vocabulary: int) -> None:
 def from_json(data: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
     """What `Grammar.to_json` gave as arguments of `Grammar.from_rules`, which has the errors."""
     field = ""
+
+    def items(value: Any, must: str) -> Any:
+        if not isinstance(value, Mapping):
+            raise GrammarError(f"{field!r} has a value {shown(value)}, must be {must}")
+        return value.items()
+
+    def name(symbol: Any) -> str:
+        if not isinstance(symbol, str):
+            raise ValueError(f"{shown(symbol)} is no name of a symbol")
+        return symbol
+
     try:
         field = "vocabulary"
         vocabulary = names(data[field], field)
         field = "root"
-        root = {a: number(p) for a, p in data[field].items()}
-        field = "rules"
-        rules = {a: {(b, c): number(p) for b, c, p in own} for a, own in data[field].items()}
+        root = {a: number(p) for a, p in items(data[field], "{symbol: probability}")}
+        field, triples = "rules", "{symbol: [[first, second, probability], ..]}"
+        rules = {
+            a: {(name(b), name(c)): number(p) for b, c, p in own}
+            for a, own in items(data[field], triples)
+        }
         for a, own in rules.items():
             if len(own) < len(data[field][a]):
                 raise ValueError(f"a rule of {a!r} is there twice")
         field = "emission"
-        emission = {t: {w: number(p) for w, p in own.items()} for t, own in data[field].items()}
+        words = "{symbol: {word: probability}}"
+        emission = {
+            t: {w: number(p) for w, p in items(own, words)} for t, own in items(data[field], words)
+        }
     except KeyError:
         raise GrammarError(f"JSON of a grammar lacks {field!r}") from None
     except GrammarError as error:
         raise GrammarError(f"JSON of a grammar: {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError) as error:
         raise GrammarError(f"JSON of a grammar: {field!r} cannot be read: {error}") from None
     return root, rules, emission, vocabulary
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from synthetic.files import split_lines
+from synthetic.files import InputError, split_lines
 
 TOLERANCE = 1e-6  # on sums of probabilities, which files give in decimals
 
 
-class GrammarError(ValueError):
+class GrammarError(InputError):
     """A grammar that is not one; the message names the symbol, the rule or the line."""
 
 

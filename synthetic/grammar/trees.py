@@ -12,10 +12,11 @@ from typing import Any
 
 from nltk.tree import Tree
 
+from synthetic.files import InputError
 from synthetic.grammar.productions import MUST_BE, is_name, shown
 
 
-class TreebankError(ValueError):
+class TreebankError(InputError):
     """Brackets that are not trees, or labels that cannot be told from our marks."""
 
 

@@ -5,9 +5,10 @@
 (von Oswald et al., 2023, section 3; Garg et al., 2022; Ahn et al., 2023 for covariances).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,10 @@ class Uniform:
     def covariance_matrix(self, dim: int) -> np.ndarray:
         """`variance I`, `[dim, dim]` float64."""
         return self.variance * np.eye(dim)
+
+    def to_json(self) -> dict[str, list[float]]:
+        """As plain data, which `distribution` reads."""
+        return {"uniform": [self.low, self.high]}
 
     def scaled(self, factor: float | int) -> "Uniform":
         """The distribution of `factor x`; the factor is positive."""
@@ -115,6 +120,10 @@ class Gaussian:
             raise ValueError(f"covariance must have shape {(dim, dim)}, got {matrix.shape}")
         return matrix
 
+    def to_json(self) -> str | dict[str, Any]:
+        """As plain data, which `distribution` reads."""
+        return "gaussian" if self.covariance is None else {"gaussian": self.covariance}
+
     def scaled(self, factor: float | int) -> "Gaussian":
         """The distribution of `factor x`; the factor is positive."""
         if self.covariance is None or isinstance(self.covariance, float):
@@ -131,6 +140,37 @@ class Gaussian:
         values, vectors = np.linalg.eigh(np.asarray(self.covariance, np.float64))
         root = jnp.asarray(vectors * np.sqrt(np.maximum(values, 0)), unit.dtype)
         return jnp.einsum("dk,...kb->...db", root, normal, precision="highest")
+
+
+def distribution(name: str, given: object) -> Uniform | Gaussian:
+    """A distribution from plain data, as settings and files have it.
+
+    Args:
+        name: what the message of the error calls it.
+        given: "uniform", on [-1/2, 1/2); "gaussian", N(0, I); {"uniform": [low, high]};
+            {"gaussian": c} with a number or a matrix c, the covariance; or one of the classes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(given, Uniform | Gaussian):
+        return given
+    if given in ("uniform", "gaussian"):
+        return Uniform() if given == "uniform" else Gaussian()
+    try:
+        ((kind, value),) = given.items()  # type: ignore[attr-defined]
+        if kind == "uniform":
+            low, high = value
+            return Uniform(low, high)
+        if kind == "gaussian":
+            return Gaussian(value)
+        reason = ""
+    except (AttributeError, TypeError, ValueError) as error:
+        reason = f" ({error})" if isinstance(given, Mapping) else ""
+    raise ValueError(
+        f"{name} is {given!r}, must be 'uniform', 'gaussian', {{'uniform': [low, high]}} or "
+        f"{{'gaussian': covariance}}{reason}"
+    )
 
 
 def _check_covariance(matrix: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from constructions import CATALOGUE
 from constructions.gradient_descent import GradientDescent
+from constructions.runs import construct
 
 BARS = {"float64": 1e-13, "float32": 5e-6}
 
@@ -135,3 +136,40 @@ def test_settings_are_values():
     assert one == two
     assert hash(one) == hash(two)
     assert one != GradientDescent(dim_x=3)
+
+
+@pytest.mark.parametrize("family", ["gradient-descent", "separate-tokens"])
+def test_the_task_may_have_other_distributions(family, x64):
+    settings = {"inputs": {"gaussian": 2.0}, "weights": {"uniform": [-1, 1]}, "noise": 0.25}
+    c = construct(family, {"dim_x": 3, "num_examples": 4, **settings})
+    x, y, x_query = c.sample(jax.random.key(0), 20_000)
+    np.testing.assert_allclose(jnp.var(x, (0, 1)), 2, rtol=0.05)
+    np.testing.assert_allclose(jnp.var(x_query, (0, 1)), 2, rtol=0.05)
+    # y = W x + eps: per row E[(w.x)^2] = 3 x 2 x 1/3, and the noise
+    np.testing.assert_allclose(jnp.var(y), 2 + 0.25**2, rtol=0.05)
+    batch = c.task.sample(jax.random.key(1), 20_000)
+    losses = []
+    for rate in (0.9, 1.0, 1.1):  # the step size that is chosen is the best on this very task
+        w = rate * c.step_size * jnp.einsum("bno,bni->boi", batch.inputs[1], batch.inputs[0]) / 4
+        prediction = jnp.einsum("boi,bqi->bqo", w, batch.inputs[2])
+        losses.append(float(c.task.loss(prediction, batch).mean()))
+    assert losses[1] < min(losses[0], losses[2])
+
+
+def test_distributions_without_a_closed_form():
+    shifted = {"inputs": {"uniform": [0, 1]}}
+    with pytest.raises(ValueError, match="step_size is None, must be given: inputs must have mean"):
+        construct("gradient-descent", shifted)
+    c = construct("gradient-descent", {**shifted, "step_size": 0.5})
+    assert (
+        c.counterpart().optimum is None
+        and c.claims == construct("gradient-descent", {"steps": 2, "step_size": 0.1}).claims
+    )
+    for name in ("inputs", "weights"):
+        with pytest.raises(ValueError, match=f"{name}: covariance must have shape .10, 10."):
+            construct("gradient-descent", {name: {"gaussian": [[1, 0], [0, 1]]}})
+    with pytest.raises(ValueError, match="noise is -1"):
+        construct("gradient-descent", {"noise": -1})
+    with pytest.raises(ValueError, match="must be left out for dim_x=1, dim_y=1"):
+        construct("kernel-descent", {"noise": 0.1})
+    assert construct("gradient-descent", {"inputs": "uniform"}) == construct("gradient-descent")

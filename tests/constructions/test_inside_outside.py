@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from constructions.claims import is_function
 from constructions.core.inventory import counts
 from constructions.inside_outside import InsideOutside
 from constructions.inside_outside.exactness import known
@@ -381,6 +382,8 @@ def test_a_looser_program_is_another_function(small, x64):
     given = np.array([[0, 1, 2, 0]]), np.array([3]), np.array([[False, True, False, False]])
     exact = np.asarray(c.word_posterior(model, *given))
     for name, (miss, _) in c.near_misses().items():
+        if is_function(miss):
+            continue
         found = np.nan_to_num(
             np.asarray(c.word_posterior(miss, *given))
         )  # NaN where it says nothing

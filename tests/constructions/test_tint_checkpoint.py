@@ -380,6 +380,8 @@ def test_damaged_shards(copy):
     fails(f"00001-of-00002.safetensors: {one}: missing, though model.safetensors.index.json lists")
     edit_index(folder, weight_map=listed | {one: "../config.json"})
     fails("weight_map: .*'../config.json', must be a file of the folder")
+    edit_index(folder, weight_map=listed | {one: "no\nfile"})
+    fails(r"weight_map: .*'no\\nfile', must be a file of the folder")
     edit_index(folder, weight_map={})
     fails("index.json: weight_map: missing or not a map")
     edit_index(folder, weight_map=listed)

@@ -133,7 +133,7 @@ def _edit(d: Damage, path: Path, _: list[Path]) -> None:
 def _edited(d: Damage, text: bytes) -> bytes:
     try:
         tree = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # an edit before this one has nested it too deeply
         return text + b"{"
     places = list(_places(tree))
     if not places:

@@ -1,7 +1,7 @@
 """Random probabilistic grammars and all derivations of short sentences, in exact fractions.
 
 Unary chains, words inside longer rules, symbols with words and branches, sentences of one word,
-lengths without a sentence, probabilities down to 1e-200. Nothing here knows of normal forms.
+lengths without a sentence, probabilities down to 1e-20. Nothing here knows of normal forms.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 TIME, MOST = 4, 3000
 SYMBOLS, WORDS = ("S", "A", "B", "C"), ("w0", "w1", "w2", "w3")
 WEIGHTS = (1.0, 1.0, 0.5, 0.1, 1e-3, 1e-9)
-TINY = (1e-30, 1e-200)
+TINY = (1e-15, 1e-20)  # more of these than words have no room in float64's range
 
 #: (symbol, right-hand side of symbols and of ("word",)) -> probability
 Rules = dict[tuple[str, tuple[Any, ...]], float]

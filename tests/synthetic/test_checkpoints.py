@@ -146,6 +146,29 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, how: str) -> None:
     assert (tmp_path / "1").exists() and (tmp_path / "2").exists()
 
 
+def test_what_a_checkpoint_says_of_itself_is_damaged(tmp_path: Path) -> None:
+    arrays = {"w": np.arange(4.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"w": arrays["w"] + step})
+    for step, message in ((2, r"steps \[2\] are damaged"), (1, r"steps \[1\] are damaged")):
+        (file,) = (tmp_path / str(step)).glob("_CHECKPOINT_METADATA")
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps({**said, "commit_timestamp_nsecs": 0.5}))
+        with pytest.raises(RunError, match=message):  # nothing is deleted by who only reads
+            Checkpoints(tmp_path, writes=False)
+        if step == 2:
+            with Checkpoints(tmp_path) as checkpoints:
+                found = checkpoints.restore(arrays)
+                assert found is not None and found[0] == 1
+                assert exactly(found[1], {"w": arrays["w"] + 1})
+    with pytest.raises(
+        RunError, match=r"steps \[1\] are damaged; remove them, or give --overwrite"
+    ):
+        Checkpoints(tmp_path)
+    assert (tmp_path / "1").exists()
+
+
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, {"w": np.zeros(3), "old": np.zeros(1)})
@@ -289,6 +312,10 @@ def test_model_file_is_checked(tmp_path: Path) -> None:
     model = mlp(jax.random.key(1))
     with pytest.raises(RunError, match="cannot be read: No such file"):
         load_state(file)
+    save_file({"one\nline": np.zeros(1)}, file)
+    with pytest.raises(RunError, match=r"an array is called 'one\\nline', must be printable"):
+        load_state(file)
+    file.unlink()
     save_model(file, model)
     good = file.read_bytes()
     for content in (b"", good[:5], good[:-3], b"x" * 100, b"\x02" + bytes(7) + b"[]"):

@@ -271,7 +271,9 @@ def test_words_and_numbers():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rules": None}, "'rules' cannot be read"),
+        ({"rules": None}, "'rules' has a value None, must be {symbol: "),
+        ({"root": 3}, "'root' has a value 3, must be {symbol: probability}"),
+        ({"emission": {"A": 0.5}}, "'emission' has a value 0.5, must be {symbol: {word: "),
         ({"root": {"S": "x"}}, "'root' cannot be read"),
         ({"root": {"S": "1"}}, "'root' cannot be read: '1' is no number"),
         ({"root": {"S": True}}, "'root' cannot be read: True is no number"),
@@ -292,6 +294,8 @@ def test_words_and_numbers():
         ({"rules": {"S": [], "A": []}}, "symbols: 'A' is there twice"),
         ({"emission": {"A": {"a": 1}, "": {}}}, "symbols: name 2 is '', must be"),
         ({"rules": {"S": [["A"]]}}, "'rules' cannot be read"),
+        ({"rules": {"S": [["A", 3, 1.0]]}}, "'rules' cannot be read: 3 is no name of a symbol"),
+        ({"rules": {"S": [[["A"], "A", 1.0]]}}, "'rules' .* of type list is no name of a symbol"),
         ({"root": {"T": 1.0}}, "'T' is in a rule but is no symbol or word"),
         ({"emission": {"A": {"z": 1.0}, "B": {}}}, "'z' is in a rule"),
     ],

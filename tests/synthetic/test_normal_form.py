@@ -188,3 +188,23 @@ def test_trees_of_odd_labels_come_back():
     plus = Tree("S", [Tree("+", ["a"]), Tree("=", ["b"])])
     grammar = Grammar.from_text("S -> + = [1]\n+ -> 'a' [1]\n= -> 'b' [1]")
     assert grammar.restore(grammar.normalise(plus)) == plus
+
+
+@pytest.mark.parametrize(
+    ("rules", "what"),
+    [
+        ("S -> A [1e-200] | 'b' [1]\nA -> C C [1e-200] | 'a' [1]\nC -> 'c' [1]", "S[+]A"),
+        ("S -> A C [1]\nA -> B [1e-160] | 'a' [1]\nB -> C [1e-160] | 'b' [1]\nC -> 'c' [1]", "B"),
+    ],
+)
+def test_probabilities_that_multiply_to_what_no_float_holds(rules, what):
+    with pytest.raises(GrammarError, match=f"of {what} multiply to less than 2.23e-308"):
+        Grammar.from_text(rules)
+
+
+def test_long_names_are_not_quoted_whole():
+    with pytest.raises(GrammarError) as error:
+        Grammar.from_text(f"S -> {'x' * 5000} 'a' [1]")
+    said = str(error.value)
+    assert len(said) < 450 and said.startswith("grammar: line 1: S -> xxx")
+    assert said.endswith("has no rules (words are quoted)") and " characters) .. xxx" in said

@@ -1,6 +1,7 @@
 """The task's distributions, its shapes and errors."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform
+from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform, distribution
 from synthetic.tasks.task import Batch, Task
 
 SIGMA = [[1.0, 0.3], [0.3, 0.5]]
@@ -188,3 +189,13 @@ def test_wrong_types_are_refused():
         RegressionTask(dim_x=2.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError):
         RegressionTask(inputs="normal")  # pyright: ignore[reportArgumentType]
+
+
+def test_distributions_as_plain_data():
+    for given in (Uniform(-2, 3), Uniform(), Gaussian(), Gaussian(2.5), Gaussian(np.eye(2))):
+        assert distribution("inputs", json.loads(json.dumps(given.to_json()))) == given
+    assert distribution("inputs", "uniform") == Uniform() == distribution("inputs", Uniform())
+    must = "inputs is .*, must be 'uniform', 'gaussian', {'uniform': .low, high.} or {'gaussian'"
+    for wrong in ("normal", 3, None, {}, {"uniform": [1]}, {"uniform": 2}, {"gaussian": "x"}, [1]):
+        with pytest.raises(ValueError, match=must):
+            distribution("inputs", wrong)
