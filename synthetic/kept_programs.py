@@ -50,6 +50,14 @@ class Kept:
     found: dict[Any, Callable[..., Any]] = {}
 
 
+def free_programs() -> None:
+    """Give back the memory of all programs of this process; what was kept is read again."""
+    import jax
+
+    Kept.found.clear()
+    jax.clear_caches()
+
+
 class NoName(Exception):
     """A value that a program depends on cannot be written down."""
 

@@ -237,7 +237,9 @@ class Demo:
             page = write_report(comparison, command.out, overwrite=True)
             now = time.perf_counter()
             index.found[name] = entry(comparison, now - start)
-            print(f"{name}: {comparison.verdict}.\n  {page}", flush=True)
+            del comparison, command
+            kept_programs.free_programs()  # the next family has others
+            print(f"{name}: {index.found[name].verdict}.\n  {page}", flush=True)
             left = (now - began) / (done + 1) * (len(missing) - done - 1)
             after = f"about {_duration(left)} to go" if left else "done"
             print(f"{where}: {_duration(now - start)}; {after}", file=sys.stderr)
