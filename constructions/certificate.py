@@ -248,9 +248,14 @@ def _inputs(construction: Any, seed: int, batch: int, size: int) -> tuple[Array,
     """`sample(seed, batch)`, or the first `size` inputs of another draw, as large where it can."""
     key = jax.random.key(seed)
     if size == batch:
-        return construction.sample(key, batch)
-    drawn = construction.sample(jax.random.fold_in(key, size), max(batch, size))
+        return _sampled(construction, batch, key)
+    drawn = _sampled(construction, max(batch, size), jax.random.fold_in(key, size))
     return tuple(a[:size] for a in drawn)
+
+
+@compile_once(static_argnums=(0, 1))
+def _sampled(construction: Any, batch: int, key: Array) -> tuple[Array, ...]:
+    return construction.sample(key, batch)
 
 
 def _through(a: Array, dtype: str) -> Array:

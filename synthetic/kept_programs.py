@@ -270,7 +270,7 @@ def _say(tell: Callable[[bytes], object], value: Any, arrays: bool) -> None:
     elif isinstance(value, np.ndarray | np.generic | jax.Array) and not arrays:
         each("shape", map(str, _shape(value)))
     elif isinstance(value, np.ndarray | np.generic | jax.Array):
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended) or value.dtype.hasobject:
+        if jax.numpy.issubdtype(value.dtype, jax.dtypes.extended) or value.dtype.hasobject:
             raise NoName
         array = np.asarray(value)
         each("array", [array.shape, str(array.dtype), array.tobytes()])
@@ -296,19 +296,20 @@ def _say(tell: Callable[[bytes], object], value: Any, arrays: bool) -> None:
         value.__module__
     ):
         each("function", [_place(value)])
-    elif is_dataclass(value) or _is_module(value):
+    elif is_dataclass(value) or isinstance(value, _nnx("Module")):
         each(_place(type(value)), _attributes(value).items())
-    elif hasattr(value, "get_metadata") and hasattr(value, "get_value"):  # a variable of flax.nnx
-        each(_place(type(value)), [value.get_value(), repr(sorted(value.get_metadata()))])
+    elif isinstance(value, _nnx("Variable")):
+        variable: Any = value
+        each(_place(type(value)), [variable.get_value(), variable.get_metadata()])
     elif callable(wrapped := getattr(value, "__wrapped__", None)):  # a function under `jax.jit`
         each("wrapped", [_place(type(value)), wrapped])
     else:
         raise NoName
 
 
-def _is_module(value: Any) -> bool:
-    nnx: Any = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(value, nnx.Module)
+def _nnx(name: str) -> Any:
+    """A class of `flax.nnx`; where that is not imported there are no objects of it."""
+    return getattr(sys.modules.get("flax.nnx"), name, ())
 
 
 def _place(value: Any) -> str:
