@@ -117,6 +117,8 @@ class Stream:
 
     def read(self, blocks: Blocks, at: At, start: int, stop: int) -> Array:
         """Columns start to stop of these tokens, `[batch or 1, token, column]`."""
+        if not at.parts:  # of a token group that the inputs lack
+            return jnp.zeros((1, 0, stop - start), self.dtype)
         parts = []
         for cell, inside, _ in at.parts:
             value = self._columns(blocks, cell, start, stop)

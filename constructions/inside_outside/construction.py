@@ -38,7 +38,7 @@ from constructions.inside_outside.exactness import (
     typical_scale,
 )
 from constructions.inside_outside.low_rank import LowRank, low_rank
-from constructions.inside_outside.paper import CLAIMS, counterpart, near_misses
+from constructions.inside_outside.paper import claims, counterpart, near_misses
 from constructions.inside_outside.tableau import (
     Layout,
     defined,
@@ -435,7 +435,7 @@ class InsideOutside(Construction):
     @property
     def claims(self) -> tuple[Claim, ...]:
         """The paper's statements about masked language models that can be decided exactly."""
-        return CLAIMS
+        return claims(self.max_length)
 
     def tolerance(self, dtype: str) -> float:
         """Every value is a sum of products of non-negative numbers: nothing cancels."""

@@ -340,3 +340,21 @@ def test_bad_input_is_named(x64):
     a, b = slots.add("a", 1), slots.add("b", 1, born=1)
     with pytest.raises(ProgramError, match="slot 'b' is read before"):
         evaluate(Program(slots, [Layer([Head(b, a, a, {b: 1.0})])]), {"a": np.zeros((1, 2, 1))})
+
+
+def test_token_groups_that_the_inputs_lack(x64):
+    """A norm, an MLP and a head at tokens of a kind of which there are none do nothing."""
+    slots = Slots()
+    x, y = slots.add("x", 2, accumulates=True), slots.add("y", 2, accumulates=True)
+    head = Head(query=x, key=x, value=x, write={y: np.eye(2)}, queries=("b",))
+    mlp = Mlp(np.eye(2) @ x + np.ones(2), {y: np.eye(2)}, activation="relu", token_groups=("b",))
+    layers = [Layer([head], mlp, Norm(x, x, token_groups=("b",)))]
+    program = Program(slots, layers, token_groups=("a", "b"))
+    stream = jax.random.normal(jax.random.key(0), (3, 4, 4))
+    model = compile_program(program)
+    for groups in (np.zeros(4, int), np.array([0, 1, 0, 1]), np.ones(4, int)):
+        found = evaluate(program, stream, groups)
+        expected = model(stream, jnp.asarray(groups))
+        np.testing.assert_allclose(found["x"], expected[..., :2], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(found["y"], expected[..., 2:], rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(evaluate(program, stream, np.zeros(4, int))["x"], stream[..., :2])
