@@ -27,9 +27,14 @@ from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 
 
-@compile_once(static_argnums=0, often=True)
 def _apply(construction: Any, model: Any, *inputs: ArrayLike) -> Array:
     return construction.apply(model, *inputs)
+
+
+_apply_few = compile_once(_apply, static_argnums=0)
+_apply_many = compile_once(_apply, static_argnums=0, often=True)
+#: Up to so many inputs a program takes less time to run than to compile well.
+_FEW = 256
 
 
 def is_function(model: Any) -> bool:
@@ -44,7 +49,8 @@ def predict(construction: Any, model: Any, *inputs: ArrayLike) -> Array:
     """
     if is_function(model):
         return jnp.asarray(model(*inputs))
-    return _apply(construction, model, *inputs)
+    few = bool(inputs) and len(np.shape(inputs[0])) > 0 and np.shape(inputs[0])[0] <= _FEW
+    return (_apply_few if few else _apply_many)(construction, model, *inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,11 +316,16 @@ def masks_alike(e: Evidence) -> str:
     )
 
 
-def masks(model: Transformer) -> list[np.ndarray]:
-    """The different masks of every layer's heads, `[mask, entry]`; see `HeadProducts.wiring`."""
+@compile_once
+def _wiring(model: Transformer) -> Array:
     from constructions.core.canonical import head_products
 
-    wiring = np.asarray(head_products(model).wiring)
+    return head_products(model).wiring
+
+
+def masks(model: Transformer) -> list[np.ndarray]:
+    """The different masks of every layer's heads, `[mask, entry]`; see `HeadProducts.wiring`."""
+    wiring = np.asarray(_wiring(model))
     heads = [sum(group.heads for group in layer.heads) for layer in model.config.layers()]
     return [np.unique(own[:n], axis=0) for own, n in zip(wiring, heads, strict=True)]
 
@@ -342,7 +353,7 @@ def with_masks_of(model: Transformer, reference: Transformer) -> Transformer:
                 every = np.repeat(rows[:, None], w["scale"].shape[1], axis=1)
                 parts = np.split(every, [2, 2 + kinds, 2 + 2 * kinds], axis=-1)
                 for name, part in zip(names, parts, strict=True):
-                    w[name] = jnp.asarray(part, w[name].dtype)
+                    w[name] = jax.device_put(part.astype(w[name].dtype))
         layer += segment.repeats * pattern
     return Transformer(model.config, arrays)
 

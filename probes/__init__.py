@@ -69,7 +69,7 @@ PROBES: dict[str, str] = {
     "distillation": "probes.descent:DISTILLATION",
 }
 
-__all__ = ["GROUP", "PROBES", "find", "places", "readme_table"]
+__all__ = ["GROUP", "PROBES", "check_name", "find", "places", "readme_table"]
 
 
 def places() -> dict[str, str]:
@@ -87,18 +87,24 @@ def places() -> dict[str, str]:
     return found
 
 
-def find(name: str) -> Probe:
-    """The probe of that name, or the one at "module:attribute".
-
-    ValueError, in one line, for a name that is not known, or leads to no probe.
-    """
-    from probes.probe import Probe
-
+def check_name(name: str) -> dict[str, str]:
+    """`places()`; ValueError lists the names where this is none of them, nor "module:attribute"."""
     known = places()
     if name not in known and ":" not in name:
         raise ValueError(
             f"unknown probe {name!r}, must be one of {', '.join(known)}, or module:attribute"
         )
+    return known
+
+
+def find(name: str) -> Probe:
+    """The probe of that name, or the one at "module:attribute".
+
+    ValueError, in one line, for a name that is not known, or leads to no probe.
+    """
+    known = check_name(name)
+    from probes.probe import Probe
+
     module, _, attribute = known.get(name, name).partition(":")
     try:
         found: Any = importlib.import_module(module)

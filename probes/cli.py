@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from probes import PROBES, find
+from probes import PROBES, check_name, find
 from probes.options import (
     BAD_INPUT,
     FAILED,
@@ -37,6 +37,7 @@ from probes.options import (
     Names,
     Settings,
     check_free,
+    check_run,
     check_seed,
     family_names,
     parse_settings,
@@ -141,11 +142,11 @@ class Verify:
         """Run the command; the exit status."""
         names, settings = family_names(self.names), parse_settings(self.settings)
         check_seed(self.seed)
+        check_free(self.json, self.overwrite)
         from constructions.family import verify
         from constructions.runs import construct
         from probes.report import tables
 
-        check_free(self.json, self.overwrite)
         dtypes = ("float64", "float32") if self.dtype is None else (self.dtype,)
         certificates = {}
         for name in names:
@@ -234,24 +235,23 @@ class Probe:
 
     def run(self) -> int:
         """Run the command; the exit status."""
-        from probes.report import tables
-
-        probe = find(self.name)
+        check_name(self.name)
         check_seed(self.seed)
-        from constructions.runs import load_run
-
         check_free(self.json, self.overwrite)
         check_free(self.figure, self.overwrite)
         if self.json is not None and self.json == self.figure:
             raise ValueError(f"--json {self.json}: must be another file than --figure")
+        check_run(self.run_directory)
+        from constructions.runs import load_run
+        from probes.report import tables
+
+        probe = find(self.name)
         result = probe(load_run(self.run_directory), self.seed)
         tables.show_result(result)
         write_json(self.json, result.to_json(), self.overwrite)
         if self.figure is not None:
             write_file(self.figure, result.draw())
         return OK
-
-
 
 
 @dataclass

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.runs import Run
 from probes.probe import Probe, Result, seed_names, table
+from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 
 
@@ -122,7 +122,7 @@ def interpolation_gap(losses: Float[Array, " fraction"]) -> Float[Array, ""]:
 FRACTIONS = tuple(n / 10 for n in range(11))
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def between(
     construction: Construction, model: Transformer, reference: Transformer, examples: Batch
 ) -> Array:

@@ -119,6 +119,15 @@ def check_free(path: Path | None, overwrite: bool) -> None:
         check_writable(path)
 
 
+def check_run(path: Path) -> None:
+    """Raise ValueError where there is no run to read; whether it is whole is seen later."""
+    if not path.is_dir():
+        raise ValueError(
+            f"{path / 'config.json'}: missing, so this is no run; `orrery fit NAME --out {path}` "
+            "makes one"
+        )
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file as a whole: cut off in the middle, it is the old one or there is none."""
     target = path.resolve()

@@ -22,6 +22,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from synthetic.compilation import compile_once
+
 PARTS = ("train", "validation", "test")
 
 
@@ -188,7 +190,7 @@ def ridge(features: Array, targets: Array, parts: Split) -> Ridge:
     return _ridge(features, targets, tuple(map(jnp.asarray, parts)))
 
 
-@jax.jit
+@compile_once(often=True)
 def _ridge(features: Array, targets: Array, parts: tuple[Array, ...]) -> Ridge:
     steps, _, _, size = targets.shape
     flat = jnp.moveaxis(targets, 0, -2)  # [batch, sample, step, target]

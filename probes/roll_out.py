@@ -37,6 +37,7 @@ from probes.style import (
     percent,
     png,
 )
+from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 
 
@@ -229,9 +230,18 @@ def needs_attention_alone(run: Run) -> str:
                 f"gauge has read {gauge.read.shape} and query {gauge.query.shape}, must be "
                 f"[rows, {width}] and [{width}, values]"
             )
-    if "prediction" not in construction.places(1, *inputs):
-        return f"{construction} names no place of the prediction in the stream"
-    return ""
+    return no_single_layer(construction, construction.sample(jax.random.key(0), 1))
+
+
+def no_single_layer(construction: Any, inputs: tuple[Any, ...]) -> str:
+    """Why no prediction is read after a single layer, in one phrase; "" where one is."""
+    try:
+        places = construction.places(1, *inputs)
+    except ValueError as error:  # such as a family whose layers come in pairs
+        return f"a single layer is no model of {type(construction).__name__}: {error}"
+    if "prediction" in places:
+        return ""
+    return f"{type(construction).__name__} names no place of the prediction in the stream"
 
 
 def _rolled(construction: Any, model: Any, drawn: Batch, depth: int, damping: Any) -> Array:
@@ -241,7 +251,7 @@ def _rolled(construction: Any, model: Any, drawn: Batch, depth: int, damping: An
     return _rolled_at_once(construction, model, drawn, depth, damping)
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@compile_once(static_argnums=(0, 3), often=True)
 def _rolled_at_once(
     construction: Any, model: Transformer, drawn: Batch, depth: int, damping: Any
 ) -> Array:

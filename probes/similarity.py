@@ -28,6 +28,7 @@ from constructions.family import Construction
 from constructions.runs import Run
 from probes.foreign import Subject
 from probes.probe import Probe, Result, checkpoints_of, seed_names, table
+from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch, outcome
 
 Apply = Callable[..., Array]
@@ -232,7 +233,7 @@ def _check_equal(a: Array, b: Array, what: str) -> None:
         raise ValueError(f"{what} have shapes {a.shape} and {b.shape}, must be equal")
 
 
-@partial(jax.jit, static_argnums=0)
+@compile_once(static_argnums=0, often=True)
 def sensitivities(
     construction: Construction, model: Transformer, reference: Transformer, inputs: Any
 ) -> Array:

@@ -7,6 +7,7 @@ A statistic maps the `Evidence` to a number. What it assumes beyond predictions 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from probes import interpolation, similarity
 from probes.context import all_subsets, degree_weights, no_examples
 from probes.foreign import no_fewer_examples
 from probes.interpolation import between
-from probes.roll_out import roll_out
+from probes.roll_out import no_single_layer, roll_out
 from probes.similarity import compared
 from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch, outcome
@@ -158,8 +159,14 @@ def distributions(e: Evidence) -> str:
 
 def differentiable(e: Evidence) -> str:
     """Predictions have derivatives by the last input, token by token."""
-    inputs = tuple(a[:64] for a in e.examples.inputs)
-    return similarity.insensitive(e.construction, e.model, inputs)
+    if needs.known_weights(e):
+        inputs = tuple(a[:64] for a in e.examples.inputs)
+        return similarity.insensitive(e.construction, e.model, inputs)
+    inputs = tuple(a[:2] for a in e.examples.inputs)
+    apply = partial(e.construction.apply, e.model)
+    # of models of one shape, the same is true
+    shape = f"differentiable {e.model.config!r}"
+    return e.once(shape, lambda: similarity.obstacle(apply, inputs))
 
 
 def blendable(e: Evidence) -> str:
@@ -172,9 +179,7 @@ def rolled_alike(e: Evidence) -> str:
     """One layer of linear attention may be applied again and again, and the prediction read."""
     if missing := needs.masks_alike(e):
         return missing
-    if "prediction" not in e.construction.places(1, *e.examples.inputs):
-        return f"{type(e.construction).__name__} names no place of the prediction in the stream"
-    return ""
+    return no_single_layer(e.construction, e.examples.inputs)
 
 
 def examples_to_leave_out(e: Evidence) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,12 +17,14 @@ from probes.options import (
     Names,
     Settings,
     check_free,
+    check_run,
     family_names,
     importable_here,
     parse_settings,
     seed_list,
     write_json,
 )
+from probes.report.index import Index, claim_directories, claim_directory, sources
 
 #: Inputs per statistic of the ledger where time is short.
 FEWER = 2**14
@@ -55,13 +58,15 @@ class Compare:
     def run(self) -> int:
         """Run the command; the exit status."""
         (name,), settings = family_names((self.name,)), parse_settings(self.settings)
-        from probes.report.page import claim_directory, write_report
-
         seed_list(self.seed, self.seeds)
         check_free(self.json, self.overwrite)
+        if self.run_directory is not None:
+            check_run(self.run_directory)
         fresh = not self.out.exists()
         claim_directory(self.out, overwrite=self.overwrite)
         try:
+            from probes.report.page import write_report
+
             comparison = self.comparison(name, settings)
         except BaseException:  # interrupted, too
             if fresh:
@@ -73,8 +78,13 @@ class Compare:
         print(f"{comparison.verdict}.\n{page}")
         return OK if comparison.certificate.passed else FAILED
 
-    def comparison(self, name: str, settings: Mapping[str, Any]) -> Any:
-        """The comparison of a saved or a fresh run."""
+    def comparison(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        progress: Callable[[str], object] = lambda _: None,
+    ) -> Any:
+        """The comparison of a saved or a fresh run; `progress` is called with each part of it."""
         from constructions.runs import fit_family, load_run
         from synthetic.fitting.train import print_progress
 
@@ -91,7 +101,7 @@ class Compare:
             models = " ".join(f"--model {one}" for one in self.model)
             given = f"{models}{quick}{' ' + options if options else ''}"
             again = [f"orrery compare {name} {given} --seed {self.seed} --out {self.out}"]
-            return self.compared(run, again)
+            return self.compared(run, again, progress)
         if self.run_directory is not None:
             run = load_run(self.run_directory)
             if run.family != name:
@@ -117,9 +127,9 @@ class Compare:
                 f"orrery compare {name} --seeds {self.seeds} --seed {self.seed}{quick}{count}"
                 f"{' ' + options if options else ''} --out {self.out}"
             ]
-        return self.compared(run, again)
+        return self.compared(run, again, progress)
 
-    def compared(self, run: Any, again: list[str]) -> Any:
+    def compared(self, run: Any, again: list[str], progress: Callable[[str], object]) -> Any:
         """The comparison of a run."""
         from constructions import CATALOGUE
         from probes.report.data import compare
@@ -133,6 +143,7 @@ class Compare:
             batch=FEWER if self.quick else 2**16,
             commands=again,
             measure=lambda: measurements(name, self.quick, self.seed),
+            progress=progress,
         )
 
 
@@ -220,13 +231,13 @@ class Claims:
     def run(self) -> int:
         """Run the command; the exit status."""
         names, settings = family_names(self.names), parse_settings(self.settings)
+        seeds, found = seed_list(self.seed, self.seeds), {}
+        check_free(self.json, self.overwrite)
         from constructions.runs import fit_family
         from probes.ledger import ledger
         from probes.report import tables
         from synthetic.fitting.train import print_progress
 
-        check_free(self.json, self.overwrite)
-        seeds, found = seed_list(self.seed, self.seeds), {}
         for name in names:
             run = fit_family(name, settings, quick=self.quick, seeds=seeds, progress=print_progress)
             rows = ledger(
@@ -252,31 +263,74 @@ class Claims:
 
 @dataclass
 class Demo:
-    """Compare every family at quick settings and say where the report is."""
+    """Compare every family at quick settings; the page that lists the reports is there at once.
+
+    What an earlier demonstration with the same settings has finished is kept, so that one that was
+    interrupted goes on.
+    """
 
     out: Path = Path("reports")
     seed: int = 0
     seeds: int = 3
+    overwrite: bool = False
+    """make all reports anew"""
 
     def run(self) -> int:
         """Run the command; the exit status."""
-        from probes.report.page import claim_directory, write_index, write_report
-
         seed_list(self.seed, self.seeds)
-        # an earlier demonstration is replaced, anything else is left alone
-        claim_directory(self.out, overwrite=True)
-        for folder in (self.out / name for name in family_names(())):
-            if folder.is_symlink():
-                raise ValueError(f"{folder}: is a symbolic link, must be a folder in {self.out}")
-            if folder.exists():
-                claim_directory(folder, overwrite=True)
-        found = []
-        for name in family_names(()):
+        names = family_names(())
+        # an earlier demonstration may be replaced, anything else is left alone
+        claim_directories(self.out, names)
+        described = {name: _described(name) for name in names}
+        settings = {"seed": self.seed, "seeds": self.seeds, "made by": sources()}
+        index = Index(self.out, described, settings)
+        if not self.overwrite:
+            index.read()
+        print(f"{index.write(next(iter(index.missing), ''))} lists the reports")
+        if index.found and index.missing:
+            print(f"{len(index.found)} of {len(names)} are there already: {', '.join(index.found)}")
+        elif not index.missing:
+            print("All of them are there; --overwrite makes them anew.")
+        try:
+            self.fill(index)
+        finally:
+            index.write()
+        return OK if all(entry.certified for entry in index.found.values()) else FAILED
+
+    def fill(self, index: Index) -> None:
+        """Make the reports that are missing, one after the other."""
+        missing, began = index.missing, time.perf_counter()
+        if not missing:
+            return
+        import jax
+
+        from probes.report.page import entry, write_report
+
+        for done, name in enumerate(missing):
+            index.write(name)
+            start = time.perf_counter()
+            where = f"[{len(index.found) + 1}/{len(index.families)}] {name}"
+            print(f"{where}: fitting {self.seeds} counterparts", file=sys.stderr)
             command = Compare(name, self.out / name, seeds=self.seeds, seed=self.seed, quick=True)
-            print(f"{name}: fitting {self.seeds} counterparts", file=sys.stderr)
-            comparison = command.comparison(name, {})
-            write_report(comparison, command.out, overwrite=True)
-            print(f"{name}: {comparison.verdict}.")
-            found.append(comparison)
-        print(f"The report is {write_index(found, self.out)}")
-        return OK if all(c.certificate.passed for c in found) else FAILED
+            comparison = command.comparison(
+                name, {}, lambda part, at=where: print(f"{at}: {part}", file=sys.stderr)
+            )
+            page = write_report(comparison, command.out, overwrite=True)
+            now = time.perf_counter()
+            index.found[name] = entry(comparison, now - start)
+            del comparison, command
+            jax.clear_caches()  # the next family has other programs
+            print(f"{name}: {index.found[name].verdict}.\n  {page}", flush=True)
+            left = (now - began) / (done + 1) * (len(missing) - done - 1)
+            after = f"about {_duration(left)} to go" if left else "done"
+            print(f"{where}: {_duration(now - start)}; {after}", file=sys.stderr)
+
+
+def _described(name: str) -> tuple[str, str]:
+    from constructions import CATALOGUE
+
+    return CATALOGUE[name].about, CATALOGUE[name].source
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

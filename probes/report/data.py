@@ -24,9 +24,8 @@ from probes import find
 from probes.foreign import ForeignError
 from probes.ledger import HOLDS, NOT_APPLICABLE, REFUTED, VERDICTS, VOID, Row, ledger
 from probes.probe import NotApplicable, Result
+from probes.report.index import FORMAT, VERSION
 from probes.style import number, plain
-
-FORMAT, VERSION = "orrery-report", 1
 
 
 class Section(NamedTuple):

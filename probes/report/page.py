@@ -6,9 +6,8 @@ are no scripts. Its last element holds the numbers of `report.json`.
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,11 +17,19 @@ import jinja2
 from markupsafe import Markup
 
 from probes.ledger import CONSTRUCTION, NOT_APPLICABLE, RANDOM, Row
-from probes.report.data import FORMAT, SECTIONS, Comparison
+from probes.report.data import SECTIONS, Comparison
+from probes.report.index import (
+    DATA,
+    FIGURES,
+    PAGE,
+    Entry,
+    claim_directory,
+    templates,
+    write_json,
+    write_text,
+)
 from probes.style import Picture, number
-from synthetic.files import RunError, atomic, check_writable, parse_json, remove
-
-PAGE, DATA, FIGURES = "report.html", "report.json", "figures"
+from synthetic.files import atomic, remove
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,6 @@ def mean(row: Row | ClaimRow) -> str:
     return number(sum(row.trained) / len(row.trained)) if row.trained else "not measured"
 
 
-def slug(verdict: str) -> str:
-    """A verdict as the name of a style."""
-    return verdict.replace(" ", "-")
-
-
 def interval(row: Row | ClaimRow) -> str:
     """The 95 % interval of that mean, empty where there is none."""
     if row.interval is None:
@@ -78,33 +80,20 @@ def tone(comparison: Comparison) -> str:
     return "mixed" if decided or not comparison.certificate.passed else "none"
 
 
-def _listing(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_listing(item)}" for name, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_listing, value)) or "none"
-    if isinstance(value, float):
-        return repr(value)
-    return "none" if value is None else str(value)
+def entry(comparison: Comparison, seconds: float) -> Entry:
+    """A comparison as the index of a demonstration has it."""
+    return Entry(
+        comparison.verdict,
+        tone(comparison),
+        comparison.counts,
+        comparison.certificate.passed,
+        round(seconds, 1),
+    )
 
 
 def _templates() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("probes.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": number,
-        "mean": mean,
-        "interval": interval,
-        "tone": tone,
-        "slug": slug,
-        "listing": _listing,
-        "base64": lambda data: base64.b64encode(data).decode(),
-    }
+    environment = templates()
+    environment.filters |= {"mean": mean, "interval": interval}
     return environment
 
 
@@ -144,35 +133,6 @@ def pictures(comparison: Comparison) -> list[Picture]:
     return [make() for make in made if make is not None]
 
 
-def claim_directory(out: str | PathLike[str], *, overwrite: bool = False) -> Path:
-    """A directory that a report may be written to; made where missing.
-
-    Raises:
-        RunError: it is a file, or holds anything and `overwrite` is False, or holds something
-            that is no report of ours.
-    """
-    out = Path(out)
-    check_writable(out)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out}: exists and is no directory")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise RunError(f"{out}: exists and is not empty; give --overwrite to replace a report")
-        if not is_report(out):
-            raise RunError(f"{out}: holds no report, so nothing in it is overwritten")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def is_report(directory: Path) -> bool:
-    """Whether a directory holds an earlier report."""
-    try:
-        content = parse_json((directory / DATA).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
-
-
 def write_report(
     comparison: Comparison, out: str | PathLike[str], *, overwrite: bool = False
 ) -> Path:
@@ -184,7 +144,7 @@ def write_report(
     out = claim_directory(out, overwrite=overwrite)
     figures = pictures(comparison)
     page = render(comparison, figures)  # whatever can fail comes before the first file
-    _write_json(out / DATA, comparison.to_json())
+    write_json(out / DATA, comparison.to_json())
     folder = out / FIGURES
     if folder.is_symlink():
         remove(folder)  # what it leads to is not ours
@@ -194,27 +154,4 @@ def write_report(
     for picture in figures:
         with atomic(folder / f"{picture.name}.png") as partial:
             partial.write_bytes(picture.png)
-    return _write(out / PAGE, page)
-
-
-def write_index(comparisons: Sequence[Comparison], out: str | PathLike[str]) -> Path:
-    """Write the page that lists several reports, each in a folder named by its family."""
-    out = Path(out)
-    families = {c.family: {"verdict": c.verdict, "counts": c.counts} for c in comparisons}
-    _write_json(out / DATA, {"format": FORMAT, "families": families})
-    page = (
-        _templates()
-        .get_template("index.html.j2")
-        .render(title="orrery: all families", comparisons=comparisons)
-    )
-    return _write(out / PAGE, page)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _write(path: Path, text: str) -> Path:
-    with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path
+    return write_text(out / PAGE, page)

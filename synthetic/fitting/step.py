@@ -94,7 +94,7 @@ class Loop:
         if self.mesh is not None:
             return devices.place(state, self._sharding())
         # Through numpy: fresh buffers (they will be donated) that carry no weak types.
-        return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), state)
+        return jax.tree.map(_copied, state)
 
     def host(self, state: TrainingState) -> TrainingState:
         """The state as numpy arrays, whole on every process."""
@@ -108,7 +108,7 @@ class Loop:
 
         def module(index: int) -> nnx.Module:
             pick = (lambda x: x[index]) if self.stacked else (lambda x: x)
-            arrays = jax.tree.map(lambda x: jnp.array(pick(x)), (params, state.rest))
+            arrays = jax.tree.map(lambda x: _copied(pick(x)), (params, state.rest))
             return self._merge(*arrays)
 
         return [module(index) for index in range(len(self.seeds))]
@@ -141,7 +141,7 @@ class Loop:
             arrays, seeds = devices.place(arrays, whole), devices.place(seeds, whole)
             options["out_shardings"] = (self._sharding(), whole)
         else:
-            arrays = [jnp.asarray(array) for array in arrays]
+            arrays = jax.device_put(arrays)
         bounds = (np.int32(0), np.int32(0))
         run = jax.jit(chunk, **options).lower(state, seeds, arrays, *bounds).compile()
         return lambda state, a, b: run(state, seeds, arrays, np.int32(a), np.int32(b))
@@ -229,6 +229,11 @@ class Loop:
         assert self.mesh is not None
         axes = (devices.SEED,) if self.stacked else ()
         return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+
+def _copied(leaf: Any) -> Array:
+    """A copy on the device; `jnp.array` would compile a program for each shape."""
+    return jax.device_put(np.asarray(leaf), may_alias=False)
 
 
 def make_loop(

@@ -20,7 +20,8 @@ from probes.cli import main
 from probes.ledger import decide
 from probes.losses import mean_losses
 from probes.report.data import Comparison, compare
-from probes.report.page import is_report, render, tone, write_report
+from probes.report.index import is_report
+from probes.report.page import render, tone, write_report
 from probes.report.tables import show_ledger
 from probes.style import number
 from synthetic.fitting.weights_file import RunError
