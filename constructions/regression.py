@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from constructions.family import Construction
 from constructions.inputs import Input, number
 from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform, distribution
-from synthetic.theory.one_layer import optimal_step_size
 
 Inputs = Float[Array, "batch context dim_x"]
 Outputs = Float[Array, "batch context dim_y"]
@@ -84,6 +83,8 @@ class LinearRegression(Regression):
 
     def best_step_size(self) -> float:
         """The best one of a single step from 0 on the task; ValueError where it is not known."""
+        from synthetic.theory.one_layer import optimal_step_size
+
         try:
             return optimal_step_size(self.regression_task(self.num_examples))
         except ValueError as error:

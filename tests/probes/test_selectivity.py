@@ -168,7 +168,7 @@ def test_tool(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="the model's MLPs are gelu, whose units may be negative"):
         SELECTIVITY(run, 0)
     model = with_relu(run.models[0])
-    monkeypatch.setattr("probes.selectivity.initial_models", lambda _: (model,))
+    monkeypatch.setattr("probes.selectivity.random_model", lambda _: model)
     found = SELECTIVITY(replace(run, models=(model,)), 0)
     assert found.rows == ["trained, seed 0, layer 1", "random weights, layer 1"]
     assert found.columns[:2] == ["mean index", "exchanged labels"]
