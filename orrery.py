@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from constructions.family import Gauge as Gauge
     from constructions.family import Place as Place
     from constructions.family import Tokens as Tokens
+    from constructions.family import assert_exact as assert_exact
     from constructions.family import verify as verify
     from constructions.imported import import_weights as import_weights
     from constructions.interchange.export import export as export
@@ -83,7 +84,9 @@ HOMES = {
     "constructions.claims": "Claim Evidence Measurement NearMiss",
     "constructions.core.compile": "compile_program",
     "constructions.core.evaluate": "evaluate",
-    "constructions.family": "Certificate Construction Counterpart Gauge Place Tokens verify",
+    "constructions.family": (
+        "Certificate Construction Counterpart Gauge Place Tokens assert_exact verify"
+    ),
     "constructions.imported": "import_weights",
     "constructions.interchange.export": "export",
     "constructions.mesa_layer": "mesa",

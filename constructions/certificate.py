@@ -213,6 +213,25 @@ def verify(
     )
 
 
+def assert_exact(construction: Any, **options: Any) -> Certificate:
+    """`verify` for a test: the certificate, or an error that shows it.
+
+        def test_my_construction():
+            assert_exact(MyConstruction(dim=3))
+
+    Args:
+        construction, **options: of `verify`.
+
+    Raises:
+        AssertionError: a dtype failed, or none passed.
+        ValueError: as `verify`.
+    """
+    certificate = verify(construction, **options)
+    if not certificate.passed:
+        raise AssertionError(str(certificate))
+    return certificate
+
+
 def check_settings(construction: Any) -> None:
     """Raise ValueError unless the construction can be a static argument of jitted functions."""
     try:

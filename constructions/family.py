@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from constructions.certificate import Certificate, Error, check_settings, verify
+from constructions.certificate import Certificate, Error, assert_exact, check_settings, verify
 from constructions.claims import Claim, Measurement, NearMiss
 from constructions.core.compile import compile_program, config_of
 from constructions.core.config import Config
@@ -56,6 +56,7 @@ __all__ = [
     "Place",
     "Stream",
     "Tokens",
+    "assert_exact",
     "verify",
 ]
 

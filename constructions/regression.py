@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -59,9 +59,10 @@ class LinearRegression(Regression):
         noise: standard deviation of the noise on the context's outputs.
     """
 
-    inputs: Uniform | Gaussian | str | Mapping[str, Any] = "uniform"
-    weights: Uniform | Gaussian | str | Mapping[str, Any] = "gaussian"
-    noise: float | int = 0.0
+    # not in the repr, where they would stand in front of the sizes: that of the task has them
+    inputs: Uniform | Gaussian | str | Mapping[str, Any] = field(default="uniform", repr=False)
+    weights: Uniform | Gaussian | str | Mapping[str, Any] = field(default="gaussian", repr=False)
+    noise: float | int = field(default=0.0, repr=False)
 
     def check_distributions(self) -> None:
         """The settings of the task's distributions as they are kept; ValueError for others."""

@@ -11,7 +11,7 @@ import pytest
 from constructions.certificate import LARGEST_TOLERANCE
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, constant
-from constructions.family import Construction, Place, Tokens, verify
+from constructions.family import Construction, Place, Tokens, assert_exact, verify
 from constructions.gradient_descent import GradientDescent
 from constructions.separate_tokens import SeparateTokens
 from probes.cli import main
@@ -311,3 +311,11 @@ def test_initial_weights_of_a_fit():
             Multiple().fit(init_std=bad)
     with pytest.raises(ValueError, match=r"GradientDescent\.counterpart draws its own"):
         GradientDescent(dim_x=2, num_examples=3).fit(init_std=0.1)
+
+
+def test_assert_exact_shows_the_certificate_that_failed():
+    c = GradientDescent(dim_x=2, num_examples=3)
+    assert assert_exact(c, batch=8, dtypes="float64").passed
+    other = replace(c, step_size=1.1 * c.step_size)
+    with pytest.raises(AssertionError, match="GradientDescent.*: failed\n  float64 failed: "):
+        assert_exact(c, batch=8, dtypes="float64", model=lambda dtype: other.compile(dtype).model)
