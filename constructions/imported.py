@@ -21,7 +21,14 @@ from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.interchange.layouts import flat, read_arrays, to_named
 from constructions.interchange.named_weights import with_named
-from constructions.runs import IMPORT, Run, construct_exactly, initial_models, plain_settings
+from constructions.runs import (
+    IMPORT,
+    Run,
+    construct_exactly,
+    dtype_of,
+    initial_models,
+    plain_settings,
+)
 from synthetic.fitting.run_directory import RunDirectory
 from synthetic.fitting.step import seed_keys
 from synthetic.fitting.weights_file import named, save_model
@@ -87,7 +94,7 @@ def import_weights(
         model = _model(construction, _arrays(one), where, options)
         if supplied is not None:
             _check_predictions(construction, model, supplied, _arrays(one), where, options)
-        if models and (model.config, _dtype(model)) != (models[0].config, _dtype(models[0])):
+        if models and (model.config, dtype_of(model)) != (models[0].config, dtype_of(models[0])):
             raise ValueError(f"{where}: is of another shape or dtype than the first weights")
         models.append(model)
     run = Run(
@@ -114,7 +121,7 @@ def random_model(run: Run) -> Transformer:
     if run.recipe is not None:
         return initial_models(run)[0]
     known = isinstance(run.models[0], Transformer)
-    dtype = _dtype(run.models[0]) if known else str(jnp.zeros(0).dtype)
+    dtype = dtype_of(run.models[0]) if known else str(jnp.zeros(0).dtype)
     with jax.enable_x64(dtype == "float64"):
         return run.construction.counterpart().init(seed_keys(0)[0])
 
@@ -126,10 +133,6 @@ def _several(given: Any) -> list[Any]:
 
 def _arrays(given: Weights) -> dict[str, np.ndarray]:
     return flat(given) if isinstance(given, Mapping) else read_arrays(given)
-
-
-def _dtype(model: Transformer) -> str:
-    return str(jax.tree.leaves(model.arrays()["segments"])[0].dtype)
 
 
 def _precision(arrays: Mapping[str, np.ndarray]) -> Any:
@@ -152,7 +155,7 @@ def _model(
 def _write(run: Run, directory: RunDirectory, overwrite: bool) -> None:
     """The run directory of an import."""
     model = run.models[0]
-    dtype = _dtype(model)
+    dtype = dtype_of(model)
     config = {
         "family": run.family,
         "settings": run.settings,
@@ -180,7 +183,7 @@ def _check_predictions(
     """ValueError unless the model says what was supplied; with the reading that does, if any."""
     source = str(supplied) if isinstance(supplied, str | PathLike) else "expect"
     inputs, wanted = _supplied(construction, _arrays(supplied), source)
-    error, dtype = _difference(construction, model, inputs, wanted, source), _dtype(model)
+    error, dtype = _difference(construction, model, inputs, wanted, source), dtype_of(model)
     if error <= AGREES[dtype]:
         return
     said = (
@@ -221,7 +224,7 @@ def _difference(
     construction: Construction, model: Transformer, inputs: Any, wanted: np.ndarray, source: str
 ) -> float:
     """Largest difference of predictions over the root mean square of those wanted."""
-    with jax.enable_x64(_dtype(model) == "float64"):
+    with jax.enable_x64(dtype_of(model) == "float64"):
         found = np.asarray(predict(construction, model, *map(jnp.asarray, inputs)), float)
     if found.shape != wanted.shape:
         raise ValueError(

@@ -235,7 +235,7 @@ def initial_models(run: Run) -> tuple[Transformer, ...]:
     if run.recipe is None:
         raise ValueError(UNKNOWN_START)
     counterpart = run.construction.counterpart()
-    with jax.enable_x64(_dtype(run.models[0]) == "float64"):
+    with jax.enable_x64(dtype_of(run.models[0]) == "float64"):
         seeds = jnp.asarray(run.seeds, jnp.uint32)
         drawn = [counterpart.init(seed_keys(seed)[0]) for seed in seeds]
         if not run.history or not isinstance(run.history[-1]["loss"], list):
@@ -350,12 +350,13 @@ def export_run(
     }
     if run.optimum is not None:
         facts["lowest loss that the class can reach"] = f"{run.optimum:.6g}"
-    with jax.enable_x64("float64" in (dtype, _dtype(run.models[place]))):
+    with jax.enable_x64("float64" in (dtype, dtype_of(run.models[place]))):
         model = run.models[place] if dtype is None else cast(run.models[place], dtype)
         export(model, run.construction, out, facts=facts, overwrite=overwrite)
 
 
-def _dtype(model: Transformer) -> str:
+def dtype_of(model: Transformer) -> str:
+    """The name of the weights' type."""
     return str(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
 
 

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -208,3 +208,29 @@ def plain(value: Any) -> Any:
     if hasattr(value, "dtype"):  # a number of numpy's
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def claim_folder(
+    out: Path, kind: str, ours: Callable[[Path], bool], *, overwrite: bool = False
+) -> None:
+    """Whether a folder may be written: nothing is there, or an earlier one of ours to be replaced.
+
+    Args:
+        out: the folder.
+        kind: what messages call it, "report" for one.
+        ours: whether a folder that exists is one.
+        overwrite: it may be replaced.
+
+    Raises:
+        RunError: it cannot be written, is a file, or holds what may not be replaced.
+    """
+    check_writable(out)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: exists and is no directory")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise RunError(
+                f"{out}: exists and is not empty; give --overwrite to replace an earlier {kind}"
+            )
+        if not ours(out):
+            raise RunError(f"{out}: holds no {kind}, so nothing in it is overwritten")

@@ -36,7 +36,7 @@ from constructions.core.transformer import Transformer
 from constructions.family import Compiled, Construction, Place
 from constructions.interchange.card import card
 from synthetic.compilation import compile_once
-from synthetic.files import RunError, check_writable, json_object, remove
+from synthetic.files import claim_folder, json_object, remove
 from synthetic.fitting.weights_file import check_numbers
 
 CONFIG, WEIGHTS, EXAMPLE, CARD = (
@@ -112,16 +112,17 @@ def claim_export(out: str | PathLike[str], *, overwrite: bool = False) -> Path:
         RunError: it exists, or cannot be written.
     """
     out = Path(out)
-    check_writable(out)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out}: exists and is no directory")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise RunError(f"{out}: exists and is not empty; give --overwrite to replace an export")
-        ours = (out / CONFIG).is_file() and json_object(out / CONFIG).get("model_type") == KIND
-        if not ours or out.is_symlink():
-            raise RunError(f"{out}: holds no export, so nothing in it is overwritten")
+    claim_folder(out, "export", _is_export, overwrite=overwrite)
     return out
+
+
+def _is_export(folder: Path) -> bool:
+    config = folder / CONFIG
+    return (
+        not folder.is_symlink()
+        and config.is_file()
+        and json_object(config).get("model_type") == KIND
+    )
 
 
 def check_exportable(model: Any) -> str:
@@ -344,6 +345,7 @@ def _write(
     from safetensors.numpy import save
 
     partial = folder.absolute().with_name(f".{folder.name}.partial")
+    earlier = partial.with_suffix(".earlier")
     remove(partial)
     try:
         partial.mkdir(parents=True)
@@ -354,7 +356,12 @@ def _write(
         (partial / CONFIG).write_text(shown + "\n", encoding="utf-8")
         (partial / CARD).write_text(text, encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name(MODELING), partial / MODELING)
-        remove(folder)
+        remove(earlier)
+        if folder.exists():
+            os.rename(folder, earlier)  # no rename replaces a folder that holds anything
         os.rename(partial, folder)
+        remove(earlier)
     finally:
+        if not folder.exists() and earlier.exists():
+            os.rename(earlier, folder)
         remove(partial)

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthetic.files import RunError, atomic, check_writable, parse_json
+from synthetic.files import atomic, claim_folder, parse_json
 
 if TYPE_CHECKING:
     import jinja2
@@ -148,14 +148,7 @@ def claim_directory(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
             that is no report of ours.
     """
     out = Path(out)
-    check_writable(out)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out}: exists and is no directory")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise RunError(f"{out}: exists and is not empty; give --overwrite to replace a report")
-        if not is_report(out):
-            raise RunError(f"{out}: holds no report, so nothing in it is overwritten")
+    claim_folder(out, "report", is_report, overwrite=overwrite)
     out.mkdir(parents=True, exist_ok=True)
     return out
 

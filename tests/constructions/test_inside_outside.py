@@ -15,6 +15,7 @@ from constructions.core.inventory import counts
 from constructions.inside_outside import InsideOutside
 from constructions.inside_outside.exactness import known
 from constructions.inside_outside.low_rank import LowRank
+from constructions.inside_outside.paper import window_posterior
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
 
@@ -427,3 +428,18 @@ def test_dense_and_slotwise_are_equal(small, x64):
     read, found = c.read(model, *(jnp.asarray(a) for a in given)), c.evaluate(*given)
     for name in ("inside", "outside", "leaves", "around", "span_marginals", "tag_marginals"):
         np.testing.assert_allclose(found[name], read[name], rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("words", [1, 2, 3])
+def test_a_window_knows_what_stands_in_it(words):
+    """Of a x A, a y z A and the same with b: the first word is told by the last one, if seen."""
+    g = Grammar.from_text("S -> 'a' M 'A' [0.3] | 'b' M 'B' [0.7]\nM -> 'x' [0.4] | 'y' 'z' [0.6]")
+    tokens, lengths = g.encode([["a", "x", "A"], ["a", "y", "z", "A"]])
+    hidden = np.zeros(tokens.shape, bool)
+    hidden[:, 0] = True
+    found = np.asarray(window_posterior(g, words)(tokens, lengths, hidden))[:, 0]
+    first = [g.vocabulary.index(word) for word in "ab"]
+    for row, distance in zip(found, (2, 3), strict=True):
+        wanted = (1, 0) if words >= distance else (0.3, 0.7)
+        np.testing.assert_allclose(row[first], wanted, atol=1e-6)
+        np.testing.assert_allclose(row.sum(), 1, atol=1e-6)
