@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from constructions.claims import traced
 from synthetic.compilation import compile_once
 
 #: Above this relative error a certificate would be worthless, whatever the rounding error is.
@@ -192,7 +191,7 @@ def verify(
                 inputs = tuple(_through(a, name) for a in _inputs(construction, seed, batch, size))
                 expected = jax.device_get(traced(construction, *inputs))
                 _check_trace(construction, expected)
-                domain = domain or construction.domain(*inputs)
+                domain = domain or construction.domain(*map(jax.device_put, inputs))
             with jax.enable_x64(name == "float64"):
                 given = tuple(_narrow(a, name) for a in inputs)
                 if subject is None:
@@ -250,6 +249,12 @@ def check_settings(construction: Any) -> None:
                     "hashable, such as numbers, strings and tuples of them"
                 ) from error
         raise ValueError(f"{kind} is not hashable, must be a frozen dataclass") from error
+
+
+@compile_once(static_argnums=0)
+def traced(construction: Any, *inputs: ArrayLike) -> Any:
+    """`construction.trace`, jitted: the algorithm's own values on these inputs."""
+    return construction.trace(*inputs)
 
 
 @compile_once(static_argnums=0)

@@ -43,12 +43,6 @@ def mean_loss(construction: Any, prediction: Array, batch: Batch) -> Array:
     return construction.task.loss(prediction, batch).mean()
 
 
-@compile_once(static_argnums=0)
-def traced(construction: Any, *inputs: ArrayLike) -> dict[str, Array]:
-    """`construction.trace`, jitted: the algorithm's own values on these inputs."""
-    return construction.trace(*inputs)
-
-
 def is_function(model: Any) -> bool:
     """Whether a model is a black box: a function from inputs to predictions."""
     return callable(model) and not isinstance(model, nnx.Module)

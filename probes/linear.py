@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from constructions.claims import traced
+from constructions.certificate import traced
 from constructions.core.embedding import Stream
 from constructions.family import Construction
 from constructions.runs import Run

@@ -32,7 +32,7 @@ from synthetic.tasks.task import Batch, outcome
 
 def _first(size: int, inputs: Any) -> Any:
     """So many inputs, or all; cut by numpy, which compiles nothing."""
-    return jax.tree.map(lambda a: np.asarray(a)[:size], inputs)
+    return jax.tree.map(lambda a: jax.device_put(np.asarray(a)[:size]), inputs)
 
 
 def excess_loss(e: Evidence) -> float:

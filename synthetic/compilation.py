@@ -147,12 +147,10 @@ def keep_programs() -> Path | None:
     return folder
 
 
-def many(*arguments: Any) -> bool:
-    """For `often`: whether more inputs are asked for than a program compiled quickly runs well on.
-
-    The last argument is their number.
-    """
-    return arguments[-1] > 4096
+def many(task: Any, key: Any, batch: int) -> bool:
+    """For `often` of a draw: are so many inputs asked for that speed pays for compiling well?"""
+    del task, key
+    return batch > 4096
 
 
 def forget_programs() -> None:
