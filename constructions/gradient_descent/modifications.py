@@ -57,7 +57,7 @@ GRID: dict[str, dict[str, Any]] = {
     "two layers": {"repeats": 2},
     "two layers, tied": {"repeats": 2, "tied": True},
 }
-_SEEDS, _STEPS, _EXAMPLES = 6, 1000, 2**13
+_SEEDS, _STEPS, _EXAMPLES = 6, 1500, 2**13
 
 
 def modified(base: Config, changes: Mapping[str, Any]) -> Transformer:
@@ -84,10 +84,10 @@ def outcomes(
     """
     base = modified(c.in_trained_shape().config, changes)
     recipe = replace(
-        c.counterpart().recipe, steps=steps, batch=64, learning_rate=1e-2, schedule="cosine",
+        c.counterpart().recipe, steps=steps, batch=64, learning_rate=5e-3, schedule="cosine",
         clip=1.0, chunk=steps,
     )  # fmt: skip
-    init = partial(randomise, base, std=0.2)
+    init = partial(randomise, base, std=0.4)
     found = fit(init, c.task, recipe, predict=c.apply, seeds=seeds)
     batch = c.task.sample(jax.random.key(10**6), _EXAMPLES)
     predict = jax.jit(c.apply)
