@@ -119,7 +119,7 @@ class SpanTask:
             shown = jnp.where(hidden, 0, shown)
             total = lengths - self.widest + width
             found = chart.inside_outside(self.grammar, shown, total, hidden, strict=False)
-            law = jnp.log(jnp.minimum(self.widest, total))
+            law = jnp.log(jnp.minimum(self.widest, total).astype(found.log_z.dtype))
             scores.append(jnp.where(total <= self.max_length, found.log_z - law, -jnp.inf))
             slots = jnp.pad(jnp.nan_to_num(found.word_posterior), [(0, 0), (0, 0), (0, 1)])
             past = mask & (at >= first + width)
