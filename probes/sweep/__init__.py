@@ -6,8 +6,8 @@ engines    where blocks are worked on: this process, several of this machine, Ra
 results    the table, the figures and the page
 
 Ray finds its machines by its own launchers. Under Slurm, `ray symmetric-run --address HEAD:6379 --
-orrery sweep ... --ray HEAD:6379` inside `srun`, one task a node, starts Ray on all of them and the
-sweep on the first; on Kubernetes, the same command line is the `entrypoint` of a RayJob of KubeRay.
+orrery sweep ... --ray auto` inside `srun`, one task a node, starts Ray on all of them and the
+sweep on the first; on Kubernetes, the sweep is the `entrypoint` of a `RayJob` of KubeRay.
 Every node needs this package; what workers make comes back to the driver's folder, which no other
 machine has to see.
 """

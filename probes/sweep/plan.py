@@ -156,7 +156,9 @@ class Sweep:
     def points(self) -> list[Point]:
         """All of the grid."""
         every = itertools.product(*self.grid.values())
-        return [Point(n, dict(zip(self.grid, values, strict=True))) for n, values in enumerate(every)]
+        return [
+            Point(n, dict(zip(self.grid, values, strict=True))) for n, values in enumerate(every)
+        ]
 
     def split(self, point: Point) -> tuple[dict[str, Any], dict[str, Any]]:
         """The settings of the construction at a point, and the fields of its recipe."""

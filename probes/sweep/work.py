@@ -46,12 +46,15 @@ def layout(sweep: Sweep) -> list[list[Point]]:
 
 def measured(out: Path, point: Point) -> dict[str, Any] | None:
     """What was measured at a point: {"rows": one a seed, "notes": lines}; None: not there yet."""
+    file = out / POINTS / point.folder / MEASURED
     try:
-        return parse_json((out / POINTS / point.folder / MEASURED).read_bytes())
+        return parse_json(file.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RunError(f"{out / POINTS / point.folder / MEASURED}: cannot be read: {error}") from error
+        raise RunError(
+            f"{out / POINTS / point.folder / MEASURED}: cannot be read: {error}"
+        ) from error
 
 
 @dataclass
@@ -120,7 +123,7 @@ def work(
             ready.append(prepare(sweep, point, made))
         except ValueError as error:
             if measured(out, point) is None:
-                rows = [row(sweep, point, seed, str(error)) for seed in sweep.seeds]
+                rows = [row(point, seed, str(error)) for seed in sweep.seeds]
                 write(out, point, rows, [])
     if all(measured(out, prepared.point) is not None for prepared in ready):
         remove(out / BLOCKS / f"{number:05d}")
@@ -161,7 +164,7 @@ def _lanes(ready: Sequence[Prepared]) -> dict[str, list[float]]:
     for name in SHARED:
         values = [getattr(recipe, name) for recipe in recipes]
         if name == "learning_rate" or len({*values}) > 1:
-            found[f"recipe.{name}"] = values
+            found[f"recipe.{name}"] = list(map(float, values))
     for task, recipe in zip(tasks, recipes, strict=True):
         # a family that says more than is true of its settings is found out here
         alike = varied(task, {n: getattr(tasks[0], n) for n in names}) == tasks[0]
@@ -201,22 +204,18 @@ def fit(
     return first.construction.fit(**options, out=scratch)
 
 
-def row(sweep: Sweep, point: Point, seed: int, failed: str | None = None) -> dict[str, Any]:
+def row(point: Point, seed: int, failed: str | None = None) -> dict[str, Any]:
     """A row of the table without its measurements."""
-    del sweep
     return {"point": point.number, **point.values, "seed": seed, "failed": failed}
 
 
-def measure(
-    sweep: Sweep, ready: Sequence[Prepared], result: Fit, programs: dict[str, Any]
-) -> None:
+def measure(sweep: Sweep, ready: Sequence[Prepared], result: Fit, programs: dict[str, Any]) -> None:
     """Fill in the rows and notes of the points."""
     failed = result.history[-1]["failed"]
     for prepared in ready:
         lines = failed[prepared.lanes]
         prepared.rows = [
-            row(sweep, prepared.point, seed, line)
-            for seed, line in zip(sweep.seeds, lines, strict=True)
+            row(prepared.point, seed, line) for seed, line in zip(sweep.seeds, lines, strict=True)
         ]
     for name in sweep.measures:
         if name == "loss":
@@ -265,9 +264,7 @@ def _measure_losses(
     _fill(ready, "construction", np.repeat(built, count))
 
 
-def _measure_distances(
-    ready: Sequence[Prepared], result: Fit, programs: dict[str, Any]
-) -> None:
+def _measure_distances(ready: Sequence[Prepared], result: Fit, programs: dict[str, Any]) -> None:
     references = [prepared.construction.reference for prepared in ready]
     model: Any = result.models[0]
     why = "" if _alike(references) else "the constructions of a block have different shapes"
