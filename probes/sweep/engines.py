@@ -115,9 +115,12 @@ def open_folder(sweep: Sweep, out: Path, *, overwrite: bool = False) -> None:
                     f"{json.dumps(asked[name])} asked; give --overwrite or another folder"
                 )
         return
+    if out.is_dir():
+        remove(out / f".{SWEEP}.partial")  # of one that was cut off before it began
     claim_folder(out, "sweep", _is_sweep, overwrite=overwrite)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("points", "blocks", "figures", "table.csv", "table.json", "report.html"):
+    tables = [f"table.{kind}" for kind in ("csv", "json", "parquet")]
+    for name in ("points", "blocks", "figures", "report.html", *tables):
         remove(out / name)
     with atomic(file) as partial:
         partial.write_text(json.dumps(sweep.to_json(), indent=2) + "\n")

@@ -350,11 +350,12 @@ def _fields(node: ast.ClassDef, homes: Mapping[str, str], module: str) -> list[s
         name = ast.unparse(base)
         inherited = _settings_in_source(homes.get(name, f"{module}:{name}"))
         found += inherited or []
+    decorated = any("dataclass" in ast.unparse(each) for each in node.decorator_list)
     for part in node.body:
         if isinstance(part, ast.FunctionDef) and part.name == "__init__":
             own = _arguments(part)
             return None if own is None else own[1:]
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+        if decorated and isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
             name = part.target.id
             if "ClassVar" not in ast.unparse(part.annotation) and name not in found:
                 found.append(name)

@@ -139,7 +139,7 @@ def measured_columns(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def _known(row: Mapping[str, Any], name: str) -> bool:
-    return row.get(name) is not None and np.isfinite(row[name])
+    return row.get(name) is not None and bool(np.isfinite(row[name]))
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:

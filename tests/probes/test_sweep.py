@@ -21,7 +21,7 @@ from constructions.runs import construct, load_run
 from probes.cli import main
 from probes.sweep import engines, results, work
 from probes.sweep.plan import Sweep, known_settings, parse_grid, recipe_fields
-from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.recipe import Recipe, varied
 from synthetic.fitting.train import fit
 
 ROOT = Path(__file__).parents[2]
@@ -199,10 +199,9 @@ def test_a_full_disk(whole: Path, tmp_path: Path, monkeypatch: Any) -> None:
     assert tables(out) == tables(whole)
 
 
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
 def test_ray_gives_the_same_table(whole: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed (the extra cluster)")
-    from ray.util.state import list_workers  # noqa: F401
-
     ray.init(
         num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
@@ -318,3 +317,47 @@ def test_the_interval_is_that_of_student() -> None:
 def test_lines_of_errors() -> None:
     assert engines.one_line(OSError(28, "No space", "f")) == "f: No space"
     assert engines.one_line(ZeroDivisionError("a\nb")) == "ZeroDivisionError: a b"
+
+
+def test_the_two_estimators_of_a_pool_of_tasks(monkeypatch: Any, x64: None) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import task_diversity as diversity
+
+    rng = np.random.default_rng(0)
+    x, query, pool = rng.normal(size=(3, 5, 2)), rng.normal(size=(3, 4, 2)), rng.normal(size=(6, 2))
+    y = rng.normal(size=(3, 5, 1))
+    found = np.asarray(diversity.pool_estimate(x, y, query, pool, 0.7))
+    for b in range(3):
+        # the posterior by Bayes' rule, task by task and example by example
+        p = np.array([np.prod(stats.norm(x[b] @ w, 0.7).pdf(y[b, :, 0])) for w in pool])
+        assert found[b, :, 0] == pytest.approx(query[b] @ (p @ pool) / p.sum())
+    # of very many tasks from N(0, I) it is ridge, the posterior mean under that prior
+    many = rng.normal(size=(200_000, 2))
+    of_many = np.asarray(diversity.pool_estimate(x, y, query, many, 0.7))
+    gram = np.einsum("bni,bnj->bij", x, x) + 0.49 * np.eye(2)
+    w = np.linalg.solve(gram, np.einsum("bni,bnk->bik", x, y))
+    assert of_many == pytest.approx(np.asarray(query @ w), abs=0.05)
+    assert diversity.crossing([1, 4, 16], [1.0, 1.0, 4.0], [2.0, 2.0, 2.0]) == pytest.approx(8.0)
+    assert diversity.crossing([1, 4], [1.0, 1.0], [2.0, 2.0]) is None
+    batch = diversity.PoolTask(pool=2.0).sample(jax.random.key(0), 64)
+    slopes = np.linalg.solve(np.asarray(batch.inputs[2][:, :3]), np.asarray(batch.target[:, :3]))
+    assert len(np.unique(slopes.round(4), axis=0)) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["gradient-descent", "gd-plus-plus", "separate-tokens", "noisy-regression"]
+)
+def test_numbers_change_nothing_but_the_task(name: str) -> None:
+    numbers = type(construct(name)).numbers
+    fixed = {"noise_levels": ()} if name == "noisy-regression" else {"num_examples": 3}
+    made = [construct(name, fixed | dict.fromkeys(numbers, value)) for value in (0.2, 0.3)]
+    one, other = (construction.counterpart() for construction in made)
+    models = [each.init(jax.random.key(3)) for each in (one, other)]
+    for ours, theirs in zip(*map(jax.tree.leaves, models), strict=True):
+        assert np.array_equal(ours, theirs)
+    inputs = one.task.sample(jax.random.key(0), 4).inputs
+    said = [np.asarray(c.predict(models[0], *inputs)) for c in made]
+    assert np.array_equal(*said)
+    assert one.recipe == other.recipe
+    free = [field for field in type(one.task).NUMBERS if getattr(one.task, field) > 0]
+    assert varied(one.task, {field: getattr(other.task, field) for field in free}) == other.task
