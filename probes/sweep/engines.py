@@ -298,38 +298,41 @@ def _on_processes(table: _Table, workers: int) -> None:
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    running: dict[subprocess.Popen[bytes], Any] = {}
+    running: dict[subprocess.Popen[bytes], Any] = {}  # -> the file with what it says
     ended: dict[int, int] = {}  # block -> how often its worker did
     silent = 0
     try:
-        while waiting := table.open:
-            for process in [p for p in running if p.poll() is not None]:
-                said = running.pop(process)
-                _read_failures(table, said)
-                said.seek(0)
-                last = (said.read().decode(errors="replace").strip().splitlines() or [""])[-1]
-                said.close()
-                if process.returncode == 0:
+        while table.open:
+            for process, said in list(running.items()):
+                lines = _said(said)
+                for line in lines:
+                    if line.startswith('{"block": ') and (found := json.loads(line)):
+                        if found["block"] not in table.failed:
+                            table.fail(found["block"], found["failed"])
+                if process.poll() is None:
                     continue
-                number = _block_of(table.out, process.pid)
-                why = f"its process ended with {_status(process.returncode)}"
-                if number is None or number not in table.open:
+                running.pop(process).close()
+                code = process.returncode
+                if code == 0:
+                    continue
+                why = (
+                    f"its process ended with {f'signal {-code}' if code < 0 else f'status {code}'}"
+                )
+                number = _block_of(table, process.pid)
+                if number is None:
                     silent += 1
                     if silent >= ATTEMPTS:
-                        raise RuntimeError(f"workers do not start: {why}: {last}")
+                        raise RuntimeError(f"workers do not start: {why}: {[*lines, ''][-2:][0]}")
                     continue
                 table.say(f"block {number + 1} of {len(table.blocks)}: {why}; once more")
                 ended[number] = ended.get(number, 0) + 1
                 if ended[number] >= ATTEMPTS:
                     table.fail(number, f"{why}, {ATTEMPTS} times")
-            for said in running.values():
-                _read_failures(table, said)
             while len(running) < min(workers, len(table.open)):
                 said = tempfile.TemporaryFile()  # noqa: SIM115
                 given = [*command, *map(str, sorted(table.failed))]
                 running[subprocess.Popen(given, stdout=said, stderr=said, env=environment)] = said
-            if waiting:
-                time.sleep(LOOK)
+            time.sleep(LOOK)
             table.refresh()
     finally:
         for process, said in running.items():
@@ -339,25 +342,18 @@ def _on_processes(table: _Table, workers: int) -> None:
             said.close()
 
 
-def _read_failures(table: _Table, said: Any) -> None:
-    said.seek(0)
-    for line in said.read().decode(errors="replace").splitlines():
-        if line.startswith('{"block": '):
-            found = json.loads(line)
-            if found["block"] not in table.failed:
-                table.fail(found["block"], found["failed"])
+def _said(file: Any) -> list[str]:
+    """The lines of a worker so far; read without moving the place at which it writes."""
+    return os.pread(file.fileno(), 2**20, 0).decode(errors="replace").splitlines()
 
 
-def _block_of(out: Path, pid: int) -> int | None:
+def _block_of(table: _Table, pid: int) -> int | None:
     """The block that a process had when it ended."""
-    for file in (out / "blocks").glob("*.worker"):
-        if file.read_text() == str(pid):
-            return int(file.stem)
+    for number in table.open:
+        file = table.out / "blocks" / f"{number:05d}.worker"
+        if file.is_file() and file.read_text() == str(pid):
+            return number
     return None
-
-
-def _status(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"status {code}"
 
 
 def worker(out: Path, given_up: list[int]) -> None:
