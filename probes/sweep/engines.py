@@ -306,23 +306,24 @@ def _on_processes(table: _Table, workers: int) -> None:
             for process, said in list(running.items()):
                 lines = _said(said)
                 for line in lines:
-                    if line.startswith('{"block": ') and (found := json.loads(line)):
-                        if found["block"] not in table.failed:
-                            table.fail(found["block"], found["failed"])
+                    found = json.loads(line) if line.startswith('{"block": ') else None
+                    if found and found["block"] not in table.failed:
+                        table.fail(found["block"], found["failed"])
                 if process.poll() is None:
                     continue
                 running.pop(process).close()
                 code = process.returncode
                 if code == 0:
                     continue
-                why = (
-                    f"its process ended with {f'signal {-code}' if code < 0 else f'status {code}'}"
-                )
+                ending = f"signal {-code}" if code < 0 else f"status {code}"
+                why = f"its process ended with {ending}"
                 number = _block_of(table, process.pid)
                 if number is None:
                     silent += 1
                     if silent >= ATTEMPTS:
-                        raise RuntimeError(f"workers do not start: {why}: {[*lines, ''][-2:][0]}")
+                        raise RuntimeError(
+                            f"workers do not start: {why}: {lines[-1] if lines else ''}"
+                        )
                     continue
                 table.say(f"block {number + 1} of {len(table.blocks)}: {why}; once more")
                 ended[number] = ended.get(number, 0) + 1
