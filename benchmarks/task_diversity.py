@@ -15,7 +15,7 @@ cross, on fresh tasks. At the size of a CPU: d = 3, N = 8, sigma = 0.5, two laye
 
 A sweep of a family and a probe of this file; the command asks the same:
 
-    cd benchmarks; orrery sweep task_diversity:DiscretePool --grid pool=2,8,32,128,512,2048 \
+    cd benchmarks; orrery sweep task_diversity:DiscretePool --grid pool=2,8,32,128,1024 \
         --measure loss,probe:task_diversity:ESTIMATORS --out sweep
 """
 
@@ -52,7 +52,7 @@ from synthetic.tasks.regression import Gaussian
 from synthetic.tasks.task import Batch
 from synthetic.theory.ridge import ridge
 
-POOLS = (2, 8, 32, 128, 512, 2048)
+POOLS = (2, 8, 32, 128, 1024)
 LARGEST = 4096
 NAME = "probe:task_diversity:ESTIMATORS"
 RESULTS = Path(__file__).parent / "results"
@@ -127,7 +127,7 @@ class DiscretePool(GradientDescent):
     def counterpart(self) -> Counterpart:
         norm = NormConfig(affine=True)
         heads = HeadsConfig("softmax", 4, self.width // 4, self.width // 4)
-        layer = LayerConfig((heads,), MlpConfig(4 * self.width, "gelu", bias=True), norm, norm)
+        layer = LayerConfig((heads,), MlpConfig(2 * self.width, "gelu", bias=True), norm, norm)
         config = Config(
             self.width,
             (SegmentConfig((layer,), self.layers),),
@@ -136,7 +136,7 @@ class DiscretePool(GradientDescent):
         )
         base = untrained(config, keys=("context",))
         recipe = Recipe(
-            steps=4000, batch=32, learning_rate=3e-3, schedule="cosine", warmup=200, clip=1.0,
+            steps=2000, batch=32, learning_rate=3e-3, schedule="cosine", warmup=200, clip=1.0,
             checkpoint_every=500,
         )  # fmt: skip
         return Counterpart(lambda key: randomise(base, key, self.width**-0.5), self.task, recipe)
@@ -215,7 +215,7 @@ def figure(found: dict[str, Any]) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("reports/task_diversity"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--save", action="store_true", help="keep figures in results/")
     given = parser.parse_args()

@@ -321,9 +321,8 @@ def _on_processes(table: _Table, workers: int) -> None:
                 if number is None:
                     silent += 1
                     if silent >= ATTEMPTS:
-                        raise RuntimeError(
-                            f"workers do not start: {why}: {lines[-1] if lines else ''}"
-                        )
+                        last = lines[-1] if lines else "nothing said"
+                        raise RuntimeError(f"workers do not start: {why}: {last}")
                     continue
                 table.say(f"block {number + 1} of {len(table.blocks)}: {why}; once more")
                 ended[number] = ended.get(number, 0) + 1
