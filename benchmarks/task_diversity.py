@@ -9,7 +9,8 @@ fresh ones (Raventos et al. 2023, arXiv 2306.15063). Two estimators are exact an
 
 The best predictor of the data it is trained on is the pool's at every M. One that goes over to
 ridge as M grows does better on fresh tasks than that: the figure shows where the two distances
-cross, on fresh tasks. At the size of a CPU: d = 3, N = 8, sigma = 0.5, two layers of softmax heads and MLPs.
+cross, on fresh tasks. At the size of a CPU: d = 3, N = 8, sigma = 0.5, two layers of softmax heads
+and MLPs.
 
     python benchmarks/task_diversity.py --out reports/task_diversity --save
 
