@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal, InvalidOperation
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,7 @@ def recipe_fields() -> list[str]:
     return found
 
 
+@cache
 def _settings_in_source(reference: str) -> list[str] | None:
     """The arguments of a function, or the fields of a dataclass and its bases, without importing.
 
