@@ -31,8 +31,10 @@ from synthetic.files import RunError, atomic, claim_folder, json_object, remove
 SWEEP = "sweep.json"
 #: A block whose worker ends so often without a word is given up.
 ATTEMPTS = 3
-#: Seconds between two looks at what workers have done, and between two tables on the way.
+#: Seconds between two looks at what workers have done, and at least between two tables.
 LOOK, REFRESH = 0.3, 10.0
+#: The most of the time that is spent on these.
+SHARE = 0.05
 
 
 def run(
@@ -143,6 +145,7 @@ class _Table:
         self.failed: dict[int, str] = {}  # of blocks, in this run
         self.rows: list[dict[str, Any]] = []
         self._began, self._written, self._spoke = time.perf_counter(), 0.0, 0.0
+        self._next = 0.0
         self._known: dict[int, dict[str, Any]] = {}
         self._look()
         self._before = len(self._known)
@@ -188,7 +191,7 @@ class _Table:
         self._look()
         done, total = len(self._known), sum(map(len, self.blocks))
         now = time.perf_counter()
-        if not last and self._written and now - self._written < REFRESH:
+        if not last and self._written and now < self._next:
             return
         self.rows = self._all_rows()
         try:
@@ -196,6 +199,7 @@ class _Table:
         except OSError as error:  # a full disk: the points that are there stay
             self.say(one_line(error))
         self._written = time.perf_counter()
+        self._next = self._written + max(REFRESH, (self._written - now) / SHARE)
         made = done - self._before
         left = (now - self._began) / made * (total - done) if made else None
         rest = "" if left is None or done == total else f"; about {results.duration(left)} to go"

@@ -248,7 +248,7 @@ def _measure_losses(
         return own.loss(construction.apply(model, *batch.inputs), batch).mean()
 
     if "loss" not in programs:
-        programs["loss"] = compile_once(jax.vmap(one), often=True)
+        programs["loss"] = compile_once(jax.vmap(one))  # few examples beside those of a fit
     each = {n: v for n, v in _lanes(ready).items() if n.startswith("task.")}
     each = {n.removeprefix("task."): np.asarray(v, jnp.result_type(float)) for n, v in each.items()}
     count = len(sweep.seeds)
