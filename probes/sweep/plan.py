@@ -27,11 +27,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, resolve
 from synthetic.files import RunError, parse_json_text
 
 FORMAT, VERSION = "orrery-sweep", 1
 RECIPE = "recipe."
+#: What runs a sweep; it knows sweeps, not the other way round.
+ENGINE = "probes.sweep.engines:run"
 #: What can be measured besides "probe:NAME".
 MEASURES = {
     "loss": "mean loss of the fitted model on fresh inputs, beside the construction's",
@@ -219,9 +221,7 @@ class Sweep:
 
         See `probes.sweep.engines.run` for the options, and for what is written.
         """
-        from probes.sweep import engines
-
-        return engines.run(self, Path(out), **options)
+        return resolve(ENGINE)(self, Path(out), **options)
 
 
 def _kind(value: Any) -> Any:
