@@ -387,7 +387,7 @@ def _on_ray(table: _Table, address: str, cpus: float | int, gpus: float | int) -
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     local: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    options = local if address == "local" else {"address": address}
+    options: dict[str, Any] = local if address == "local" else {"address": address}
     if address == "local":  # elsewhere, every node has the package
         options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     ours = not ray.is_initialized()

@@ -139,7 +139,8 @@ class Loop:
                 next(given) if moves else leaf for leaf, moves in zip(static, dynamic, strict=True)
             ]
             task = jax.tree.unflatten(structure, merged)
-            return self._chunk(state, *seeds, task, start, stop)
+            numbers, lanes = seeds
+            return self._chunk(state, numbers, lanes, task, start, stop)
 
         seeds: Any = (self._seeds() if self.stacked else self._seeds()[0], self.lanes)
         options: dict[str, Any] = {"donate_argnums": 0}
