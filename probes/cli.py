@@ -46,6 +46,7 @@ from probes.options import (
     write_json,
 )
 from probes.report.commands import Claims, Compare, Demo, Import
+from probes.sweep.command import Sweep
 from synthetic.compilation import forget_programs, keep_programs
 
 
@@ -301,7 +302,7 @@ class Export:
         return OK if passed else FAILED
 
 
-COMMANDS = (List, Verify, Fit, Import, Compare, Claims, Probe, Demo, Export)
+COMMANDS = (List, Verify, Fit, Import, Compare, Claims, Probe, Sweep, Demo, Export)
 
 
 class Stopped(BaseException):
