@@ -24,6 +24,7 @@ from jaxtyping import Array, ArrayLike
 
 from constructions.core.transformer import Transformer
 from synthetic.compilation import compile_once
+from synthetic.display import Mark, Table, Text, shown
 from synthetic.tasks.task import Batch
 
 
@@ -237,6 +238,12 @@ class Measurement:
         if abs(self.measured - self.published) <= slack:
             return "reproduced"
         return "better" if self.better and self.measured < self.published else "differs"
+
+    def _repr_html_(self) -> str:
+        rows = [("published", self.published), ("measured", self.measured)]
+        rows += [("standard error", self.error)] if self.error else []
+        said = [Text(f"{self.statement} {self.source}."), Text(self.note)]
+        return shown(self.name, Mark(self.verdict), said[0], Table((), rows), said[1])
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, with the verdict."""

@@ -22,7 +22,7 @@ syntax             sentences: heads along arcs, spans, trees, constituents passe
 statistics, ledger claims, their controls, their verdicts
 report             a page of probes and the ledger
 style              how numbers and figures look
-cli, options       the command
+cli, options       the command; listing of it shows families and programs
 
 `PROBES` maps the name of every probe to where it is, "module:attribute", so that names can be
 listed before anything heavy is imported; `find` gives the probe. A package of somebody else adds

@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from typing import Any
 
 import numpy as np
 from jax import Array
 
+from constructions.core import folding, picture
 from constructions.core.matrices import Matrix
 from constructions.core.slots import Affine, Slot, Slots, concatenate, constant
+from synthetic.display import Image, shown
 
 Window = tuple[int | None, int | None]
 
@@ -383,6 +386,28 @@ class Program:
         """(number from 1, layer) for every layer applied."""
         for number in range(self.depth):
             yield number + 1, self.layers[number % len(self.layers)]
+
+    def draw(self, out: str | PathLike[str] | None = None, *, name: str = "") -> picture.Drawing:
+        """A picture: slots as lanes, layers from left to right, heads between the lanes.
+
+        Args:
+            out: a file that it is written to, .svg or .png; ValueError for another suffix.
+            name: in its title, in the place of the program's.
+        """
+        if out is not None:
+            picture.check_suffix(out)
+        drawing = picture.draw(self, name)
+        if out is not None:
+            drawing.save(out)
+        return drawing
+
+    def equations(self, name: str = "") -> str:
+        """The slots, and what every layer adds to them, as equations (`core.equations`)."""
+        return folding.text(self, name)
+
+    def _repr_html_(self) -> str:
+        drawing = self.draw()
+        return shown("", Image(drawing.png, drawing.alt))
 
     def __repr__(self) -> str:
         heads = sum(len(layer.single_heads) for layer in self.layers)
