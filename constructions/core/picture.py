@@ -4,8 +4,8 @@ Every head is a numbered node: thin lines come from the lanes that it reads (q, 
 or value; f: as a factor), arrows lead to the lanes that it writes. Its colour is its mixer. Below
 stands the equation of each number. What repeats is drawn once; see `constructions.core.folding`.
 
-All text keeps its size whatever the program's: the picture is `WIDTH` inches wide and as high as it
-needs to be, so that at 1,200 pixels the smallest letters are 9 pixels high.
+All text has one size: the picture is `WIDTH` inches wide, or less where that is enough, and as high
+as it needs to be, so that at 1,200 pixels the smallest letters are 9 pixels high or more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from constructions.core.folding import Folded, Item, Lane, Stage, folded, headli
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 12.0  # inches
+WIDTH, NARROW = 12.0, 7.0  # inches, at most and at least
 LEFT, RIGHT = 2.3, 2.2  # of names, and of what they mean
 PITCH = 0.44  # between lanes
 STEP, CLOSE, MANY = 0.92, 0.74, 14  # between heads, and where they are more than so many
@@ -44,6 +44,7 @@ COLOURS = {
     "norm": "#8a6d00",
 }
 OTHER = "#56B4E9"
+LETTERS = {"q": "query", "k": "key", "v": "value", "f": "factor", "h": "hidden", "g": "gate"}
 #: What a node is called in the key.
 KINDS = {
     "linear": "linear attention",
@@ -144,8 +145,24 @@ class _Page:
         self.found = found
         self.title = headline(program, name)
         meanings = [bool(lane.meaning) for lane in found.lanes.values()]
-        self.right = WIDTH - (RIGHT if 3 * sum(meanings) > len(meanings) else 0.25)
+        beside = RIGHT if 3 * sum(meanings) > len(meanings) else 0.25
         self.step = CLOSE if len(found.items) > MANY else STEP
+        self.kinds = {i.kind: KINDS.get(i.kind, i.kind) for i in found.items}
+        roles = {role for item in found.items for part in item.parts for _, role in part.reads}
+        letters = [f"{a} {b}" for a, b in LETTERS.items() if a in roles]
+        self.letters = f"reads as {', '.join(letters)}" if letters else ""
+        names = max(text_width(item.name, NORMAL) for item in found.items)
+        self.margin = 0.52 + min(names, 2.4) + 0.3
+        equations = max(text_width(e, NORMAL) for item in found.items for e in item.equations)
+        keys = [text_width(said, SMALL) + 0.52 for said in (*self.kinds.values(), self.letters)]
+        needs = (
+            LEFT + 1.5 * sum(map(self.stage_width, found.stages)) + beside,
+            self.margin + equations + 0.25,
+            text_width(self.title, LARGE, True) + 0.4,
+            sum(keys) + 0.3,
+        )
+        self.width = min(max(*needs, NARROW), WIDTH)
+        self.right = self.width - beside
         self.systems = list(self._systems())
         self.lines = [(item, *self._lines(item)) for item in found.items]
 
@@ -153,8 +170,7 @@ class _Page:
         row: list[tuple[int, Stage, float, float]] = []
         x = LEFT
         for number, stage in enumerate(self.found.stages):
-            words = max(text_width(w, SMALL, True) for w in stage.title.split())
-            width = max(self.step * len(stage.items) + 0.12, words + 0.15)
+            width = self.stage_width(stage)
             if row and x + width > self.right:
                 yield self._system(row)
                 row, x = [], LEFT
@@ -162,6 +178,11 @@ class _Page:
             x += width
         if row:
             yield self._system(row)
+
+    def stage_width(self, stage: Stage) -> float:
+        """The least that its heads and its title take."""
+        words = max(text_width(word, SMALL, True) for word in stage.title.split())
+        return max(self.step * len(stage.items) + 0.12, words + 0.15)
 
     def _system(self, row: list[tuple[int, Stage, float, float]]) -> _System:
         stretch = min((self.right - LEFT) / (row[-1][3] - LEFT), 2.4)  # use the room that is left
@@ -180,7 +201,7 @@ class _Page:
 
     def _lines(self, item: Item) -> tuple[list[str], list[str]]:
         """The equations of an item, wrapped, and what stands below them."""
-        width = WIDTH - 3.6
+        width = self.width - self.margin - 0.2
         rows = [w for e in item.equations for w in wrapped(e, NORMAL, width)]
         return rows, wrapped(item.where, SMALL, width)
 
@@ -202,9 +223,9 @@ class _Page:
         from matplotlib.figure import Figure
 
         total = self.total()
-        figure = Figure(figsize=(WIDTH, total), facecolor="white")
+        figure = Figure(figsize=(self.width, total), facecolor="white")
         self.axis = figure.add_axes((0, 0, 1, 1))
-        self.axis.set(xlim=(0, WIDTH), ylim=(0, total))
+        self.axis.set(xlim=(0, self.width), ylim=(0, total))
         self.axis.axis("off")
         y = total - 0.28
         self.text(0.2, y, self.title, LARGE, weight="bold")
@@ -240,17 +261,11 @@ class _Page:
     def key(self, y: float) -> None:
         """What colours, shapes and letters mean."""
         x = 0.32
-        for kind in dict.fromkeys(item.kind for item in self.found.items):
-            said = KINDS.get(kind, kind)
+        for kind, said in self.kinds.items():
             self.node(x, y, kind, "")
             self.text(x + 0.17, y, said, SMALL, color=MUTED)
-            x += 0.17 + text_width(said, SMALL) + 0.35
-        letters = {"q": "query", "k": "key", "v": "value", "f": "factor"}
-        letters |= {"h": "hidden", "g": "gate"}
-        roles = {r for item in self.found.items for part in item.parts for _, r in part.reads}
-        said = ", ".join(f"{a} {b}" for a, b in letters.items() if a in roles)
-        if said:
-            self.text(x, y, f"reads as {said}", SMALL, color=MUTED)
+            x += text_width(said, SMALL) + 0.52
+        self.text(x, y, self.letters, SMALL, color=MUTED)
 
     def system(self, system: _System, top: float) -> None:
         """Lanes, stages and nodes."""
@@ -292,7 +307,7 @@ class _Page:
         self.text(LEFT - 0.12, y + 0.075, name, NORMAL, weight="bold", ha="right")
         facts = wrapped(f"{lane.size}; {lane.groups}", SMALL, room, 1)[0]
         self.text(LEFT - 0.12, y - 0.085, facts, SMALL, color=MUTED, ha="right")
-        room = WIDTH - self.right - 0.2
+        room = self.width - self.right - 0.2
         said = wrapped(lane.meaning, SMALL, room, 2) if room > 1 else []
         for n, line in enumerate(said):
             self.text(end + 0.1, y + 0.07 * (len(said) - 1) - 0.14 * n, line, SMALL, color=MUTED)
@@ -343,10 +358,10 @@ class _Page:
                 self.text(0.52, y - 0.04 - 0.15 * n, line, NORMAL, color=MUTED)
             at = y - 0.04
             for line in rows:
-                self.text(3.1, at, line, NORMAL)
+                self.text(self.margin, at, line, NORMAL)
                 at -= 0.175
             for line in where:
-                self.text(3.1, at, line, SMALL, color=MUTED)
+                self.text(self.margin, at, line, SMALL, color=MUTED)
                 at -= 0.145
             y -= self._item_height(rows, where)
 

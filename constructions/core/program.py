@@ -84,7 +84,7 @@ class Head:
     `mesa` they are linear in the query (sum_{j <= i} k_j k_j^T + regularization)^-1 q_i, so that
     the head is ridge regression from keys to values so far, at the query; its window is causal.
     For `transposed_softmax` the softmax is over i: see `constructions.core.layer`. With a factor
-    they are multiplied, behind the mixer, by factor[0](e_i) . factor[1](e_j).
+    they are multiplied, behind the mixer, by `factor[0](e_i) . factor[1](e_j)`.
 
     Attributes:
         query, key, value: affine maps of the slots; query and key have equally many rows.

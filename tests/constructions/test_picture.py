@@ -138,7 +138,7 @@ def test_texts_that_differ_in_numbers_are_one() -> None:
     assert merged(["inside 2…4", "inside 3…9"]) == "inside 2…9"
     assert merged(["inside 2", "outside 2"]) == "inside 2"
     assert skeleton("row 0 of 4, part 2") == skeleton("row 3 of 16, part 1")
-    assert wrapped("a b c d", 8, 0.01)[0] == "a"
+    assert wrapped("a b c d", 8.0, 0.01)[0] == "a"
 
 
 def test_a_picture_is_written_by_its_suffix(tmp_path: Path) -> None:
