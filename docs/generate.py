@@ -114,10 +114,12 @@ def write_family(folder: Path, name: str, report: Mapping[str, Any] | None) -> N
     settings = " ".join(
         f"--set {key}={json.dumps(value)}" for key, value in family.example().items()
     )
-    lines = [f"# {name}", f"{family.about}: {source_link(family.source)}.", ""]
+    about = family.about[:1].upper() + family.about[1:]
+    lines = ["---", "hide: [toc]", "---", f"# {name}", ""]
+    lines += [f"{about} ({source_link(family.source)}).", ""]
     if report:
         lines += [f'!!! note ""\n    {report["verdict"]}: [report](../reports/{name}/report.html)']
-    lines += [f"\n![{alt}]({name}.png)\n", "## As equations", ""]
+    lines += [f"\n[![{alt}]({name}.png)]({name}.png)\n", "## As equations", ""]
     lines += ["```text", construction.program.equations(name), "```", ""]
     if construction.claims:
         lines += ["## Claims about trained models", "", claims_table(construction, report)]
@@ -242,13 +244,12 @@ def reference_page() -> str:
 
 
 def on_post_page(output: str, **_: Any) -> str:
-    """A page without the scripts that would be asked of another machine."""
-    return re.sub(
-        r"<script[^>]*(?:src=[\"']https?:[^>]*|text/x-mathjax-config[^>]*)>.*?</script>",
-        "",
-        output,
-        flags=re.DOTALL,
-    )
+    """A page without the scripts that come from another machine, or would ask one."""
+
+    def own(match: re.Match[str]) -> str:
+        return "" if re.search(r"(?:https?:)?//\w+\.\w|src=[\"']{2}", match[0]) else match[0]
+
+    return re.sub(r"<script\b[^>]*>.*?</script>", own, output, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
