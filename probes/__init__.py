@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 GROUP = "orrery.probes"
 
-#: The probes of this package, in the order of README.md.
+#: The probes of this package, in the order of docs/probes.md.
 PROBES: dict[str, str] = {
     "losses": "probes.losses:LOSSES",
     "scale": "probes.losses:SCALE",
@@ -69,7 +69,7 @@ PROBES: dict[str, str] = {
     "distillation": "probes.descent:DISTILLATION",
 }
 
-__all__ = ["GROUP", "PROBES", "check_name", "find", "places", "readme_table"]
+__all__ = ["GROUP", "PROBES", "check_name", "find", "places", "probe_table"]
 
 
 def places() -> dict[str, str]:
@@ -117,8 +117,8 @@ def find(name: str) -> Probe:
     return found
 
 
-def readme_table() -> str:
-    """The table of our probes, as README.md has it."""
+def probe_table() -> str:
+    """The table of our probes, as docs/probes.md has it."""
     lines = ["| probe | the question | it misleads when |", "|---|---|---|"]
     for probe in map(find, PROBES):
         lines.append(f"| `{probe.name}` | {probe.question} | {probe.misleads} |")

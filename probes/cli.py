@@ -139,7 +139,7 @@ class Fit:
 
 
 #: What may be typed after `orrery probe`.
-KNOWN = f"{', '.join(PROBES)}; or module:attribute. README.md says what each answers"
+KNOWN = f"{', '.join(PROBES)}; or module:attribute. docs/probes.md says what each answers"
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """A probe: one question to a run of a family, and the table that answers it.
 
 A file of `probes` holds the science of one question and, at its end, the `Probe` that asks it of a
-run. `probes.PROBES` lists them; the command, the report, the README's table and the tests are made
-from that list.
+run. `probes.PROBES` lists them; the command, the report, the table of docs/probes.md and the tests
+are made from that list.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Probe:
 
     Attributes:
         name: as it is typed.
-        question, misleads: a row of the table in README.md, each without its mark at the end.
+        question, misleads: a row of the table in docs/probes.md, each without its mark at the end.
         measure: of a run and a seed (of inputs and controls), and of options that the probe itself
             may have, to the result.
         needs: of a run, why it does not fit, in one phrase; "" if it does. Asked before measuring.

@@ -147,3 +147,16 @@ def test_the_site_is_built_and_asks_nothing_of_other_machines(tmp_path: Path) ->
         assert found is None, f"{page.name}: {found and found[0]}"
         for image in re.findall(r"<img\b[^>]*>", page.read_text()):
             assert re.search(r"\balt=\"[^\"]+\"", image) or "output" in str(page), image
+
+
+def test_links_and_picture_of_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for link in LINK.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        assert (ROOT / link).exists(), link
+    family = constructions.CATALOGUE["gradient-descent"]
+    said = family(**family.example()).program.equations()
+    (alt,) = re.findall(r"!\[(.*?)\]\(docs/construction\.png\)", text)
+    assert alt.partition(": ")[2] in said
+    assert set(DOCS.glob("*.md")) == {
+        DOCS / name for name in re.findall(r"docs/(\w+\.md)", text)
+    } | {DOCS / "index.md"}

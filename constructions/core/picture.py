@@ -11,7 +11,6 @@ as it needs to be, so that at 1,200 pixels the smallest letters are 9 pixels hig
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -104,29 +103,40 @@ def check_suffix(out: str | PathLike[str]) -> str:
     return suffix
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2)
+def _advances(bold: bool) -> dict[str, float]:
+    """Widths of letters in ems, filled as they are asked for."""
+    return {}
+
+
 def text_width(text: str, size: float, bold: bool = False) -> float:
     """Of a line of text, in inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
+    known = _advances(bold)
+    if missing := set(text) - set(known):
+        from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    font = FontProperties(family="DejaVu Sans", size=size, weight="bold" if bold else "normal")
-    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+        weight = "bold" if bold else "normal"
+        font = get_font(findfont(FontProperties(family="DejaVu Sans", weight=weight)))
+        font.set_size(64, 72)
+        known |= {a: font.load_char(ord(a)).linearHoriAdvance / 2**16 / 64 for a in missing}
+    return sum(known[letter] for letter in text) * size / 72
 
 
 def wrapped(text: str, size: float, width: float, most: int = 99, bold: bool = False) -> list[str]:
-    """A text in lines of so many inches, at most so many of them."""
-    if not text:
-        return []
-    letters = max(int(width / text_width("n" * 20, size, bold) * 20 * 1.25), 4)
-    while letters > 3:
-        lines = textwrap.wrap(text, letters, break_on_hyphens=False)
-        if all(text_width(line, size, bold) <= width for line in lines):
-            break
-        letters -= 1
-    else:
-        lines = [text]
-    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"]
+    """A text in lines of so many inches, at most so many of them; a word may be wider."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(longer, size, bold) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while text_width(f"{last}…", size, bold) > width and len(last) > 1:
+        last = last[:-1]
+    return [*lines[: most - 1], f"{last.rstrip(' ,;')}…"]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from constructions.core.picture import WIDTH, draw, wrapped
 from constructions.core.program import CAUSAL, SELF, Head, HeadFamily, Layer, Mlp, Norm, Program
 from constructions.core.slots import Slots, concatenate, constant
 from constructions.runs import construct
+from probes.cli import main
 
 ACROSS = 1200  # pixels at which a picture must be legible
 LEAST = 8  # pixels of the smallest letters
@@ -153,3 +154,17 @@ def test_a_picture_is_written_by_its_suffix(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"p\.pdf: a picture ends in \.svg or \.png, not '\.pdf'"):
         program.draw(tmp_path / "p.pdf")
     assert 'alt="program: 1 layer, 0 heads, 4 columns' in program._repr_html_()
+
+
+def test_the_command_shows_equations_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.svg"
+    command = ["show", "gradient-descent", "--set", "step_size=0.5", "--out", str(out)]
+    assert main(command) == 0
+    assert "y += −0.05 Σⱼ (xᵢ·xⱼ) yⱼ" in capsys.readouterr().out
+    assert out.read_bytes().startswith(b"<?xml")
+    assert main(command) == 2
+    assert "p.svg" in capsys.readouterr().err
+    assert main(["show", "gradient-descent", "--out", str(tmp_path / "p.jpg")]) == 2
+    assert "a picture ends in .svg or .png, not '.jpg'" in capsys.readouterr().err
