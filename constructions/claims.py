@@ -115,6 +115,12 @@ class Claim:
     note: str = ""
     needs: tuple[Callable[[Evidence], str], ...] = ()
 
+    def _repr_html_(self) -> str:
+        rows = [("holds if", f"{self.direction} {self.threshold:.4g}"), ("source", self.source)]
+        rows += [("published", self.published)] if self.published is not None else []
+        rows += [("must reject", ", ".join(("random init", *self.catches)))]
+        return shown(self.name, Text(self.statement), Table((), rows), Text(self.note))
+
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name of a claim is {self.name!r}, must be a string of some letters")

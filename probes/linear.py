@@ -25,6 +25,7 @@ from probes.probe import Probe, Result, table
 from probes.regression import Ridge, Split, ridge, split
 from probes.style import Picture, figure_of, in_style, png
 from probes.subject import Readable, activations, stream_size, too_large, variables
+from synthetic.display import ShowsMarkdown
 
 #: Numbers in the stream of one input up to which values are looked for in all tokens at once.
 SMALL = 10_000
@@ -33,7 +34,7 @@ CONTROLS = ("construction", "input-only", "random init", "control task")
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeTable:
+class ProbeTable(ShowsMarkdown):
     """Held-out R^2 of ridge probes.
 
     Attributes:

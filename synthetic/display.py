@@ -186,3 +186,36 @@ def curve(steps: Sequence[float], losses: Any, optimum: float | None = None) -> 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
+
+
+class ShowsHistory:
+    """A base for what has a `history` of records and `seeds`: their last losses, and the curve."""
+
+    history: list[dict[str, Any]]
+    seeds: tuple[int, ...]
+
+    def _repr_html_(self) -> str:
+        kind, count = type(self).__name__, len(self.seeds)
+        title = f"{kind} of {count} model{'' if count == 1 else 's'}"
+        records = [record for record in self.history if "loss" in record]
+        if not records:
+            return shown(f"{title} without a history")
+        steps, losses = ([record[name] for record in records] for name in ("step", "loss"))
+        last = losses[-1] if isinstance(losses[-1], list) else [losses[-1]]
+        rows = [(seed, number(loss, 4)) for seed, loss in zip(self.seeds, last, strict=False)]
+        alt = f"Loss over steps: from {number(losses[0])} to {number(losses[-1])}."
+        picture = Image(curve(steps, losses), alt)
+        return shown(f"{title}, {steps[-1]} steps", picture, Table(("seed", "last loss"), rows))
+
+
+class ShowsMarkdown:
+    """A base for what says itself as a table of Markdown."""
+
+    def markdown(self) -> str:
+        """The table as text."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        lines = [line.strip("| ").split(" | ") for line in self.markdown().splitlines()]
+        columns, _, *rows = [[cell.strip() for cell in line] for line in lines]
+        return shown("", Table(columns, rows))

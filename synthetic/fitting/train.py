@@ -24,7 +24,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from synthetic.display import Image, Table, curve, number, shown
+from synthetic.display import ShowsHistory
 from synthetic.fitting.recipe import Recipe
 from synthetic.fitting.recorder import Recorder
 from synthetic.fitting.run_directory import RunDirectory, finite
@@ -48,7 +48,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 @dataclass(frozen=True, repr=False)
-class Fit:
+class Fit(ShowsHistory):
     """The result of `fit`.
 
     Attributes:
@@ -81,17 +81,6 @@ class Fit:
     def last(self) -> Any:
         """The last iterate of the first seed."""
         return self.last_models[0]
-
-    def _repr_html_(self) -> str:
-        kind = type(self.models[0]).__name__ if self.models else "no model"
-        title = f"Fit of {kind}: {self.step} steps in {sum(self.seconds.values()):.1f} s"
-        if not self.history:
-            return shown(title)
-        steps, losses = ([record[name] for record in self.history] for name in ("step", "loss"))
-        last = losses[-1] if isinstance(losses[-1], list) else [losses[-1]]
-        rows = [(seed, number(loss, 4)) for seed, loss in zip(self.seeds, last, strict=False)]
-        alt = f"Loss over steps: from {number(losses[0])} to {number(losses[-1])}."
-        return shown(title, Image(curve(steps, losses), alt), Table(("seed", "last loss"), rows))
 
     def __repr__(self) -> str:
         """Steps, time, and the losses of the last chunks, a column for each of four seeds."""
@@ -244,6 +233,8 @@ def print_progress(record: Mapping[str, Any]) -> None:
     parts = [f"step {record['step']}/{record['steps']}"]
     parts += [f"{name.replace('_', ' ')} {shown(name)}" for name in names]
     parts.append(f"{record['steps_per_second']:.0f} steps/s")
+    if left := record["steps"] - record["step"]:
+        parts.append(f"{left / max(record['steps_per_second'], 1e-9):.0f} s left")
     Console(stderr=True, highlight=False, soft_wrap=True).print("  ".join(parts))
 
 

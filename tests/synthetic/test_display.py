@@ -8,8 +8,10 @@ import pytest
 from constructions.certificate import Certificate, Error
 from constructions.claims import Claim, Measurement
 from constructions.core.config import Config
+from constructions.core.inventory import Components, Part
 from probes.ledger import decide
 from probes.probe import table
+from probes.report.data import Comparison
 from synthetic.display import Image, Mark, Table, Text, curve, number, settings_table, shown
 from synthetic.fitting.recipe import Recipe
 from synthetic.fitting.train import Fit
@@ -43,13 +45,19 @@ class Reader(HTMLParser):
 CLAIM = Claim("a claim", "It says so.", "prediction_distance", 0.1, "<=", "a paper", catches=("x",))
 FIT = Fit((), (), [{"step": 1, "loss": [2.0, 3.0]}, {"step": 9, "loss": [0.5, 0.25]}], 9,
           {"run": 1.5}, Recipe(steps=9), (0, 1))  # fmt: skip
+ROW = decide(CLAIM, {"construction": 0.0, "random init": 0.9, "x": 0.01}, [0.2, 0.3])
+CERTIFICATE = Certificate("C(<b>)", (Error("float32", 1e-7, 2e-7, 1e-6, "v"),), {"task": "T"})
+COMPARISON = Comparison("f", "", "", {}, (0, 1), CERTIFICATE, [ROW], {}, [], {})
 OBJECTS = {
+    "claim": (CLAIM, ["a claim", "must reject", "random init, x"]),
+    "components": (Components((Part("p", 1, 2, 1, {"mesa": 1}),)), ["non-standard", "mesa (1)"]),
+    "comparison": (COMPARISON, ["0 of 1 claim holds on 2 trained models", "passed", "void"]),
     "certificate": (
-        Certificate("C(<b>)", (Error("float32", 1e-7, 2e-7, 1e-6, "value"),), {"task": "T"}),
+        CERTIFICATE,
         ["passed", "float32", "2e-7", "C(<b>)"],
     ),
     "ledger row": (
-        decide(CLAIM, {"construction": 0.0, "random init": 0.9, "x": 0.01}, [0.2, 0.3]),
+        ROW,
         ["void", "a claim", "<= 0.1", "random init"],
     ),
     "probe result": (table("a <title>", ["c"], ["r"], [[np.nan]], "a note"), ["n/a", "a <title>"]),
@@ -89,6 +97,10 @@ def test_blocks() -> None:
     assert number(1e-7) == "1e-7" and number(float("nan")) == "n/a"
     assert curve([1, 2], [[3.0, 1.0], [0.2, 0.1]], 0.1).startswith(b"\x89PNG")
     assert "none" in settings_table(Recipe())
+
+
+def test_a_comparison_says_its_claims_in_text() -> None:
+    assert str(COMPARISON).splitlines()[1] == "a claim: void (<= 0.1)"
 
 
 def test_a_row_says_its_verdict_in_text() -> None:
