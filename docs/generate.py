@@ -13,6 +13,7 @@ It is also the hook of mkdocs that keeps the address of a script server out of t
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -243,8 +244,14 @@ def reference_page() -> str:
     return "\n".join(lines)
 
 
-def on_post_page(output: str, **_: Any) -> str:
-    """A page without the scripts that come from another machine, or would ask one."""
+def on_post_page(output: str, page: Any = None, **_: Any) -> str:
+    """A page without the scripts that come from another machine, or would ask one.
+
+    Figures of notebooks get words: that they are figures of it, which its text explains.
+    """
+    title = html.escape(str(getattr(page, "title", "")))
+    said = f"Figure of the notebook, explained in its text: {title}"
+    output = output.replace("No description has been provided for this image", said)
 
     def own(match: re.Match[str]) -> str:
         return "" if re.search(r"(?:https?:)?//\w+\.\w|src=[\"']{2}", match[0]) else match[0]

@@ -287,7 +287,8 @@ def of_mlp(mlp: Any) -> Part:
         if plain:
             lines.append(f"{name} += {times(blocks[0].content, _closed(body))}")
         else:
-            lines.append(f"{name} += M {_closed(body)}")
+            product = f"({body})" if mlp.gate is not None else _closed(body)
+            lines.append(f"{name} += M {product}")
     groups = mlp.token_groups
     where = "" if groups is None else f"i in {', '.join(groups)}"
     reads = tuple((slot, role) for role, e in parts for slot in e.terms)

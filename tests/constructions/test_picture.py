@@ -113,6 +113,8 @@ def test_equations_say_what_heads_do() -> None:
     assert of_head(family).where == "j = i + 2"
     mlp = Mlp(w @ x + 1.0, {y: -1.0}, gate=y, activation="relu")
     assert of_mlp(mlp).equations == ("y += −relu(M x + 1) ⊙ y",)
+    mlp = Mlp(x, {y: w}, gate=x, activation="identity")
+    assert of_mlp(mlp).equations == ("y += M (x ⊙ x)",)
 
 
 def test_what_repeats_is_shown_once() -> None:
