@@ -160,7 +160,7 @@ def _plain(value: Any) -> Any:
     return "none" if value is None else value if simple else repr(value)
 
 
-def curve(steps: Sequence[float], losses: Any, optimum: float | None = None) -> bytes:
+def curve(steps: Sequence[int | float], losses: Any, optimum: float | None = None) -> bytes:
     """A small figure of losses over steps, one line a seed; PNG.
 
     Args:
