@@ -23,7 +23,6 @@ MOST_ROWS = 6  # pieces of one vector that are written out
 AT_I, AT_J = "ᵢ", "ⱼ"
 _ONE_NUMBER = r"[−-]?\d+(?:\.\d+)?(?:e[−+-]?\d+)?"
 _NUMBER = re.compile(rf"(?<![A-Za-z]){_ONE_NUMBER}(?:…{_ONE_NUMBER})?")
-_FACTOR = re.compile(rf"({_ONE_NUMBER}) (\S+)")
 
 
 def decimal(value: float) -> str:
@@ -141,12 +140,17 @@ def _product(left: Affine, right: Affine, ends: tuple[str, str]) -> tuple[float,
     for one, other, at in ((left, right, ends[1]), (right, left, ends[0])):
         if not one.terms and (one.constant == one.constant[0]).all():
             return float(one.constant[0]), f"sum({affine(other, at)})"
-    factor, sides = 1.0, []
-    for side in (affine(left, ends[0]), affine(right, ends[1])):
-        if found := _FACTOR.fullmatch(side):
-            factor, side = factor * float(found[1].replace("−", "-")), found[2]
-        sides.append(_closed(side))
-    return factor, "·".join(sides)
+    (a, left), (b, right) = _scaled(left), _scaled(right)
+    return a * b, f"{_closed(affine(left, ends[0]))}·{_closed(affine(right, ends[1]))}"
+
+
+def _scaled(e: Affine) -> tuple[float, Affine]:
+    """A number times an affine map, the number 1 unless the map is a multiple of one slot."""
+    blocks = [block for m in e.terms.values() for block in m.blocks]
+    if e.constant.any() or len(blocks) != 1 or blocks[0].is_dense or blocks[0].shape[0] != e.size:
+        return 1.0, e
+    factor = float(blocks[0].content)
+    return factor, (1 / factor) * e
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,8 @@ def _head(head: Any) -> Iterator[tuple[Slot, str]]:
             number *= scale
             weights = f"({score}) " if score else ""
             alone = number == 1 and not total and not weights
-            body = f"{total}{weights}{values if alone else _closed(values)}".strip()
+            counted = "1" if total and not weights and not values else values
+            body = f"{total}{weights}{counted if alone else _closed(counted)}".strip()
         elif not score and head.mixer == "softmax":
             body = f"mean{AT_J} {_closed(values)}"
         else:

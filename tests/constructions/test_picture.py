@@ -96,6 +96,8 @@ def test_equations_say_what_heads_do() -> None:
     assert said(one, one, x, {z: 1.0}, "softmax") == ("z += meanⱼ xⱼ",)
     assert said(x, z, y, {y: 1.0}, "softmax", scale=2.0) == ("y += Σⱼ softmaxⱼ(2 xᵢ·zⱼ) yⱼ",)
     assert said(x, z, y, {y: 1.0}, "transposed_softmax") == ("y += Σⱼ softmaxᵢ(xᵢ·zⱼ) yⱼ",)
+    assert said(one, one, one, {y: 1.0}) == ("y += Σⱼ 1",)
+    assert said(2 * x, -1.5 * x, y, {y: 1.0}) == ("y += −3 Σⱼ (xᵢ·xⱼ) yⱼ",)
     both = concatenate(x, y)
     to_z, to_y = np.split(np.eye(4), [3])
     assert said(x, x, both, {z: 2 * to_z, y: -to_y}) == (
