@@ -25,6 +25,11 @@ ASKED = re.compile(
 )
 
 
+def without_code(page: Path) -> str:
+    """The text of a page, in which brackets are links."""
+    return re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def generator() -> Any:
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
@@ -70,7 +75,7 @@ def test_pages_follow_from_the_code(
         assert f"**{claim.name}**" in table
     assert table.count("refuted") == 1
     for page in pages.rglob("*.md"):
-        for link in LINK.findall(re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        for link in LINK.findall(without_code(page)):
             assert (page.parent / link).exists(), f"{page.name} leads to {link}"
 
 
@@ -151,7 +156,7 @@ def test_the_site_is_built_and_asks_nothing_of_other_machines(tmp_path: Path) ->
 
 def test_links_and_picture_of_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    for link in LINK.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+    for link in LINK.findall(without_code(ROOT / "README.md")):
         assert (ROOT / link).exists(), link
     family = constructions.CATALOGUE["gradient-descent"]
     said = family(**family.example()).program.equations()
