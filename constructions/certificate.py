@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from synthetic.compilation import compile_once
 from synthetic.display import Mark, Table, Text, shown

@@ -207,7 +207,9 @@ def _head(head: Any) -> Iterator[tuple[Slot, str]]:
     at = (AT_I, AT_I if single and low == 0 else AT_J)
     scale, score = _product(head.query, head.key, at)
     scale *= head.scale
-    factor, second = (1.0, "") if head.factor is None else _product(*head.factor, at)
+    factor, second = 1.0, ""
+    if head.factor is not None:
+        factor, second = _product(head.factor[0], head.factor[1], at)
     for slot, matrix in head.write.items():
         place, number, value = _written(slot, matrix, head.value)
         one = _one(value)

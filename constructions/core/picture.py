@@ -196,7 +196,10 @@ class _Page:
 
     def _system(self, row: list[tuple[int, Stage, float, float]]) -> _System:
         stretch = min((self.right - LEFT) / (row[-1][3] - LEFT), 2.4)  # use the room that is left
-        row = [(n, s, *(LEFT + (x - LEFT) * stretch for x in edges)) for n, s, *edges in row]
+        row = [
+            (n, stage, LEFT + (a - LEFT) * stretch, LEFT + (b - LEFT) * stretch)
+            for n, stage, a, b in row
+        ]
         used = {
             self.found.lane(slot)
             for _, stage, *_ in row
