@@ -5,10 +5,11 @@
 #   make test-all                 the tests marked slow too
 #   make fuzz EXAMPLES=20000      that many random programs, a quarter of grammars, damaged files
 #                                 and others, in one process; SEED=7 repeats a run
+#   make docs                     the site, in build/docs/html
 #   make setup EXTRAS=dev,notebooks,cuda12
 
 .DEFAULT_GOAL := demo
-.PHONY: setup demo test test-all fuzz lint notebooks bench clean
+.PHONY: setup demo test test-all fuzz lint notebooks docs bench clean
 .SUFFIXES:
 
 SHELL   = /bin/sh
@@ -69,6 +70,13 @@ lint: setup
 # Runs every notebook at full settings and keeps its outputs in the .ipynb beside it.
 notebooks: setup
 	@$(BIN)/python tests/execute_notebooks.py
+
+# The pages are written from the code, the notebooks as they were executed; nothing is downloaded.
+docs: EXTRAS = dev,notebooks,docs
+docs: setup
+	@$(BIN)/python docs/generate.py build/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f build/docs/mkdocs.yml
+	@echo "build/docs/html/index.html"
 
 bench: setup
 	@set -eu; for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python "$$file"; done

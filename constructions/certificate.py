@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from synthetic.compilation import compile_once
+from synthetic.display import Mark, Table, Text, shown
 
 #: Above this relative error a certificate would be worthless, whatever the rounding error is.
 LARGEST_TOLERANCE = 1e-2
@@ -120,6 +121,22 @@ class Certificate:
                 e.dtype: asdict(e) | {"verdict": e.verdict, "passed": e.passed} for e in self.errors
             },
         }
+
+    def _repr_html_(self) -> str:
+        columns = ("dtype", "relative error", "tolerance", "absolute error", "worst value", "")
+        rows = [
+            (
+                e.dtype, e.max_rel_error, e.tolerance, e.max_abs_error, e.worst or "not run",
+                Mark(e.verdict),
+            )
+            for e in self.errors
+        ]  # fmt: skip
+        facts = [("compared", ", ".join(self.compared))]
+        facts += [("held by no token", ", ".join(self.unplaced))] if self.unplaced else []
+        facts += [("batches of", ", ".join(map(str, self.batches))), *self.domain.items()]
+        reasons = [Text(f"{e.dtype}: {e.reason}.") for e in self.errors if e.reason]
+        title = f"Certificate of {self.construction}"
+        return shown(title, Mark(self.verdict), Table(columns, rows), *reasons, Table((), facts))
 
     def __repr__(self) -> str:
         each = ", ".join(f"{e.dtype} {e.verdict} ({e.max_rel_error:.0e})" for e in self.errors)

@@ -24,6 +24,7 @@ from jaxtyping import Array, ArrayLike
 
 from constructions.core.transformer import Transformer
 from synthetic.compilation import compile_once
+from synthetic.display import Mark, Table, Text, shown
 from synthetic.tasks.task import Batch
 
 
@@ -118,6 +119,12 @@ class Claim:
     gauge: str = "invariant: a function of the model's outputs"
     note: str = ""
     needs: tuple[Callable[[Evidence], str], ...] = ()
+
+    def _repr_html_(self) -> str:
+        rows = [("holds if", f"{self.direction} {self.threshold:.4g}"), ("source", self.source)]
+        rows += [("published", self.published)] if self.published is not None else []
+        rows += [("must reject", ", ".join(("random init", *self.catches)))]
+        return shown(self.name, Text(self.statement), Table((), rows), Text(self.note))
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -242,6 +249,12 @@ class Measurement:
         if abs(self.measured - self.published) <= slack:
             return "reproduced"
         return "better" if self.better and self.measured < self.published else "differs"
+
+    def _repr_html_(self) -> str:
+        rows = [("published", self.published), ("measured", self.measured)]
+        rows += [("standard error", self.error)] if self.error else []
+        said = [Text(f"{self.statement} {self.source}."), Text(self.note)]
+        return shown(self.name, Mark(self.verdict), said[0], Table((), rows), said[1])
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, with the verdict."""

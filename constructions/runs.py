@@ -33,6 +33,7 @@ from constructions.core.config import Config
 from constructions.core.transformer import Transformer, cast
 from constructions.family import Certificate, Construction, Counterpart, verify
 from constructions.interchange.export import check_exportable, export
+from synthetic.display import ShowsHistory
 from synthetic.files import RunError
 from synthetic.fitting import devices
 from synthetic.fitting.recipe import Recipe
@@ -87,15 +88,14 @@ FIELDS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(ShowsHistory):
     """Models of a family that are compared with its construction, most often a fit.
 
     Attributes:
         family: its name in the catalogue, or "module:attribute".
         settings: of the construction, as plain data.
         construction: the construction with these settings.
-        models: the fitted model of every seed; or models trained elsewhere, numbered.
-        seeds: in the order of `models`.
+        models, seeds: the fitted model of every seed; or models trained elsewhere, numbered.
         history: the records of `metrics.jsonl`; lists over seeds where the run has several. None
             of models trained elsewhere.
         recipe: how it was fitted, None where that is not known.

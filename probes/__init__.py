@@ -23,7 +23,7 @@ statistics, ledger claims, their controls, their verdicts
 report             a page of probes and the ledger
 sweep              fits over a grid of settings: a table, figures, a page
 style              how numbers and figures look
-cli, options       the command
+cli, options       the command; listing of it shows families and programs
 
 `PROBES` maps the name of every probe to where it is, "module:attribute", so that names can be
 listed before anything heavy is imported; `find` gives the probe. A package of somebody else adds
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 GROUP = "orrery.probes"
 
-#: The probes of this package, in the order of README.md.
+#: The probes of this package, in the order of docs/probes.md.
 PROBES: dict[str, str] = {
     "losses": "probes.losses:LOSSES",
     "scale": "probes.losses:SCALE",
@@ -70,7 +70,7 @@ PROBES: dict[str, str] = {
     "distillation": "probes.descent:DISTILLATION",
 }
 
-__all__ = ["GROUP", "PROBES", "check_name", "find", "places", "readme_table"]
+__all__ = ["GROUP", "PROBES", "check_name", "find", "places", "probe_table"]
 
 
 def places() -> dict[str, str]:
@@ -118,8 +118,8 @@ def find(name: str) -> Probe:
     return found
 
 
-def readme_table() -> str:
-    """The table of our probes, as README.md has it."""
+def probe_table() -> str:
+    """The table of our probes, as docs/probes.md has it."""
     lines = ["| probe | the question | it misleads when |", "|---|---|---|"]
     for probe in map(find, PROBES):
         lines.append(f"| `{probe.name}` | {probe.question} | {probe.misleads} |")

@@ -12,16 +12,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import sys
-import textwrap
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +26,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from probes import PROBES, check_name, find
+from probes.listing import List, Show
 from probes.options import (
     BAD_INPUT,
     FAILED,
@@ -48,81 +45,6 @@ from probes.options import (
 from probes.report.commands import Claims, Compare, Demo, Import
 from probes.sweep.command import Sweep
 from synthetic.compilation import forget_programs, keep_programs
-
-
-@dataclass
-class List:
-    """Show the families: what each claims, its source and settings; of those named, all of it."""
-
-    names: Names = ()
-    """families to show with their tasks and the claims about trained models as well"""
-    json: Path | None = None
-    """write the list as JSON"""
-    overwrite: bool = False
-
-    def run(self) -> int:
-        """Run the command; the exit status."""
-        check_free(self.json, self.overwrite)
-        families = {name: describe(name, bool(self.names)) for name in family_names(self.names)}
-        write_json(self.json, families, self.overwrite)
-        show_families(families)
-        return OK
-
-
-def describe(name: str, whole: bool) -> dict[str, Any]:
-    """A family as plain data: what it claims and its example settings, which need no JAX.
-
-    `whole` adds its task and its claims. A family of someone else's that cannot be imported is an
-    error where it is `whole`, and said to be one elsewhere.
-    """
-    from constructions import CATALOGUE
-
-    try:
-        family = CATALOGUE[name]
-    except ValueError as error:
-        if whole:
-            raise
-        return {"about": str(error), "source": "not imported", "settings": {}}
-    found = {"about": family.about, "source": family.source, "settings": family.example()}
-    if whole:
-        from constructions.runs import construct
-
-        construction = construct(name)
-        found["task"] = repr(construction.task)
-        found["claims"] = {claim.name: claim.statement for claim in construction.claims}
-    return found
-
-
-def show_families(families: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print `describe` of every family, as text that breaks between words only.
-
-    A line is longer than the terminal only where one word, which one may have to type, is.
-    """
-    width = min(shutil.get_terminal_size((80, 24)).columns, 100)
-    for name, family in families.items():
-        print(name)
-        source = f" ({family['source']})" if family["source"] else ""
-        lines = {
-            "": f"{family['about']}{source}",
-            "settings": " ".join(setting(k, v) for k, v in family["settings"].items()),
-            "task": family.get("task"),
-            "claims": ", ".join(family["claims"]) if "claims" in family else None,
-        }
-        for title, text in lines.items():
-            if text is None:
-                continue
-            first, indent = (f"  {title}: ", "    ") if title else ("  ", "  ")
-            whole: Any = {"break_long_words": False, "break_on_hyphens": False}
-            print(
-                textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent, **whole)
-            )
-        print()
-
-
-def setting(key: str, value: Any) -> str:
-    """A setting as it is typed after `--set`."""
-    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    return shlex.quote(f"{key}={text}")
 
 
 @dataclass
@@ -218,7 +140,7 @@ class Fit:
 
 
 #: What may be typed after `orrery probe`.
-KNOWN = f"{', '.join(PROBES)}; or module:attribute. README.md says what each answers"
+KNOWN = f"{', '.join(PROBES)}; or module:attribute. docs/probes.md says what each answers"
 
 
 @dataclass
@@ -302,7 +224,7 @@ class Export:
         return OK if passed else FAILED
 
 
-COMMANDS = (List, Verify, Fit, Import, Compare, Claims, Probe, Sweep, Demo, Export)
+COMMANDS = (List, Show, Verify, Fit, Import, Compare, Claims, Probe, Sweep, Demo, Export)
 
 
 class Stopped(BaseException):
@@ -374,7 +296,7 @@ def _run(argv: list[str]) -> int:
         return _complain(_first_part(said.getvalue()), BAD_INPUT) if stop.code else OK
     if anew:
         forget_programs()
-    elif not isinstance(command, List):
+    elif not isinstance(command, List | Show):
         keep_programs()
     try:
         return command.run()

@@ -37,6 +37,7 @@ from constructions.family import Construction
 from probes.probe import compiled_like
 from probes.similarity import OPPOSITE, compared
 from probes.statistics import lacks, statistic_of, value_of
+from synthetic.display import Mark, Table, Text, number, shown
 
 CONSTRUCTION, TRAINED, RANDOM = "construction", "trained", "random init"
 HOLDS, REFUTED, VOID, NOT_APPLICABLE = "holds", "refuted", "void", "not applicable"
@@ -67,6 +68,30 @@ class Row:
     reason: str = ""
     lacking: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """Name and value of what was measured, the trained models as one."""
+        found = [(CONSTRUCTION, number(self.values.get(CONSTRUCTION)))]
+        if self.trained:
+            ends = "" if self.interval is None else f" {number(list(self.interval))}"
+            found.append((TRAINED, number(float(np.mean(self.trained))) + ends))
+        others = {n: v for n, v in self.values.items() if n != CONSTRUCTION}
+        return found + [(name, number(value)) for name, value in others.items()]
+
+    def __str__(self) -> str:
+        """The verdict, and what decided it."""
+        claim = self.claim
+        lines = [f"{claim.name}: {self.verdict} ({claim.direction} {number(claim.threshold)})"]
+        lines += [f"  {name}: {value}" for name, value in self.cells]
+        return "\n".join([*lines, *(f"  {said}" for said in (self.reason, self.note) if said)])
+
+    def _repr_html_(self) -> str:
+        claim = self.claim
+        holds = ("holds if", f"{claim.direction} {number(claim.threshold)}")
+        below = [Text(said) for said in (self.reason, self.note) if said]
+        rows = [holds, *self.cells]
+        return shown(claim.name, Mark(self.verdict), Text(claim.statement), Table((), rows), *below)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; numbers that are not defined become None."""
@@ -237,10 +262,10 @@ def ledger(
             return []
     near_misses = construction.near_misses()
     check_claims(claims, near_misses)
-    for number, model in enumerate(trained):
+    for n, model in enumerate(trained):
         if not isinstance(model, Transformer) and not is_function(model):
             raise ValueError(
-                f"{_trained(number)} is a {type(model).__name__}, must be a Transformer or a "
+                f"{_trained(n)} is a {type(model).__name__}, must be a Transformer or a "
                 "function from inputs to predictions"
             )
     key, random_key = jax.random.split(jax.random.key(seed))

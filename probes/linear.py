@@ -27,6 +27,7 @@ from probes.regression import Ridge, Split, ridge, split
 from probes.style import Picture, figure_of, in_style, png
 from probes.subject import Readable, activations, stream_size, too_large, variables
 from synthetic.compilation import compile_once
+from synthetic.display import ShowsMarkdown
 
 #: Numbers in the stream of one input up to which values are looked for in all tokens at once.
 SMALL = 10_000
@@ -35,7 +36,7 @@ CONTROLS = ("construction", "input-only", "random init", "control task")
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeTable:
+class ProbeTable(ShowsMarkdown):
     """Held-out R^2 of ridge probes.
 
     Attributes:

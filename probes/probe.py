@@ -1,13 +1,12 @@
 """A probe: one question to a run of a family, and the table that answers it.
 
 A file of `probes` holds the science of one question and, at its end, the `Probe` that asks it of a
-run. `probes.PROBES` lists them; the command, the report, the README's table and the tests are made
-from that list.
+run. `probes.PROBES` lists them; the command, the report, the table of docs/probes.md and the tests
+are made from that list.
 """
 
 from __future__ import annotations
 
-import html
 import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -26,6 +25,7 @@ from constructions.family import Construction
 from constructions.runs import UNKNOWN_START, Run, load_checkpoints
 from probes.style import WIDTH, Picture, headed_table, number, plain, png
 from probes.subject import ParameterVector, no_weights
+from synthetic.display import Table, Text, shown
 
 #: Weights of a model beyond which probes that fit it, or take its gradients one by one, refuse it.
 MOST_WEIGHTS = 2**18
@@ -115,20 +115,11 @@ class Result:
         return "\n".join([*lines, *filter(None, [self.note])])
 
     def _repr_html_(self) -> str:
-        """The table in a notebook."""
-
-        def row(tag: str, cells: list[str]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-        body = "".join(
-            row("td", [name, *map(number, values)])
+        rows = [
+            (name, *map(number, values))
             for name, values in zip(self.rows, self.values, strict=True)
-        )
-        return (
-            f"<table><caption>{html.escape(self.title)}</caption>"
-            f"<thead>{row('th', ['', *self.columns])}</thead><tbody>{body}</tbody></table>"
-            + (f"<p>{html.escape(self.note)}</p>" if self.note else "")
-        )
+        ]
+        return shown("", Table(("", *self.columns), rows, self.title), Text(self.note))
 
 
 def anything(run: Run) -> str:
@@ -143,7 +134,7 @@ class Probe:
 
     Attributes:
         name: as it is typed.
-        question, misleads: a row of the table in README.md, each without its mark at the end.
+        question, misleads: a row of the table in docs/probes.md, each without its mark at the end.
         measure: of a run and a seed (of inputs and controls), and of options that the probe itself
             may have, to the result.
         needs: of a run, why it does not fit, in one phrase; "" if it does. Asked before measuring.

@@ -182,7 +182,7 @@ class Ridge(NamedTuple):
         return jnp.where(self.total > 0, 1 - self.residual / self.total, jnp.nan)
 
 
-def ridge(features: Array, targets: Array, parts: Split) -> Ridge:
+def ridge(features: Any, targets: Any, parts: Split) -> Ridge:
     """Probes for all pairs of `features[layer]` and `targets[step]`, in one compiled call.
 
     features `[layer, batch, sample, feature]`, targets `[step, batch, sample, target]`.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from synthetic.display import number as number
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
@@ -63,22 +65,6 @@ class Picture:
     def width(self) -> int:
         """At which the page shows it, in CSS pixels, so that all labels have one size."""
         return round(int.from_bytes(self.png[16:20]) / DPI * 112)
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A number as the report prints it: `digits` significant digits, "n/a" where undefined."""
-    if value is None or (isinstance(value, float) and not np.isfinite(value)):
-        return "n/a"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {number(v, digits)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(number(item, digits) for item in value)}]"
-    if isinstance(value, int | np.integer):
-        return str(value)
-    text = f"{value:.{digits}g}"
-    return text.replace("e-0", "e-").replace("e+0", "e+")
 
 
 def percent(value: float) -> str:

@@ -30,7 +30,7 @@ FAMILIES = (
 #: of one entry do not know one another.
 ORDER = {
     "synthetic": [
-        ("files", "threefry"),
+        ("files", "threefry", "display"),
         ("compilation",),
         ("grammar",),
         ("tasks",),

@@ -2,6 +2,9 @@
 
 matrices      what programs read and write with: sums of blocks, mostly of the identity
 slots         named columns of the residual stream, and affine maps written on names
+equations     what each of its parts adds to which slot, for people
+folding       the same with what repeats shown once
+picture       and drawn
 program       a construction as a tableau: heads, MLPs and norms over slots
 checks        what a program must satisfy
 config        the shape of a transformer

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from synthetic.display import settings_table
+
 Shapes = dict[str, Any]
 
 #: Arrays that hold the wiring of a head; part of the model, but no training touches them.
@@ -217,6 +219,9 @@ class Config:
     precision: str = "highest"
     tokens: TokensConfig | None = None
     clip: float | None = None
+
+    def _repr_html_(self) -> str:
+        return settings_table(self)
 
     @property
     def depth(self) -> int:

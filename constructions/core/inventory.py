@@ -19,6 +19,7 @@ import numpy as np
 from constructions.core.compile import config_of
 from constructions.core.config import WIRING
 from constructions.core.program import SELF, Head, HeadFamily, Layer, Program
+from synthetic.display import ShowsMarkdown
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Components:
+class Components(ShowsMarkdown):
     """What a program is made of: its parts, in the order of their first layers."""
 
     parts: tuple[Part, ...]

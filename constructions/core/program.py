@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from typing import Any
 
 import numpy as np
 from jax import Array
 
+from constructions.core import folding, picture
 from constructions.core.matrices import Matrix
 from constructions.core.slots import Affine, Slot, Slots, concatenate, constant
+from synthetic.display import Image, shown
 
 Window = tuple[int | None, int | None]
 
@@ -81,7 +84,7 @@ class Head:
     `mesa` they are linear in the query (sum_{j <= i} k_j k_j^T + regularization)^-1 q_i, so that
     the head is ridge regression from keys to values so far, at the query; its window is causal.
     For `transposed_softmax` the softmax is over i: see `constructions.core.layer`. With a factor
-    they are multiplied, behind the mixer, by factor[0](e_i) . factor[1](e_j).
+    they are multiplied, behind the mixer, by `factor[0](e_i) . factor[1](e_j)`.
 
     Attributes:
         query, key, value: affine maps of the slots; query and key have equally many rows.
@@ -383,6 +386,28 @@ class Program:
         """(number from 1, layer) for every layer applied."""
         for number in range(self.depth):
             yield number + 1, self.layers[number % len(self.layers)]
+
+    def draw(self, out: str | PathLike[str] | None = None, *, name: str = "") -> picture.Drawing:
+        """A picture: slots as lanes, layers from left to right, heads between the lanes.
+
+        Args:
+            out: a file that it is written to, .svg or .png; ValueError for another suffix.
+            name: in its title, in the place of the program's.
+        """
+        if out is not None:
+            picture.check_suffix(out)
+        drawing = picture.draw(self, name)
+        if out is not None:
+            drawing.save(out)
+        return drawing
+
+    def equations(self, name: str = "") -> str:
+        """The slots, and what every layer adds to them, as equations (`core.equations`)."""
+        return folding.text(self, name)
+
+    def _repr_html_(self) -> str:
+        drawing = self.draw()
+        return shown("", Image(drawing.png, drawing.alt))
 
     def __repr__(self) -> str:
         heads = sum(len(layer.single_heads) for layer in self.layers)

@@ -146,7 +146,9 @@ class MesaRidge(NextState):
 
 
 @compile_once
-def ridge_predictions(query: Array, key: Array, value: Array, regularization: float) -> Array:
+def ridge_predictions(
+    query: Array, key: Array, value: Array, regularization: float | Array
+) -> Array:
     """(sum v k^T) (sum k k^T + rho I)^-1 q at every time, by orthogonal factors of the data.
 
     [K; sqrt(rho) I] = Q R and Z = Q^T [V; 0] give Z^T R^-T q. Products of the data with themselves

@@ -67,7 +67,10 @@ class Compare:
         try:
             from probes.report.page import write_report
 
-            comparison = self.comparison(name, settings)
+            said = print if sys.stderr.isatty() else lambda *_, **__: None
+            comparison = self.comparison(
+                name, settings, lambda part: said(f"{name}: {part}", file=sys.stderr)
+            )
         except BaseException:  # interrupted, too
             if fresh:
                 self.out.rmdir()

@@ -18,14 +18,26 @@ from typing import Any, NamedTuple
 import jax
 
 from constructions.claims import Measurement
+from constructions.core.program import Program
 from constructions.family import Certificate
 from constructions.runs import Run
 from probes import find
 from probes.foreign import ForeignError
-from probes.ledger import HOLDS, NOT_APPLICABLE, REFUTED, VERDICTS, VOID, Row, ledger
+from probes.ledger import (
+    CONSTRUCTION,
+    HOLDS,
+    NOT_APPLICABLE,
+    REFUTED,
+    TRAINED,
+    VERDICTS,
+    VOID,
+    Row,
+    ledger,
+)
 from probes.probe import NotApplicable, Result
 from probes.report.index import FORMAT, VERSION
 from probes.style import number, plain
+from synthetic.display import Mark, Table, Text, shown
 
 
 class Section(NamedTuple):
@@ -55,6 +67,7 @@ class Comparison:
         sections: name in `SECTIONS` -> what its probe gave.
         reproduce: commands, settings, seeds, versions and seconds.
         omitted: section -> why it is missing.
+        program: of the construction, for its picture; None: there is none.
     """
 
     family: str
@@ -68,6 +81,7 @@ class Comparison:
     measurements: list[Measurement]
     reproduce: dict[str, Any]
     omitted: dict[str, str] = field(default_factory=dict)
+    program: Program | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -118,6 +132,23 @@ class Comparison:
         apart = [100 * abs(loss / curves.construction - 1) for loss in curves.trained]
         shown = dict.fromkeys(number(a) for a in (min(apart), max(apart)))
         return f", with losses {' to '.join(shown)} % from the construction's"
+
+    def __str__(self) -> str:
+        """The verdict, then the claims."""
+        return "\n".join([f"{self.family}: {self.verdict}", *map(str, self.rows)])
+
+    def _repr_html_(self) -> str:
+        columns = ("claim", "", "holds if", CONSTRUCTION, TRAINED) if self.rows else ()
+        rows = [
+            (
+                r.claim.name, Mark(r.verdict), f"{r.claim.direction} {number(r.claim.threshold)}",
+                *(value for _, value in r.cells[:2]),
+            )
+            for r in self.rows
+        ]  # fmt: skip
+        reasons = [Text(f"{r.claim.name}: {r.reason}") for r in self.rows if r.reason]
+        verdict = Mark(self.certificate.verdict)
+        return shown(f"{self.family}: {self.verdict}", verdict, Table(columns, rows), *reasons)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; numbers that are not finite become None."""
@@ -197,6 +228,7 @@ def compare(
         measurements=measured.result(),
         reproduce=_reproduce(run, seed, batch, commands, seconds),
         omitted={name: omitted[name] for name in SECTIONS if name in omitted},
+        program=construction.program,
     )
 
 

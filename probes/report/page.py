@@ -129,8 +129,21 @@ class _View:
 
 def pictures(comparison: Comparison) -> list[Picture]:
     """The figures of all sections, in the order of the page."""
+    drawn = [] if comparison.program is None else [program_picture(comparison)]
     made = [comparison.sections[name].picture for name in SECTIONS if name in comparison.sections]
-    return [make() for make in made if make is not None]
+    return drawn + [make() for make in made if make is not None]
+
+
+def program_picture(comparison: Comparison) -> Picture:
+    """The construction itself: slots as lanes, heads between them, and their equations."""
+    assert comparison.program is not None
+    drawing = comparison.program.draw(name=comparison.family)
+    caption = (
+        "Every lane is a slot of the stream, every node a head, an MLP or a norm: it reads the "
+        "lanes to its left and adds to those that its arrows lead to. Layers that repeat are drawn "
+        "once; i is the token at which a head acts, j one that it attends to, M a matrix."
+    )
+    return Picture("program", "What is the construction?", caption, drawing.alt, drawing.png)
 
 
 def write_report(

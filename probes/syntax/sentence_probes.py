@@ -35,6 +35,7 @@ import optax
 from jax import Array
 
 from probes.regression import Split, ridge, split, standardise
+from synthetic.display import ShowsMarkdown
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class LayerScores:
+class LayerScores(ShowsMarkdown):
     """Held-out scores of one probe at every layer of several models.
 
     A score is 1 - sum(misses) / sum(units) over the sentences of a part. For R^2 these are sums of

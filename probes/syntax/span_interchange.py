@@ -43,6 +43,7 @@ from probes.probe import Probe, Result, seed_names, table
 from probes.subject import Readable, no_weights
 from probes.syntax.span_pairs import SpanPairs, span_pairs
 from synthetic.compilation import compile_once
+from synthetic.display import ShowsMarkdown
 
 CONSTRUCTION = "construction"
 KINDS = ("nothing", "ends", "span", "crossing")
@@ -53,7 +54,7 @@ Sums = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
-class SpanEffects:
+class SpanEffects(ShowsMarkdown):
     """Effects by column (model), kind of exchange and layer; the construction has one "layer".
 
     Attributes:

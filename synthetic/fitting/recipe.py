@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from synthetic.display import settings_table
+
 OptimizerName = Literal["adam", "adamw", "sgd", "lion", "custom"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 
@@ -125,6 +127,9 @@ class Recipe:
             tail is None or (_above_zero(tail) and tail <= 1 and ema is None),
             "None or in (0, 1], and None where ema is set",
         )
+
+    def _repr_html_(self) -> str:
+        return settings_table(self)
 
     @property
     def averages(self) -> bool:

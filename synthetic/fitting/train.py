@@ -24,6 +24,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from synthetic.display import ShowsHistory
 from synthetic.fitting.recipe import Recipe
 from synthetic.fitting.recorder import Recorder
 from synthetic.fitting.run_directory import RunDirectory, finite
@@ -47,7 +48,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 @dataclass(frozen=True, repr=False)
-class Fit:
+class Fit(ShowsHistory):
     """The result of `fit`.
 
     Attributes:
@@ -244,6 +245,8 @@ def print_progress(record: Mapping[str, Any]) -> None:
     parts = [f"step {record['step']}/{record['steps']}"]
     parts += [f"{name.replace('_', ' ')} {shown(name)}" for name in names]
     parts.append(f"{record['steps_per_second']:.0f} steps/s")
+    if left := record["steps"] - record["step"]:
+        parts.append(f"{left / max(record['steps_per_second'], 1e-9):.0f} s left")
     Console(stderr=True, highlight=False, soft_wrap=True).print("  ".join(parts))
 
 

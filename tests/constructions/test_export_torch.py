@@ -514,10 +514,10 @@ def test_what_the_model_refuses(small, change, message):
 
 
 @pytest.mark.slow
-def test_the_lines_in_the_readme(tmp_path, monkeypatch):
+def test_the_lines_on_your_own_tool(tmp_path, monkeypatch):
     pytest.importorskip("transformer_lens", reason="needs transformer-lens")
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = (c for c in re.findall("```python\n(.*?)```", readme, re.DOTALL) if "export(" in c)
+    page = (Path(__file__).parents[2] / "docs/your_tool.md").read_text()
+    (code,) = (c for c in re.findall("```python\n(.*?)```", page, re.DOTALL) if "export(" in c)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(code, names)

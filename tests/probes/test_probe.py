@@ -13,7 +13,7 @@ import pytest
 from constructions import CATALOGUE
 from constructions.core.symmetry import change_key_basis, change_value_basis
 from constructions.runs import Run, fit_family
-from probes import GROUP, PROBES, find, places, readme_table
+from probes import GROUP, PROBES, find, places, probe_table
 from probes.probe import NotApplicable, Probe, Result, table
 
 
@@ -91,7 +91,7 @@ def test_a_name_that_leads_to_no_probe() -> None:
 
 def test_probes_are_where_they_are_listed_and_in_the_readme() -> None:
     assert [find(name).name for name in PROBES] == list(PROBES)
-    assert readme_table() in (Path(__file__).parents[2] / "README.md").read_text()
+    assert probe_table() in (Path(__file__).parents[2] / "docs/probes.md").read_text()
 
 
 def test_names_are_listed_without_jax() -> None:

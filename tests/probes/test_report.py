@@ -102,11 +102,12 @@ def test_nothing_outside_is_asked_for(out: Path) -> None:
 
 def test_figures_have_words_beside_them(out: Path) -> None:
     images = [a for tag, a in page(out).tags if tag == "img"]
-    assert len(images) == 6
+    assert len(images) == 7
+    assert "yⱼ" in (images[0]["alt"] or ""), "the program comes first, as equations"
     assert all(len(a["alt"] or "") > 20 for a in images)
     assert page(out).text.count("Gauge-fixed weights") == 1
     files = sorted(p.name for p in (out / "figures").glob("*.png"))
-    assert len(files) == 6
+    assert len(files) == 7
     assert all((out / "figures" / f).read_bytes().startswith(b"\x89PNG") for f in files)
 
 
@@ -258,6 +259,11 @@ def test_renders_in_a_browser(out: Path, tmp_path: Path) -> None:
         # text and figures on white: neither blank nor dark, all the way down
         for part in np.array_split(pixels, 4):
             assert 0.6 < (part > 200).mean() < 0.999
+    dark = tmp_path / "dark.png"
+    style = "--blink-settings=preferredColorScheme=0"
+    browse("--window-size=1200,500", f"--screenshot={dark}", style)
+    with Image.open(dark) as image:
+        assert (np.asarray(image.convert("L")) < 80).mean() > 0.6
 
 
 @pytest.mark.slow
