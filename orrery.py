@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from probes.report.data import compare as compare
     from probes.report.page import write_report as write_report
     from probes.subject import read_sites as read_sites
+    from probes.sweep import Sweep as Sweep
     from probes.torch_hooks import from_torch as from_torch
     from synthetic.fitting.recipe import Recipe as Recipe
     from synthetic.fitting.train import fit as fit
@@ -106,6 +107,7 @@ HOMES = {
     "probes.report.data": "compare",
     "probes.report.page": "write_report",
     "probes.subject": "read_sites",
+    "probes.sweep": "Sweep",
     "probes.torch_hooks": "from_torch",
     "synthetic.grammar": "chart",
     "synthetic.grammar.grammar": "Grammar",

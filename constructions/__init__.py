@@ -20,6 +20,7 @@ inside_outside     attention between the ends of spans that parses, and masked l
 mesa               in-context least squares on sequences
 tint               a transformer that trains another one in its forward pass
 hyper_transformer  attention that writes the weights of a classifier
+skills             a looped layer that applies the skills that a task names
 
 `CATALOGUE` maps the name of every family to it; tests, probes and the command iterate over it. It
 needs no JAX: a family is imported when it is taken out.
@@ -41,6 +42,7 @@ CATALOGUE = Catalogue(
         "hyper-gradient": "constructions.hyper_transformer:HYPER_GRADIENT",
         "hyper-prototypes": "constructions.hyper_transformer:HYPER_PROTOTYPES",
         "hyper-semi-supervised": "constructions.hyper_transformer:HYPER_SEMI_SUPERVISED",
+        "skill-composition": "constructions.skills:SKILL_COMPOSITION",
     }
 )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +173,10 @@ class Construction(ABC):
     def claims(self) -> tuple[Claim, ...]:
         """Statements about trained counterparts that the ledger decides."""
         return ()
+
+    #: Settings that a fit of the counterpart sees as numbers of its task alone (the task's
+    #: `NUMBERS`), or not at all: fits that differ in them share one compiled program.
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     @property
     def examples(self) -> int:

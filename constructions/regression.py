@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -63,6 +63,7 @@ class LinearRegression(Regression):
     inputs: Uniform | Gaussian | str | Mapping[str, Any] = field(default="uniform", repr=False)
     weights: Uniform | Gaussian | str | Mapping[str, Any] = field(default="gaussian", repr=False)
     noise: float | int = field(default=0.0, repr=False)
+    numbers: ClassVar[tuple[str, ...]] = ("noise",)
 
     def check_distributions(self) -> None:
         """The settings of the task's distributions as they are kept; ValueError for others."""

@@ -21,6 +21,7 @@ selectivity        units that follow classes
 syntax             sentences: heads along arcs, spans, trees, constituents passed on as one thing
 statistics, ledger claims, their controls, their verdicts
 report             a page of probes and the ledger
+sweep              fits over a grid of settings: a table, figures, a page
 style              how numbers and figures look
 cli, options       the command
 

@@ -44,15 +44,8 @@ from probes.options import (
     write_file,
     write_json,
 )
-from probes.report.commands import (
-    Claims,
-    Compare,
-    Demo,
-    Import,
-    Models,
-    check_subject,
-    run_of_models,
-)
+from probes.report.commands import Claims, Compare, Demo, Import, Models, check_subject
+from probes.sweep.command import Sweep
 from synthetic.compilation import forget_programs, keep_programs
 
 
@@ -258,6 +251,7 @@ class Probe:
         check_subject(self.run_directory, self.model, self.family, self.settings)
         from constructions.runs import load_run
         from probes.report import tables
+        from probes.report.commands import run_of_models
 
         probe, run = find(self.name), self.run_directory and load_run(self.run_directory)
         run = run or run_of_models(self.family or "", self.model, parse_settings(self.settings))
@@ -316,7 +310,7 @@ class Export:
         return OK if passed else FAILED
 
 
-COMMANDS = (List, Verify, Fit, Import, Compare, Claims, Probe, Demo, Export)
+COMMANDS = (List, Verify, Fit, Import, Compare, Claims, Probe, Sweep, Demo, Export)
 
 
 class Stopped(BaseException):

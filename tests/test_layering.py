@@ -23,6 +23,7 @@ FAMILIES = (
     "mesa",
     "noisy_regression",
     "separate_tokens",
+    "skills",
     "tint",
 )
 #: From the bottom up: a module may import what stands in an earlier entry, and its own part. Parts

@@ -3,6 +3,7 @@
 construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
 paper           the paper's statements about trained models, as claims
 measurements    its published numbers beside ours
+modifications   a grid of shapes, and a test of which of them matter
 """
 
 from typing import TYPE_CHECKING

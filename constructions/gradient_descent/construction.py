@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,7 @@ class GradientDescent(LinearRegression):
     curvature: float | int | Sequence[float | int] | np.ndarray = 0.0
     init_weight: Any = None
     recurrent: bool = False
+    numbers: ClassVar[tuple[str, ...]] = ("noise", "step_size")
 
     def __post_init__(self) -> None:
         self.whole("dim_x", "dim_y", "num_examples", "steps")

@@ -21,6 +21,7 @@ from constructions.core.compile import compile_program, config_of
 from constructions.core.config import NormConfig
 from constructions.core.program import Layer
 from constructions.core.transformer import Transformer, randomise
+from constructions.gradient_descent import modifications
 from constructions.gradient_descent.construction import GradientDescent
 from synthetic.fitting.train import fit
 from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform
@@ -43,10 +44,11 @@ _SEARCHES = 3
 
 
 def measure(quick: bool, seed: int) -> Iterator[Measurement]:
-    """All rows: those that theory gives, then, unless `quick`, those of the other layers."""
+    """All rows: those that theory gives, then, unless `quick`, those of other layers."""
     yield from measure_theory(quick, seed)
     if not quick:
         yield from measure_variants(seed)
+        yield from modifications.rows(seed)
 
 
 def measure_theory(

@@ -4,6 +4,7 @@ episodes        what its constructions share: examples, class tokens, queries
 gradient        gradient descent on cross-entropy, by linear attention
 prototypes      class means by softmax attention; guessed labels, and memory of earlier tasks
 paper           statements about trained models
+unlearning      a class's token deleted, and what that does to the others
 measurements    what examples without labels are worth
 """
 

@@ -36,6 +36,7 @@ from constructions.claims import Claim, NearMiss
 from constructions.core.program import Head, Layer, Program, erase
 from constructions.core.slots import Slots, concatenate
 from constructions.family import Place, Tokens
+from constructions.hyper_transformer import unlearning
 from constructions.hyper_transformer.episodes import GROUPS, FewShot
 from constructions.hyper_transformer.paper import GRADIENT_CLAIMS
 from synthetic.tasks.classes import Labels, Queries, Support
@@ -97,9 +98,10 @@ class HyperGradient(FewShot):
         mixer: str = "linear",
         order: np.ndarray | None = None,
         without: int | None = None,
+        mixed: np.ndarray | None = None,
     ) -> Program:
         """`centre`: with the 1/C; `mixer`: of the step from zero; `order`: of codes read out;
-        `without`: a feature that is not written.
+        `without`: a feature that is not written; `mixed`: A, of one step, for A W in the tokens.
         """
         slots, codes = Slots(), np.eye(self.classes)
         shown = ("labelled", "unlabelled", "query")
@@ -120,6 +122,8 @@ class HyperGradient(FewShot):
         )
         example = concatenate(features, one)
         zero = codes - centre / self.classes
+        if mixed is not None:
+            zero, codes = zero @ mixed.T, np.linalg.inv(mixed)
         written = np.eye(self.dim + 1) * (np.arange(self.dim + 1) != without)
         first = Head(
             query=zero @ label,
@@ -227,9 +231,12 @@ class HyperGradient(FewShot):
             "softmax for linear": self._program(mixer="softmax"),
             "a feature left out": self._program(without=0),
         }
+        if self.steps == 1:  # tokens of neighbouring classes mixed, and unmixed where they are read
+            mixed = np.eye(self.classes) + np.roll(np.eye(self.classes), 1, 1) / 2
+            others["classes mixed"] = self._program(mixed=mixed)
         return {name: self.near_miss(other) for name, other in others.items()}
 
     @property
     def claims(self) -> tuple[Claim, ...]:
         """Statements about two trained layers; none for more steps."""
-        return GRADIENT_CLAIMS if self.steps == 1 else ()
+        return (*GRADIENT_CLAIMS, *unlearning.GRADIENT_CLAIMS) if self.steps == 1 else ()

@@ -193,7 +193,7 @@ GRADIENT_CLAIMS = (
         0.98,
         ">=",
         _PAPER,
-        catches=("a feature left out", "1/C left out", "softmax for linear"),
+        catches=("a feature left out", "1/C left out", "softmax for linear", "classes mixed"),
         gauge=_LINEAR,
         needs=(same_width,),
         note="Refuted: only the sum over class tokens counts. Linear attention leaves the basis of "

@@ -53,6 +53,7 @@ from constructions.core.program import Head, Layer, Mlp, Program
 from constructions.core.slots import Slots, concatenate
 from constructions.core.transformer import Transformer
 from constructions.family import Place, Tokens
+from constructions.hyper_transformer import unlearning
 from constructions.hyper_transformer.episodes import GROUPS, FewShot
 from constructions.hyper_transformer.paper import PROTOTYPE_CLAIMS, SEMI_SUPERVISED_CLAIMS
 from constructions.inputs import (
@@ -394,7 +395,9 @@ class HyperPrototypes(FewShot):
     @property
     def claims(self) -> tuple[Claim, ...]:
         """Statements about trained counterparts, with examples without labels or none."""
-        return SEMI_SUPERVISED_CLAIMS if self.unlabelled else PROTOTYPE_CLAIMS
+        if self.unlabelled:
+            return SEMI_SUPERVISED_CLAIMS
+        return (*PROTOTYPE_CLAIMS, *unlearning.PROTOTYPE_CLAIMS)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -6,6 +6,8 @@ low_rank        fewer heads: a projection of the inside vectors
 exactness       which sentences a floating point type can hold
 paper           the paper's statements about masked language models, the counterpart, near-misses
 measurements    its statements about sizes beside ours
+pruning         text of which a small model's perplexity decides what is kept
+spans           corrupted spans, and the exact posterior of what they were
 """
 
 from typing import TYPE_CHECKING

@@ -10,6 +10,7 @@ import numpy as np
 
 from constructions.claims import Measurement
 from constructions.core.inventory import counts
+from constructions.inside_outside import pruning, spans
 from constructions.inside_outside.construction import InsideOutside
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
@@ -22,9 +23,11 @@ _SYMBOLS, _PRETERMINALS, _WORDS = 20, 70, 25
 def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
     """Measures layers, heads and width at the paper's sizes, and the least loss of the example.
 
+    Then pruned text and corrupted spans.
+
     Args:
-        quick: no difference; no row takes a fit.
-        seed: of the sentences.
+        quick: of these only the rows that take no fit.
+        seed: of the sentences, and of what is fitted.
     """
     program = InsideOutside(_of_size(_SYMBOLS, _PRETERMINALS), _WORDS).program
     found = counts(program)
@@ -71,6 +74,8 @@ def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
         error=1e-6,
         note="In nats, against the posterior of the chart on the same sentences, in float32.",
     )
+    yield from pruning.rows(quick, seed)
+    yield from spans.rows(quick, seed)
 
 
 def _of_size(nonterminals: int, preterminals: int) -> Grammar:

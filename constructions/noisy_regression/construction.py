@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,7 @@ class NoisyRegression(Regression):
     layers: Any = ()
     max_noise: float | int = 0.0
     noise_levels: Sequence[float | int] = ()
+    numbers: ClassVar[tuple[str, ...]] = ("max_noise",)
 
     def __post_init__(self) -> None:
         self.whole("dim_x", "num_examples")

@@ -14,6 +14,7 @@ misleads where the gradient is not mostly noise: there Adam's step does not depe
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import numbers
@@ -28,6 +29,21 @@ from jax import Array
 
 OptimizerName = Literal["adam", "adamw", "sgd", "lion", "custom"]
 ScheduleName = Literal["constant", "cosine", "linear"]
+
+#: Fields in which fits may differ that share one compiled program; see `varied`.
+NUMBERS = ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip")
+
+
+def varied(given: Any, numbers: Mapping[str, Any]) -> Any:
+    """A copy of a recipe, or of a task, with other numbers, which may be traced.
+
+    Nothing is checked: a number that is traced has no value yet. Whoever calls has checked those
+    that will be put in its place.
+    """
+    found = copy.copy(given)
+    for name, value in numbers.items():
+        object.__setattr__(found, name, value)
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A chunk of training steps as one jitted call: one seed or several, one device or many."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from synthetic.fitting import devices
-from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.recipe import NUMBERS, Recipe, varied
 from synthetic.fitting.weights_file import named, unnamed
 from synthetic.tasks.task import Curriculum, Task, checked
 
-RESERVED = ("step", "loss", "gradient_norm", "excess", "steps", "steps_per_second")
+RESERVED = ("step", "loss", "gradient_norm", "excess", "failed", "steps", "steps_per_second")
 
 
 class TrainingState(NamedTuple):
@@ -52,6 +52,8 @@ class Loop:
         seeds: the seeds.
         stacked: whether arrays have a seed axis (then `model` is a function).
         graphdef, params, rest: structure of the module, from one example of it.
+        lanes: "recipe.NAME" or "task.NAME" -> the number of every seed, `[seed]`.
+        programs: what was compiled, kept for other loops that differ in seeds and lanes alone.
     """
 
     model: nnx.Module | Callable[[Array], nnx.Module]
@@ -66,6 +68,8 @@ class Loop:
     graphdef: Any
     params: Any
     rest: Any
+    lanes: dict[str, np.ndarray] = field(default_factory=dict)
+    programs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -86,7 +90,9 @@ class Loop:
             return begin(named(params), named(rest))
 
         if self.stacked:
-            return self.lay_out(jax.jit(jax.vmap(draw))(self._seeds()))
+            if "init" not in self.programs:
+                self.programs["init"] = jax.jit(jax.vmap(draw))
+            return self.lay_out(self.programs["init"](self._seeds()))
         return self.lay_out(begin(named(self.params), named(self.rest)))
 
     def lay_out(self, state: Any) -> Any:
@@ -126,15 +132,17 @@ class Loop:
         arrays = [np.asarray(leaf) for leaf, moves in zip(leaves, dynamic, strict=True) if moves]
 
         def chunk(
-            state: TrainingState, seeds: Array, arrays: list[Array], start: Array, stop: Array
+            state: TrainingState, seeds: Any, arrays: list[Array], start: Array, stop: Array
         ) -> tuple[TrainingState, dict[str, Any]]:
             given = iter(arrays)
             merged = [
                 next(given) if moves else leaf for leaf, moves in zip(static, dynamic, strict=True)
             ]
-            return self._chunk(state, seeds, jax.tree.unflatten(structure, merged), start, stop)
+            task = jax.tree.unflatten(structure, merged)
+            numbers, lanes = seeds
+            return self._chunk(state, numbers, lanes, task, start, stop)
 
-        seeds: Any = self._seeds() if self.stacked else self._seeds()[0]
+        seeds: Any = (self._seeds() if self.stacked else self._seeds()[0], self.lanes)
         options: dict[str, Any] = {"donate_argnums": 0}
         if self.mesh is not None:
             whole = devices.replicated(self.mesh)
@@ -143,37 +151,55 @@ class Loop:
         else:
             arrays = jax.device_put(arrays)
         bounds = (np.int32(0), np.int32(0))
-        run = jax.jit(chunk, **options).lower(state, seeds, arrays, *bounds).compile()
+        if "chunk" not in self.programs:
+            lowered = jax.jit(chunk, **options).lower(state, seeds, arrays, *bounds)
+            self.programs["chunk"] = lowered.compile()
+        run = self.programs["chunk"]
         return lambda state, a, b: run(state, seeds, arrays, np.int32(a), np.int32(b))
 
     def _chunk(
-        self, state: TrainingState, seeds: Array, task: Task, start: Array, stop: Array
+        self,
+        state: TrainingState,
+        seeds: Array,
+        lanes: dict[str, Array],
+        task: Task,
+        start: Array,
+        stop: Array,
     ) -> tuple[TrainingState, dict[str, Any]]:
-        def step(state: TrainingState, key: Array, index: Array) -> Any:
-            return self._step(state, jax.random.fold_in(key, index), index, task)
+        def step(state: TrainingState, key: Array, lane: dict[str, Array], index: Array) -> Any:
+            own = varied(task, _of("task", lane)) if lane else task
+            transformation = self.transformation
+            if numbers := _of("recipe", lane):
+                transformation = varied(self.recipe, numbers).transformation()
+            key = jax.random.fold_in(key, index)
+            return self._step(state, key, index, own, transformation)
 
         measure: Any = self._measure
         keys = seed_keys(seeds)[1] if not self.stacked else jax.vmap(seed_keys)(seeds)[1]
         if self.stacked:
             axis = None if self.mesh is None else devices.SEED
-            step = jax.vmap(step, in_axes=(0, 0, None), spmd_axis_name=axis)
+            step = jax.vmap(step, in_axes=(0, 0, 0, None), spmd_axis_name=axis)
             measure = jax.vmap(measure, spmd_axis_name=axis)
         trace = jnp.zeros((self.length, *seeds.shape))
 
         def body(index: Array, carry: Any) -> Any:
             state, losses, norms = carry
-            state, loss, norm = step(state, keys, index)
+            state, loss, norm = step(state, keys, lanes, index)
             row = index - start
             return state, losses.at[row].set(loss), norms.at[row].set(norm)
 
         # Bounds are arguments, so that the last, shorter chunk runs the very same program.
         state, losses, norms = jax.lax.fori_loop(start, stop, body, (state, trace, trace))
-        kept = jax.tree.leaves((state.params, state.average))
-        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in kept]).all()
+        kept = [jnp.isfinite(leaf) for leaf in jax.tree.leaves((state.params, state.average))]
+        if self.lanes:  # of each on its own
+            kept = [leaf.reshape(len(leaf), -1) for leaf in kept]
+        finite = jnp.stack([leaf.all(-1 if self.lanes else None) for leaf in kept]).all(0)
         report = {"loss": losses, "gradient_norm": norms, "finite": finite}
         return state, report | {"metrics": measure(state)}
 
-    def _step(self, state: TrainingState, key: Array, index: Array, task: Task) -> Any:
+    def _step(
+        self, state: TrainingState, key: Array, index: Array, task: Task, transformation: Any
+    ) -> Any:
         if isinstance(task, Curriculum):
             progress = index / max(self.recipe.steps - 1, 1)
             batch = checked(task, task.sample_during(key, self.recipe.batch, progress))
@@ -195,7 +221,7 @@ class Loop:
             return losses.mean(), {name: after[name] for name in state.rest}
 
         (loss, rest), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        updates, optimizer = self.transformation.update(gradient, state.optimizer, state.params)
+        updates, optimizer = transformation.update(gradient, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
@@ -231,6 +257,12 @@ class Loop:
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
+def _of(kind: str, lane: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a recipe, or of a task, by the names of its fields."""
+    parts = {name.partition(".")[::2]: value for name, value in lane.items()}
+    return {name: value for (whose, name), value in parts.items() if whose == kind}
+
+
 def _copied(leaf: Any) -> Array:
     """A copy on the device; `jnp.array` would compile a program for each shape."""
     return jax.device_put(np.asarray(leaf), may_alias=False)
@@ -247,11 +279,14 @@ def make_loop(
     seed: int,
     seeds: Sequence[int] | None,
     mesh: Mesh | None,
+    lanes: Mapping[str, Sequence[float]] | None = None,
+    programs: dict[str, Any] | None = None,
 ) -> Loop:
     """Checks the arguments of `fit` and gathers them; raises as `fit` does."""
     for value in (seed,) if seeds is None else seeds:
         if not 0 <= value < 2**32:
             raise ValueError(f"seed={value}: must be in 0..{2**32 - 1}")
+    checked_lanes = _checked_lanes(lanes or {}, task, recipe, seeds, transformation)
     if seeds is not None and len(seeds) == 0:
         raise ValueError("seeds=[]: must hold at least one seed")
     if isinstance(model, nnx.Module):
@@ -288,4 +323,27 @@ def make_loop(
         graphdef=graphdef,
         params=params,
         rest=rest,
+        lanes=checked_lanes,
+        programs={} if programs is None else programs,
     )
+
+
+def _checked_lanes(
+    lanes: Mapping[str, Sequence[float]],
+    task: Task,
+    recipe: Recipe,
+    seeds: Sequence[int] | None,
+    transformation: Any,
+) -> dict[str, np.ndarray]:
+    """The lanes as arrays; ValueError for a name that cannot vary, or numbers of another count."""
+    fixed = ("b1",) if recipe.optimizer == "sgd" else ()
+    known = [f"recipe.{n}" for n in NUMBERS if n not in fixed and transformation is None]
+    known += [f"task.{name}" for name in getattr(type(task), "NUMBERS", ())]
+    for name, values in lanes.items():
+        if name not in known:
+            raise ValueError(f"lanes: {name!r}: must be one of {', '.join(known) or 'none'}")
+        if seeds is None or len(values) != len(seeds):
+            count = "no seeds" if seeds is None else f"{len(seeds)} seeds"
+            raise ValueError(f"lanes: {name}: {len(values)} numbers for {count}")
+    dtype = jnp.result_type(float)
+    return {name: np.asarray(values, dtype) for name, values in lanes.items()}

@@ -113,6 +113,8 @@ def fit(
     config: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    lanes: Mapping[str, Sequence[float]] | None = None,
+    programs: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Fit:
     """Minimises the mean of `task.loss(predict(model, *inputs), batch)` over fresh batches.
@@ -140,6 +142,12 @@ def fit(
             where there is none yet.
         overwrite: replace a run in `out` once this one has ended: until then, and where it fails,
             the old one stays as it is. Interrupted or killed, it can be resumed.
+        lanes: "recipe.learning_rate" or "task.noise" -> a number for every seed, in the place of
+            the one in the recipe (`synthetic.fitting.recipe.NUMBERS`) or the task (its `NUMBERS`):
+            fits that differ in numbers run in one program. One that stops being finite is then
+            said in "failed" of the records, a line or None for every seed, and the others go on.
+        programs: a dict in which compiled programs are kept, for further fits that differ from this
+            one in seeds, lanes and `out` alone.
         **overrides: fields of `Recipe`, such as `steps=200`.
 
     Raises:
@@ -170,9 +178,13 @@ def fit(
         seed=seed,
         seeds=seeds,
         mesh=mesh,
+        lanes=lanes,
+        programs=programs,
     )
     which = {"seed": seed} if seeds is None else {"seeds": list(seeds)}
     settings = {"recipe": recipe.to_json(), **which, "optimum": optimum, **(config or {})}
+    if lanes:
+        settings["lanes"] = {name: list(map(float, values)) for name, values in lanes.items()}
     run = None if out is None else RunDirectory(out)
     with Recorder(run, recipe.checkpoint_every) as recorder:
         recorder.check(settings, resume=resume, overwrite=overwrite)
@@ -187,7 +199,7 @@ def fit(
             lap = time.perf_counter()
             stop = min((step // loop.length + 1) * loop.length, recipe.steps)
             state, report = advance(state, step, stop)
-            record = _record(loop, report, step, stop, optimum)
+            record = _record(loop, report, step, stop, optimum, history)
             history.append(record)
             recorder.record(record)
             if progress is not None:
@@ -236,11 +248,25 @@ def print_progress(record: Mapping[str, Any]) -> None:
 
 
 def _record(
-    loop: Loop, report: Mapping[str, Any], start: int, stop: int, optimum: float | None
+    loop: Loop,
+    report: Mapping[str, Any],
+    start: int,
+    stop: int,
+    optimum: float | None,
+    history: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The record of a chunk, from what the jitted call reported; raises NonFiniteLossError."""
     count = stop - start
     means: dict[str, Any] = {}
+    if loop.lanes:
+        failed = list(history[-1]["failed"] if history else [None] * len(loop.seeds))
+        said = (_first_failure(report, lane, start, count) for lane in range(len(failed)))
+        failed = [before or now for before, now in zip(failed, said, strict=True)]
+        with np.errstate(all="ignore"):
+            rows = {n: np.asarray(report[n], np.float64) for n in ("loss", "gradient_norm")}
+            shown = {name: values[:count].mean(axis=0).tolist() for name, values in rows.items()}
+        measured = {name: np.asarray(value).tolist() for name, value in report["metrics"].items()}
+        return finite({"step": stop, **shown, **measured, "failed": failed})
     for name in ("loss", "gradient_norm"):
         values = np.asarray(report[name], np.float64)[:count]
         bad = np.argwhere(~np.isfinite(values))
@@ -260,6 +286,22 @@ def _record(
     measured = {name: np.asarray(value) for name, value in report["metrics"].items()}
     values = {name: value.tolist() for name, value in {**means, **measured}.items()}
     return finite({"step": stop, **values})
+
+
+def _first_failure(report: Mapping[str, Any], lane: int, start: int, count: int) -> str | None:
+    """What of a lane stopped being finite in a chunk, in one line, and when."""
+    found = []
+    for name in ("loss", "gradient_norm"):
+        values = np.asarray(report[name])[:count, lane]
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            shown = name.replace("_", " ")
+            found.append((bad[0], f"{shown} is {values[bad[0]]} at step {start + bad[0]}"))
+    if found:
+        return min(found)[1]
+    if not report["finite"][lane]:
+        return f"a parameter is not finite after step {start + count - 1}"
+    return None
 
 
 def _arrays(state: TrainingState) -> dict[str, Any]:

@@ -7,7 +7,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,9 @@ class NoisyRegressionTask:
     noise_levels: tuple[float | int, ...] = ()
     queries: int = 1
 
+    #: Fields that may be traced where they are above 0; see `synthetic.fitting.recipe.varied`.
+    NUMBERS: ClassVar[tuple[str, ...]] = ("max_noise",)
+
     def __post_init__(self) -> None:
         for name in ("dim_x", "num_examples", "queries"):
             object.__setattr__(self, name, _size(name, getattr(self, name)))
@@ -136,7 +139,9 @@ class NoisyRegressionTask:
             `inputs`: x `[batch, num_examples, dim_x]`, y `[batch, num_examples, 1]`, x_query
             `[batch, queries, dim_x]`; `target`: a `NoisyTarget`.
         """
-        return _draw(self, key, _size("batch", batch))
+        # one of several that share a program is traced, and no static argument
+        draw = _draw.__wrapped__ if isinstance(self.max_noise, Array) else _draw
+        return draw(self, key, _size("batch", batch))
 
     def loss(self, prediction: Float[Array, "..."], batch: Batch) -> Float[Array, " batch"]:
         """Half the squared error against the clean target, mean over queries, per context.
@@ -149,6 +154,7 @@ class NoisyRegressionTask:
             raise ValueError(f"prediction must have shape {value.shape}, got {prediction.shape}")
         return 0.5 * jnp.sum((prediction - value) ** 2, -1).mean(-1)
 
+    @compile_once(static_argnums=0)
     def moments(self, contexts: Contexts) -> Moments:
         """The same contexts at this task's noise.
 

@@ -8,7 +8,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -221,6 +221,9 @@ class RegressionTask:
     weights: Uniform | Gaussian = Gaussian()
     noise: float | int = 0.0
 
+    #: Fields that may be traced where they are above 0; see `synthetic.fitting.recipe.varied`.
+    NUMBERS: ClassVar[tuple[str, ...]] = ("noise",)
+
     def __post_init__(self) -> None:
         for name in ("dim_x", "num_examples", "dim_y", "queries"):
             object.__setattr__(self, name, _size(name, getattr(self, name)))
@@ -257,7 +260,10 @@ class RegressionTask:
             `inputs`: x `[batch, num_examples, dim_x]`, y `[batch, num_examples, dim_y]`,
             x_query `[batch, queries, dim_x]`; `target`: `W x_query`, `[batch, queries, dim_y]`.
         """
-        return _draw(self, key, _size("batch", batch))
+        size = _size("batch", batch)
+        if isinstance(self.noise, Array):  # one of several that share a program
+            return _draw.__wrapped__(self, key, size, noisy=True)
+        return _draw(self, key, size)
 
     def loss(self, prediction: Float[Array, "..."], batch: Batch) -> Float[Array, " batch"]:
         """Half the squared error, summed over outputs, mean over queries, for every context.
@@ -277,11 +283,12 @@ class RegressionTask:
 
 
 @compile_once(static_argnums=(0, 2), often=many)
-def _draw(task: RegressionTask, key: Array, batch: int) -> Batch:
+def _draw(task: RegressionTask, key: Array, batch: int, noisy: bool = False) -> Batch:
     n, q, dx, dy = task.num_examples, task.queries, task.dim_x, task.dim_y
+    noisy = noisy or task.noise > 0
     # One draw for everything, with the batch as the fast axis; the transposes at the end cancel
     # against those of a model that works in the same layout.
-    shapes = [(n, dx), (q, dx), (dy, dx)] + ([(n, dy)] if task.noise > 0 else [])
+    shapes = [(n, dx), (q, dx), (dy, dx)] + ([(n, dy)] if noisy else [])
     sizes = [rows * columns for rows, columns in shapes]
     unit = unit_uniform(key, sum(sizes), batch)
     parts = [
@@ -291,7 +298,7 @@ def _draw(task: RegressionTask, key: Array, batch: int) -> Batch:
     x, x_query = task.inputs.transform(parts[0]), task.inputs.transform(parts[1])
     w = task.weights.transform(parts[2])
     y, target = _apply(w, x), _apply(w, x_query)
-    if task.noise > 0:
+    if noisy:
         y = y + task.noise * normal_from_unit(parts[3])
     x, y, x_query, target = (jnp.moveaxis(array, -1, 0) for array in (x, y, x_query, target))
     return Batch(inputs=(x, y, x_query), target=target)

@@ -1,12 +1,14 @@
 """The published sizes beside ours: our own numbers against the formulas of the layout."""
 
+from itertools import islice
+
 import pytest
 
 from constructions.inside_outside.measurements import measure
 
 
 def test_rows_are_the_formulas_of_the_layout() -> None:
-    rows = {row.name: row for row in measure(quick=True, seed=3)}
+    rows = {row.name: row for row in islice(measure(quick=True, seed=3), 4)}
     layers, heads, width, loss = rows.values()
     n, p, length = 20, 70, 25
     assert (layers.published, layers.measured) == (50, 2 * length)
