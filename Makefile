@@ -6,6 +6,7 @@
 #   make fuzz EXAMPLES=20000      that many random programs, a quarter of grammars, damaged files
 #                                 and others, in one process; SEED=7 repeats a run
 #   make docs                     the site, in build/docs/html
+#   make test EXTRAS=dev,notebooks    without torch; the tests that need it are skipped
 #   make setup EXTRAS=dev,notebooks,cuda12
 
 .DEFAULT_GOAL := demo
@@ -14,7 +15,8 @@
 
 SHELL   = /bin/sh
 PYTHON ?= python3
-EXTRAS ?= dev,notebooks
+EXTRAS ?= dev,notebooks$(if $(filter test test-all,$(MAKECMDGOALS)),$(TORCH))
+TORCH   = ,torch
 WORKERS ?= 2
 PYTEST_ARGS ?=
 EXAMPLES ?= 20000
@@ -23,28 +25,34 @@ SEED ?=
 BIN   = .venv/bin
 STAMP = .venv/installed
 
-# The stamp holds what was installed, so that setup is repeated when the interpreter, the extras,
-# pyproject.toml or constraints.txt change and at no other time, whatever the files' dates say.
+# The stamp holds what was installed, so that setup is repeated when the interpreter,
+# pyproject.toml or constraints.txt change, or an extra is missing, and at no other time, whatever
+# the files' dates say. Extras that are there stay.
 setup:
 	@set -eu; \
 	version=$$($(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])') || { \
 	    echo "PYTHON=$(PYTHON) does not run; name an interpreter, as in: make PYTHON=python3.12" >&2; exit 1; }; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "PYTHON=$(PYTHON) is Python $$version; 3.11 or later is needed" >&2; exit 1; }; \
-	wanted="$$version $(EXTRAS) $$(cat pyproject.toml constraints.txt | cksum)"; \
-	installed=$$(cat $(STAMP) 2>/dev/null || true); \
-	if [ "$$wanted" = "$$installed" ]; then exit 0; fi; \
-	if [ "$${installed%% *}" != "$$version" ]; then rm -rf .venv; fi; \
+	basis="$$version $$(cat pyproject.toml constraints.txt | cksum)"; \
+	before=; extras=; \
+	if [ -f $(STAMP) ]; then { read -r before; read -r extras || true; } < $(STAMP); fi; \
+	if [ "$${before%% *}" != "$$version" ]; then rm -rf .venv; extras=; fi; \
+	missing=; \
+	for extra in $$(echo "$(EXTRAS)" | tr , ' '); do \
+	    case ",$$extras," in *",$$extra,"*) ;; *) extras="$${extras:+$$extras,}$$extra"; missing=yes;; esac; \
+	done; \
+	if [ "$$before" = "$$basis" ] && [ -z "$$missing" ]; then exit 0; fi; \
 	rm -f $(STAMP); \
-	echo "Installing into .venv (Python $$version); the first time takes a minute or two."; \
+	echo "Installing $$extras into .venv (Python $$version); the first time takes some minutes."; \
 	if command -v uv >/dev/null 2>&1; then \
 	    [ -d .venv ] || uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv; \
-	    VIRTUAL_ENV=.venv uv pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"; \
+	    VIRTUAL_ENV=.venv uv pip install --quiet -c constraints.txt -e ".[$$extras]"; \
 	else \
 	    [ -x $(BIN)/pip ] || { rm -rf .venv; $(PYTHON) -m venv .venv; }; \
-	    $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"; \
+	    $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$$extras]"; \
 	fi; \
-	printf '%s\n' "$$wanted" > $(STAMP)
+	printf '%s\n' "$$basis" "$$extras" > $(STAMP)
 
 demo: setup
 	@$(BIN)/orrery demo --out reports

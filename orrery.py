@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from constructions import CATALOGUE as CATALOGUE
+    from constructions import primitives as primitives
     from constructions.catalogue import Family as Family
     from constructions.claims import Claim as Claim
     from constructions.claims import Evidence as Evidence
@@ -80,7 +81,7 @@ PACKAGES = ("constructions", "synthetic", "probes")
 
 #: Where every public name is.
 HOMES = {
-    "constructions": "CATALOGUE",
+    "constructions": "CATALOGUE primitives",
     "constructions.catalogue": "Family",
     "constructions.claims": "Claim Evidence Measurement NearMiss",
     "constructions.core.compile": "compile_program",

@@ -34,7 +34,6 @@ from probes.options import (
     Names,
     Settings,
     check_free,
-    check_run,
     check_seed,
     family_names,
     parse_settings,
@@ -42,7 +41,7 @@ from probes.options import (
     write_file,
     write_json,
 )
-from probes.report.commands import Claims, Compare, Demo, Import
+from probes.report.commands import Claims, Compare, Demo, Import, Models, check_subject
 from probes.sweep.command import Sweep
 from synthetic.compilation import forget_programs, keep_programs
 
@@ -145,10 +144,17 @@ KNOWN = f"{', '.join(PROBES)}; or module:attribute. docs/probes.md says what eac
 
 @dataclass
 class Probe:
-    """Use one probe on a saved run."""
+    """Use one probe on a saved run, or on a model of yours."""
 
     name: Annotated[Positional[str], arg(help=KNOWN)]
-    run_directory: Annotated[Path, arg(name="run")]
+    run_directory: Annotated[Path | None, arg(name="run")] = None
+    """a finished fit, or an import"""
+    model: Models = field(default_factory=list)
+    """in its place, as of `compare`"""
+    family: str | None = None
+    """of --model, whose inputs it takes"""
+    settings: Settings = field(default_factory=list)
+    """of that family"""
     seed: int = 0
     json: Path | None = None
     """write the result as JSON"""
@@ -164,12 +170,14 @@ class Probe:
         check_free(self.figure, self.overwrite)
         if self.json is not None and self.json == self.figure:
             raise ValueError(f"--json {self.json}: must be another file than --figure")
-        check_run(self.run_directory)
+        check_subject(self.run_directory, self.model, self.family, self.settings)
         from constructions.runs import load_run
         from probes.report import tables
+        from probes.report.commands import run_of_models
 
-        probe = find(self.name)
-        result = probe(load_run(self.run_directory), self.seed)
+        probe, run = find(self.name), self.run_directory and load_run(self.run_directory)
+        run = run or run_of_models(self.family or "", self.model, parse_settings(self.settings))
+        result = probe(run, self.seed)
         tables.show_result(result)
         write_json(self.json, result.to_json(), self.overwrite)
         if self.figure is not None:

@@ -42,7 +42,7 @@ ORDER = {
         ("core",),
         ("inputs", "claims", "certificate"),
         ("family",),
-        ("regression", "softened", "interchange", "catalogue"),
+        ("regression", "softened", "interchange", "catalogue", "primitives"),
         FAMILIES,
         ("",),  # the package itself: the names of the families
         ("runs",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +29,35 @@ from probes.report.index import Index, claim_directories, claim_directory, sourc
 #: Inputs per statistic of the ledger where time is short.
 FEWER = 2**14
 
+#: Models of somebody else's, as they are typed.
+Models = Annotated[UseAppendAction[list[str]], arg(metavar="MODULE:ATTRIBUTE")]
+
+
+def run_of_models(name: str, models: Sequence[str], settings: Mapping[str, Any]) -> Any:
+    """What `--model` names, as a run of a family."""
+    from probes.foreign import foreign_run, named_model
+
+    importable_here()
+    return foreign_run(name, [named_model(one) for one in models], settings)
+
+
+def check_subject(
+    run: Path | None, models: Sequence[str], family: str | None, settings: Sequence[str]
+) -> None:
+    """ValueError unless a saved run is given, or models and the family whose inputs they take."""
+    if (run is None) == (not models):
+        raise ValueError("give --run, or --model and --family: one of them")
+    if run is not None:
+        if family is not None or settings:
+            what = f"--set {settings[0]}" if settings else f"--family {family}"
+            raise ValueError(f"{what} cannot be given with --run, which has its own")
+        check_run(run)
+    elif family is None:
+        raise ValueError(f"--model {models[0]}: --family must say whose inputs it takes")
+    else:
+        family_names((family,))
+        parse_settings(settings)
+
 
 @dataclass
 class Compare:
@@ -39,9 +68,7 @@ class Compare:
     """the directory of the report"""
     run_directory: Annotated[Path | None, arg(name="run")] = None
     """a finished fit, or an import; without it, a fit is made on the spot"""
-    model: Annotated[UseAppendAction[list[str]], arg(metavar="MODULE:ATTRIBUTE")] = field(
-        default_factory=list
-    )
+    model: Models = field(default_factory=list)
     """in place of a fit: a function from the family's inputs to predictions, a Subject, or a
     function without arguments that makes one; several are several models"""
     seeds: int = 5
@@ -93,13 +120,10 @@ class Compare:
 
         options = " ".join(f"--set {s}" for s in self.settings)
         if self.model:
-            from probes.foreign import foreign_run, named_model
-
-            importable_here()
             for option, given in (("--run", self.run_directory), ("--steps", self.steps)):
                 if given is not None:
                     raise ValueError(f"{option} {given} cannot be given with --model")
-            run = foreign_run(name, [named_model(one) for one in self.model], settings)
+            run = run_of_models(name, self.model, settings)
             quick = " --quick" if self.quick else ""
             models = " ".join(f"--model {one}" for one in self.model)
             given = f"{models}{quick}{' ' + options if options else ''}"

@@ -1,5 +1,6 @@
 """Models behind functions: the same numbers as the weights behind them, or one phrase why not."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,26 @@ def test_models_that_are_none_are_refused_by_the_command(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
     assert not (module / "report").exists()
+
+
+def test_a_probe_takes_a_model_from_the_command(module: Path, capsys: Any) -> None:
+    typed = ["probe", "similarity", "--model", "their_model:rate", "--json", "found.json"]
+    own = ["--family", NAME, "--set", "dim_x=2", "--set", "num_examples=3"]
+    assert main([*typed, *own]) == 0
+    settings = {"dim_x": 2, "num_examples": 3}
+    expected = find("similarity")(foreign_run(NAME, named_model("their_model:rate"), settings))
+    assert json.loads((module / "found.json").read_text())["values"] == expected.values
+    capsys.readouterr()
+    for options, said in (
+        (["--model", "their_model:rate"], "--model their_model:rate: --family must say whose"),
+        (own, "give --run, or --model and --family: one of them"),
+        (["--run", "run", *own], "--set dim_x=2 cannot be given with --run"),
+        (["--model", "their_model:number", *own], "model 0 is a int, must be a Subject"),
+        (["--model", "their_model:rate", "--family", "nothing"], "nothing"),
+    ):
+        assert main(["probe", "similarity", *options]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and said in error
 
 
 def test_functions_and_what_makes_them_are_named(module: Path) -> None:

@@ -102,23 +102,22 @@ def test_a_module_is_read_edited_and_differentiated_as_the_same_weights(
     module, run, inputs = saved
     construction, (model,) = run.construction, run.models
     inputs = tuple(map(jax.numpy.asarray, inputs))
+    source = tuple(a[::-1] for a in inputs)
+    expected = read_sites(construction, model, inputs)["residual"]
+    prediction = construction.predict(model, *inputs)
+    slopes = sensitivity(lambda *i: construction.apply(model, *i), inputs)
+    masks = [where(model.config, 4, "residual", layer=layer, token=[1, 3]) for layer in range(3)]
+
+    def patched(which: Any) -> list[Any]:
+        return [interchange(construction, which, inputs, source, where=mask) for mask in masks]
+
+    wanted = patched(model)
     for subject in (wrap(module), wrap(module, at_once=2), wrap(Model(pair=True).double())):
-        expected = read_sites(construction, model, inputs)
-        np.testing.assert_allclose(
-            subject.read(*inputs)["residual"], expected["residual"], atol=1e-12
-        )
-        np.testing.assert_allclose(
-            subject(*inputs), construction.predict(model, *inputs), rtol=1e-12
-        )
-        source = tuple(a[::-1] for a in inputs)
-        for layer in range(3):
-            mask = where(model.config, 4, "residual", layer=layer, token=[1, 3])
-            one, other = (
-                interchange(construction, m, inputs, source, where=mask) for m in (model, subject)
-            )
+        np.testing.assert_allclose(subject.read(*inputs)["residual"], expected, atol=1e-12)
+        np.testing.assert_allclose(subject(*inputs), prediction, rtol=1e-12)
+        for one, other in zip(wanted, patched(subject), strict=True):
             np.testing.assert_allclose(other, one, rtol=1e-10)
-        one = sensitivity(lambda *i: construction.apply(model, *i), inputs)
-        np.testing.assert_allclose(subject.differentiate(*inputs), one, rtol=1e-10)
+        np.testing.assert_allclose(subject.differentiate(*inputs), slopes, rtol=1e-10)
     one, other = (sweep(construction, m, inputs, source) for m in (model, subject))
     np.testing.assert_allclose(other.effect, one.effect, atol=1e-10)
     one, other = (roll_out(construction, m, *inputs, depth=2) for m in (model, subject))
