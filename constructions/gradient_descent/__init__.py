@@ -3,6 +3,7 @@
 construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
 paper           the paper's statements about trained models, as claims
 measurements    its published numbers beside ours
+memory_token    a frozen layer, and one token that learns a new task
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from constructions.catalogue import Family, lazily
 
 if TYPE_CHECKING:
     from constructions.gradient_descent.construction import GradientDescent as GradientDescent
+    from constructions.gradient_descent.memory_token import MemoryToken as MemoryToken
 
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
@@ -30,9 +32,18 @@ GD_PLUS_PLUS = Family(
     source="von Oswald et al. 2022, arXiv 2212.07677, appendix A.10",
 )
 
+MEMORY_TOKEN = Family(
+    name="memory-token",
+    construct="constructions.gradient_descent.memory_token:MemoryToken",
+    settings={"dim_x": 10, "num_examples": 10},
+    about="one token before a frozen layer learns a new task, and the old one keeps every bit",
+    source="after Sandler et al. 2022, arXiv 2203.15243",
+)
+
 __getattr__ = lazily(
     __name__,
     GradientDescent="constructions.gradient_descent.construction",
+    MemoryToken="constructions.gradient_descent.memory_token",
 )
 
-__all__ = ["GD_PLUS_PLUS", "GRADIENT_DESCENT", "GradientDescent"]
+__all__ = ["GD_PLUS_PLUS", "GRADIENT_DESCENT", "MEMORY_TOKEN", "GradientDescent", "MemoryToken"]
