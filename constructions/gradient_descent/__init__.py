@@ -3,6 +3,11 @@
 construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
 paper           the paper's statements about trained models, as claims
 measurements    its published numbers beside ours
+facts           how long a surprising fact stays in a linear memory
+hedge           step sizes as experts, mixed by their validation losses
+local_sgd       along the minima of a layer, with label noise and workers apart
+mirror_flow     what heads that are two factors prefer
+relu_optimum    the global optimum of a small ReLU layer, beside what descent finds
 memory_token    a frozen layer, and one token that learns a new task
 """
 
@@ -12,6 +17,7 @@ from constructions.catalogue import Family, lazily
 
 if TYPE_CHECKING:
     from constructions.gradient_descent.construction import GradientDescent as GradientDescent
+    from constructions.gradient_descent.hedge import Hedge as Hedge
     from constructions.gradient_descent.memory_token import MemoryToken as MemoryToken
 
 GRADIENT_DESCENT = Family(
@@ -40,10 +46,28 @@ MEMORY_TOKEN = Family(
     source="after Sandler et al. 2022, arXiv 2203.15243",
 )
 
+HEDGE = Family(
+    name="hedge",
+    construct="constructions.gradient_descent.hedge:Hedge",
+    about="heads descend with step sizes of their own, and a softmax over their validation losses "
+    "mixes them: Hedge, with its regret bound",
+    source="after Lu et al. 2022, arXiv 2203.01400",
+    measure="constructions.gradient_descent.hedge:measure",
+)
+
 __getattr__ = lazily(
     __name__,
     GradientDescent="constructions.gradient_descent.construction",
+    Hedge="constructions.gradient_descent.hedge",
     MemoryToken="constructions.gradient_descent.memory_token",
 )
 
-__all__ = ["GD_PLUS_PLUS", "GRADIENT_DESCENT", "MEMORY_TOKEN", "GradientDescent", "MemoryToken"]
+__all__ = [
+    "GD_PLUS_PLUS",
+    "GRADIENT_DESCENT",
+    "HEDGE",
+    "MEMORY_TOKEN",
+    "GradientDescent",
+    "Hedge",
+    "MemoryToken",
+]

@@ -1,4 +1,4 @@
-"""In-context regression on two tasks: one with weights of mean 0, one with a mean of its own."""
+"""In-context regression on mixtures: weights with and without a mean, inputs of several scales."""
 
 from dataclasses import dataclass
 
@@ -30,6 +30,34 @@ class ShiftedTasks:
         mean = jnp.where(new[:, None], jnp.asarray(self.shift, x.dtype), 0)
         more = [jnp.einsum("bni,bi->bn", a, mean, precision="highest") for a in (x, x_query)]
         return Batch((x, y + more[0][..., None], x_query, new), target + more[1][..., None])
+
+    def loss(self, prediction: Array, batch: Batch) -> Array:
+        """As for linear regression."""
+        return self.base.loss(prediction, batch)
+
+
+@dataclass(frozen=True)
+class ScaledTasks:
+    """Linear regression whose contexts differ in the scale of their inputs, and not in y.
+
+    x = s u and w = v / s, with s drawn from the scales for each context, u and v as in the base.
+    A step of gradient descent on s is s^2 steps on 1.
+
+    Attributes:
+        base: the task of scale 1.
+        scales: s, all equally likely.
+    """
+
+    base: RegressionTask
+    scales: tuple[float, ...]
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        """As `RegressionTask.sample`."""
+        first, rest = jax.random.split(key)
+        (x, y, x_query), target = self.base.sample(rest, batch)
+        drawn = jax.random.randint(first, (batch, 1, 1), 0, len(self.scales))
+        scale = jnp.asarray(self.scales, x.dtype)[drawn]
+        return Batch((scale * x, y, scale * x_query), target)
 
     def loss(self, prediction: Array, batch: Batch) -> Array:
         """As for linear regression."""
