@@ -72,7 +72,7 @@ def fading(covariance: np.ndarray, key: np.ndarray, step: float, times: ArrayLik
     if not 0 < step * values[-1] < 2:
         raise ValueError(f"step is {step}, must be in (0, {2 / values[-1]:.4g})")
     parts = (vectors.T @ key) ** 2 / (key @ key)
-    return (1 - step * values) ** np.asarray(times)[..., None] @ parts
+    return np.asarray((1 - step * values) ** np.asarray(times)[..., None] @ parts)
 
 
 def repeated(

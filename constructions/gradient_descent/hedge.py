@@ -3,17 +3,14 @@ r"""Hedge over step sizes: heads are experts, and a softmax over their validatio
 Expert j is a step of gradient descent from W = 0 on N training examples, with a step size of its
 own. It predicts T validation examples one after the other, and
 
-    estimate_tj = eta_j / N sum_i y_i x_i . x_t,      loss_tj = min(1, (estimate_tj - y_t)^2 / C),
+    estimate_tj = eta_j / N sum_i y_i x_i . x_t,      loss_tj = min(1, (estimate_tj - y_t)^2),
     p_tj  ~  exp(-rate sum_{s < t} loss_sj),          rate = sqrt(8 log n / T),
 
-are the weights of Hedge (Freund and Schapire 1997): on every sequence of losses
-
-    sum_t p_t . loss_t  -  min_j sum_t loss_tj  <=  sqrt(T log n / 2).
-
-One token for each expert holds its code, so that softmax attention to these tokens, by what each
-has lost, is p; queries come after all validation examples. Lu et al. 2022, arXiv 2203.01400
-(SAMUEL) mix local preconditioners so. Experts that also sleep outside of dyadic intervals have low
-regret on every interval: `sleeping`, which looks at its own losses and so takes T layers, not 4.
+are Hedge's weights (Freund and Schapire 1997): whatever the losses, sum_t p_t . loss_t is at most
+sqrt(T log n / 2) more than the best expert's sum. One token for each expert holds its code, so that
+softmax attention to these tokens, by what each has lost, is p; queries see all T losses. Lu et al.
+2022, arXiv 2203.01400 (SAMUEL) mix preconditioners so, with experts that sleep outside of intervals
+(`sleeping`), which have low regret on each; they look at their own losses, and so take T layers.
 """
 
 from __future__ import annotations
@@ -59,7 +56,6 @@ class Hedge(Construction):
         validation: T, how many examples follow them.
         step_sizes: eta, one an expert, at least two.
         scales: of the inputs of a context, one drawn for each: a curvature of its own.
-        largest: C, the squared error that counts as a loss of 1.
     """
 
     dim_x: int = 3
@@ -67,11 +63,9 @@ class Hedge(Construction):
     validation: int = 8
     step_sizes: tuple[float, ...] = (2.0, 6.0, 18.0, 54.0)
     scales: tuple[float, ...] = (0.5, 1.0, 2.0)
-    largest: float = 1.0
 
     def __post_init__(self) -> None:
         self.whole("dim_x", "num_examples", "validation")
-        self.finite("largest", above=0)
         for name, least in (("step_sizes", 2), ("scales", 1)):
             each = tuple(number(name, v, above=0) for v in np.atleast_1d(getattr(self, name)))
             if len(each) < least:
@@ -102,13 +96,14 @@ class Hedge(Construction):
             for j, eta in enumerate(self.step_sizes)
         ]  # fmt: skip
         miss, one = estimate - np.ones((n, 1)) @ y, constant(1.0)
-        square = Mlp(miss, {error: 1 / self.largest}, miss, "identity", "validation")
+        square = Mlp(miss, {error: 1.0}, miss, "identity", "validation")
         clip = Mlp(1.0 - error, {gain: 1.0}, token_groups="validation")
-        add = Head(
-            one, one, gain, {total: 1.0}, queries=_READERS, keys="validation", window=(None, -1)
-        )
-        hedge = Head(total, code, code, {weight: 1.0}, mixer="softmax", queries=_READERS,
-                     keys="expert", scale=self.rate, name="hedge")  # fmt: skip
+        add, hedge = (
+            Head(one, one, gain, {total: 1.0}, queries=_READERS, keys="validation",
+                 window=(None, -1), name="sum"),
+            Head(total, code, code, {weight: 1.0}, mixer="softmax", queries=_READERS,
+                 keys="expert", scale=self.rate, name="hedge"),
+        )  # fmt: skip
         mix = Mlp(weight, {out: np.ones((1, n))}, estimate, "identity", _READERS)
         layers = [Layer(experts, square), Layer(mlp=clip), Layer([add]), Layer([hedge], mix)]
         return Program(slots, layers, token_groups=("training", "expert", *_READERS))
@@ -116,31 +111,24 @@ class Hedge(Construction):
     @property
     def task(self) -> ScaledTasks:
         """Regression with contexts of N + T examples, of mixed curvature."""
-        return ScaledTasks(
-            RegressionTask(self.dim_x, self.num_examples + self.validation), self.scales
-        )
+        context = self.num_examples + self.validation
+        return ScaledTasks(RegressionTask(self.dim_x, context), self.scales)
 
     @property
     def arguments(self) -> tuple[Input, ...]:
         """N training and T validation examples x, y of one output, and queries."""
         context = self.num_examples + self.validation
-        return (
-            Input("x", ("batch", context, self.dim_x)),
-            Input("y", ("batch", context, 1)),
-            Input("x_query", ("batch", "query", self.dim_x)),
-        )
+        axes = {"x": (context, self.dim_x), "y": (context, 1), "x_query": ("query", self.dim_x)}
+        return tuple(Input(name, ("batch", *rest)) for name, rest in axes.items())
 
     def trace(self, x: Any, y: Any, x_query: Any) -> dict[str, Array]:
-        """Estimates of all experts, errors, sums of gains, Hedge's weights, the mixed prediction.
-
-        Estimates, sums and weights are `[batch, T + query, n]`, errors and gains `[batch, T, n]`.
-        """
+        """The algorithm; what experts say, sums and weights are `[batch, T + query, n]`."""
         x, y, x_query = self.given(0.0, x, y, x_query)
         n, etas = self.num_examples, jnp.asarray(self.step_sizes, x.dtype)
         step = jnp.einsum("bno,bni->bi", y[:, :n], x[:, :n], precision="highest") / n
         read = jnp.concatenate([x[:, n:], x_query], axis=1)
         estimate = jnp.einsum("bi,bti->bt", step, read, precision="highest")[..., None] * etas
-        error = (estimate[:, : self.validation] - y[:, n:]) ** 2 / self.largest
+        error = (estimate[:, : self.validation] - y[:, n:]) ** 2
         gain = 1 - jnp.minimum(error, 1)
         total = jnp.cumsum(jnp.pad(gain, ((0, 0), (1, x_query.shape[1] - 1), (0, 0))), axis=1)
         weight = jax.nn.softmax(self.rate * total)
@@ -151,12 +139,10 @@ class Hedge(Construction):
     def embed(self, x: Array, y: Array, x_query: Array) -> list[Tokens]:
         """Training examples, experts, validation examples, queries."""
         n, codes = self.num_examples, jnp.eye(len(self.step_sizes), dtype=x.dtype)[None]
-        return [
-            Tokens("training", {"x": x[:, :n], "y": y[:, :n]}),
-            Tokens("expert", {"code": codes}),
-            Tokens("validation", {"x": x[:, n:], "y": y[:, n:]}),
-            Tokens("query", {"x": x_query}, read=True),
-        ]
+        training = Tokens("training", {"x": x[:, :n], "y": y[:, :n]})
+        validation = Tokens("validation", {"x": x[:, n:], "y": y[:, n:]})
+        experts, queries = Tokens("expert", {"code": codes}), {"x": x_query}
+        return [training, experts, validation, Tokens("query", queries, read=True)]
 
     def places(self, depth: int, x: Any, y: Any, x_query: Any) -> dict[str, Place]:
         """Every value in its slot."""
@@ -170,15 +156,14 @@ class Hedge(Construction):
         """The same shape from random weights."""
         recipe = Recipe(steps=3000, batch=256, learning_rate=5e-3, schedule="cosine", warmup=100,
                         clip=1.0, average_tail=0.1)  # fmt: skip
-        return Counterpart(
-            self.random_weights(0.3), self.task, recipe, quick=replace(recipe, steps=1000)
-        )
+        init, quick = self.random_weights(0.3), replace(recipe, steps=1000)
+        return Counterpart(init, self.task, recipe, quick=quick)
 
     def near_misses(self) -> dict[str, NearMiss]:
         """The best single step size for all scales, and validation labels of another context."""
-        base, squares = RegressionTask(self.dim_x, self.num_examples), np.square(self.scales)
-        # at scale s a step size eta has the loss of eta s^2 at scale 1
-        best = optimal_step_size(base) * float(squares.mean() / (squares**2).mean())
+        s = np.square(self.scales)  # at scale s the loss of eta is that of eta s^2 at scale 1
+        best = optimal_step_size(RegressionTask(self.dim_x, self.num_examples))
+        best *= float(s.mean() / (s**2).mean())
         single = replace(self, step_sizes=(best,) * len(self.step_sizes))
 
         def shuffled(x: Array, y: Array, x_query: Array) -> Array:
@@ -214,15 +199,14 @@ def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
     slow, fast = losses(keys[1], half, c.scales[:1]), losses(keys[2], half, c.scales[-1:])
     stream, n = np.concatenate([slow, fast], axis=1), len(c.step_sizes)
     plain = hedge(stream, np.sqrt(8 * np.log(n) / (2 * half)))
-    bound = f"The bound is {hedge_bound(c.validation, n):.3f}."
+    interval = "Experts that sleep outside of dyadic intervals have low regret on each of them."
     after = f"On the second {half} of {2 * half} losses, after a change of curvature by 16."
-    for name, statement, source, found, note in (
-        ("regret of Hedge", "It loses at most sqrt(T log n / 2) more than the best expert.",
-         "Freund and Schapire 1997", regret(hedge(drawn, c.rate), drawn), bound),
-        ("regret after a change, Hedge", "Hedge has no low regret on intervals.", _PAPER,
-         regret(plain, stream, half), after),
-        ("regret after a change, sleeping experts", "Experts that sleep outside of dyadic "
-         "intervals have.", _PAPER, regret(sleeping(stream), stream, half), after),
+    for name, statement, found, note in (
+        ("regret of Hedge", "Mixing loses at most sqrt(T log n / 2) more than the best expert.",
+         regret(hedge(drawn, c.rate), drawn), f"Bound: {hedge_bound(c.validation, n):.3f}."),
+        ("regret after a change, Hedge", interval, regret(plain, stream, half), after),
+        ("regret after a change, sleeping experts", interval,
+         regret(sleeping(stream), stream, half), after),
     ):  # fmt: skip
         error = float(found.std(ddof=1) / np.sqrt(len(found)))
-        yield Measurement(name, statement, source, None, float(found.mean()), error, note=note)
+        yield Measurement(name, statement, _PAPER, None, float(found.mean()), error, note=note)

@@ -15,7 +15,7 @@ weights after H steps drift faster than steps on all their data by
 in the lowest order of the noise; as eta falls that is 1 + (K - 1) psi(2 eta h H) with psi(x) =
 1 - (1 - e^-x) / x, of the slow SDE of Gu et al. 2023, arXiv 2303.01215. So it goes to 1 at constant
 H, stays at H ~ 1 / eta, and goes to K under the quadratic synchronisation rule H ~ 1 / eta^2 (Gu et
-al. 2024, arXiv 2310.14423). Gradient flow without noise keeps u^2 - w^2, and the other orbit of the
+al. 2023, arXiv 2310.14423). Gradient flow without noise keeps u^2 - w^2, and the other orbit of the
 layer, rotations of K and Q, has one sharpness and no drift.
 """
 
@@ -47,16 +47,16 @@ def sharpness(s: float | np.ndarray, task: RegressionTask) -> float | np.ndarray
     return curvature(task) * optimal_step_size(task) * (s**2 + s**-2.0)
 
 
-def drift_ratio(workers: int, local: int | np.ndarray, step: float | np.ndarray) -> np.ndarray:
+def drift_ratio(workers: int, local: float | np.ndarray, step: float | np.ndarray) -> np.ndarray:
     """How much faster K workers with H local steps drift, `step` being eta h; see the module."""
     rho = (1 - np.asarray(step, float)) ** 2
-    return 1 + (workers - 1) * (1 - (1 - rho**local) / (local * (1 - rho)))
+    return np.asarray(1 + (workers - 1) * (1 - (1 - rho**local) / (local * (1 - rho))))
 
 
 def slow_drift_ratio(workers: int, product: float | np.ndarray) -> np.ndarray:
     """The same for small steps, 1 + (K - 1) psi(2 eta h H), `product` being eta h H."""
     x = 2 * np.asarray(product, float)
-    return 1 + (workers - 1) * (1 - -np.expm1(-x) / x)
+    return np.asarray(1 + (workers - 1) * (1 + np.expm1(-x) / x))
 
 
 @partial(jax.jit, static_argnames=("local", "rounds", "workers"))

@@ -179,31 +179,18 @@ def _measure(steps: int, seed: int) -> Iterator[Measurement]:
         nearest = projection(loss, np.broadcast_to(c, 6), start)
         return float(np.linalg.norm(m - nearest) / np.linalg.norm(nearest))
 
-    def row(name: str, statement: str, values: Any, note: str) -> Measurement:
-        error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
-        return Measurement(name, statement, _PAPER, None, float(np.mean(values)), error, note=note)
-
-    yield row(
-        "mirror flow, distance from the projection",
-        "Gradient flow of commuting factors ends at the Bregman projection of where it began.",
-        list(map(gap, limits(loss, p, q, steps), p**2 - q**2, p * q)),
-        "Heads with value scales of their own, descent from five small unequal starts.",
-    )
-    yield row(
-        "shared value scale, distance from every projection",
-        "Without commuting fields no such potential fits the limit.",
-        [
-            min(gap(m, c, start) for c in np.logspace(-6, 2, 33))
-            for m, start in zip(limits(loss, p[:, :1], q, steps), p[:, :1] * q, strict=True)
-        ],
-        "The least over c from 1e-6 to 100.",
-    )
-    for name, scale in (("large", 10.0), ("small", 0.01)):
-        starts = scale * rng.uniform(0.8, 1.2, (5, 6))
-        yield row(
-            f"l1 norm over the least, {name} scale",
-            "As the scale of the start falls, the preferred solution goes from least l2 to least "
-            "l1 norm.",
-            np.abs(limits(loss, starts, 0 * starts, steps)).sum(1) / least,
-            f"From value scales near {scale} and scores of 0.",
-        )
+    begun = "Gradient flow of commuting factors ends at the Bregman projection of where it began."
+    norms = "As the scale of the start falls, the solution goes from least l2 to least l1 norm."
+    shared, starts = limits(loss, p[:, :1], q, steps), rng.uniform(0.8, 1.2, (5, 6))
+    large, small = (limits(loss, size * starts, 0 * starts, steps) for size in (10.0, 0.01))
+    for name, statement, values, note in (
+        ("mirror flow, distance from the projection", begun,
+         list(map(gap, limits(loss, p, q, steps), p**2 - q**2, p * q)), "Small unequal starts."),
+        ("shared value scale, distance from every projection", begun,
+         [min(gap(m, c, start) for c in np.logspace(-6, 2, 33))
+          for m, start in zip(shared, p[:, :1] * q, strict=True)], "The least over c."),
+        ("l1 norm over the least, large scale", norms, np.abs(large).sum(1) / least, "p near 10."),
+        ("l1 norm over the least, small scale", norms, np.abs(small).sum(1) / least, "p near .01."),
+    ):  # fmt: skip
+        error = float(np.std(values, ddof=1) / np.sqrt(5))
+        yield Measurement(name, statement, _PAPER, None, float(np.mean(values)), error, note=note)

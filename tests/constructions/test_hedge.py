@@ -30,7 +30,7 @@ def test_attention_weights_are_hedges_and_keep_its_bound(x64):
             weight = np.exp(-c.rate * total) / np.exp(-c.rate * total).sum()
             np.testing.assert_allclose(held["weight"][b, t], weight, rtol=0, atol=1e-12)
             for j, eta in enumerate(c.step_sizes):
-                error = (eta * step[b] @ x[b, 4 + t] - y[b, 4 + t, 0]) ** 2 / c.largest
+                error = (eta * step[b] @ x[b, 4 + t] - y[b, 4 + t, 0]) ** 2
                 losses[t, j] = min(1.0, error)
         weight = np.exp(-c.rate * losses.sum(0))
         mixed = weight / weight.sum() @ np.asarray(c.step_sizes) * (step[b] @ x_query[b, 0])

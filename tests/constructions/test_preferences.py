@@ -190,7 +190,9 @@ def test_random_vertices_are_worse_when_units_are_few():
     assert median(48) < 1e-9
 
 
-@pytest.mark.parametrize("points", [np.ones((2, 3)), np.ones((3, 2)), [[1.0, np.nan], [0.0, 1.0]]])
+@pytest.mark.parametrize(
+    "points", [np.ones((2, 3)), np.ones((3, 2)), np.array([[1.0, np.nan], [0, 1]])]
+)
 def test_points_are_checked(points):
     with pytest.raises(ValueError, match="points"):
         relu_optimum.rays(points)
