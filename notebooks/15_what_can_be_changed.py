@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from constructions import CATALOGUE
+from constructions.claims import predict
 from constructions.gradient_descent import facts
 from probes.ledger import ledger
 from synthetic.theory.experts import hedge_bound, regret
@@ -73,8 +74,6 @@ for row in rows:
 c = CATALOGUE["hedge"]()
 inputs = c.sample(jax.random.key(0), 500 if QUICK else 4000)
 held = jax.jit(c.read)(c.reference, *inputs)
-trace = jax.jit(c.trace)(*inputs)
-print(f"weights as the algorithm's to {float(abs(held['weight'] - trace['weight']).max()):.0e}")
 found = regret(held["weight"][:, : c.validation], 1 - held["gain"])
 bound = hedge_bound(c.validation, len(c.step_sizes))
 print(f"regret: mean {found.mean():.2f}, most {found.max():.2f}, bound {bound:.2f}")
@@ -87,10 +86,10 @@ for s, chosen in by_scale.items():
 batch = c.task.sample(jax.random.key(1), 2000)
 near = c.near_misses()
 models = {"Hedge": c.reference, **{name: near[name].model for name in near}}
-mean = {}
-for name, model in models.items():
-    predict = model if not hasattr(model, "config") else lambda *a, m=model: c.apply(m, *a)
-    mean[name] = float(c.task.loss(jax.jit(predict)(*batch.inputs), batch).mean())
+mean = {
+    name: float(c.task.loss(predict(c, model, *batch.inputs), batch).mean())
+    for name, model in models.items()
+}
 print("loss:", {name: round(value, 4) for name, value in mean.items()})
 assert mean["Hedge"] < 0.6 * min(mean[name] for name in near)
 
@@ -114,14 +113,9 @@ chosen = {
     "scrambled": ["saw", "dog", "the"],
 }
 planted = facts.bags(grammar, list(chosen.values()))
-times = np.array([0, 25, 50, 100, 200])
-streams = 50 if QUICK else 500
-recall = np.stack([
-    np.asarray(facts.streamed(
-        jax.random.key(int(t)), jnp.asarray(keys), jnp.asarray(chance), jnp.asarray(planted),
-        0.1, int(t), streams,
-    )) for t in times
-])  # fmt: skip
+times, streams = np.array([1, 25, 50, 100, 200]), 50 if QUICK else 500
+arrays = (jnp.asarray(a) for a in (keys, chance, planted))
+recall = np.asarray(facts.streamed(jax.random.key(0), *arrays, 0.1, 200, streams))[times - 1]
 for n, (name, sentence) in enumerate(chosen.items()):
     with np.errstate(divide="ignore"):
         surprise = -np.log(facts.probability(grammar, [sentence])[0])

@@ -97,7 +97,7 @@ def sparse(update: np.ndarray, share: float) -> np.ndarray:
 def streamed(
     key: Array, keys: Array, chance: Array, facts: Array, step: ArrayLike, steps: int, streams: int
 ) -> Array:
-    """Recall of planted facts after `steps` of SGD on drawn keys, `[stream, fact]`.
+    """Recall of planted facts after every step of SGD on drawn keys, `[step, stream, fact]`.
 
     Args:
         key: of `jax.random`.
@@ -106,13 +106,14 @@ def streamed(
         step: eta.
     """
 
-    def one(memory: Array, drawn: Array) -> tuple[Array, None]:
+    def one(memory: Array, drawn: Array) -> tuple[Array, Array]:
         at = keys[drawn]
-        return memory - step * jnp.einsum("sfi,si,sj->sfj", memory, at, at), None
+        memory = memory - step * jnp.einsum("sfi,si,sj->sfj", memory, at, at)
+        return memory, jnp.einsum("sfi,fi->sf", memory, facts)
 
     drawn = jax.random.categorical(key, jnp.log(chance), shape=(steps, streams))
     start = jnp.broadcast_to(facts, (streams, *facts.shape))
-    return jnp.einsum("sfi,fi->sf", jax.lax.scan(one, start, drawn)[0], facts)
+    return jax.lax.scan(one, start, drawn)[1]
 
 
 def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
@@ -124,7 +125,7 @@ def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
     facts = [["the", "dog", "saw"], ["the", "heron", "sang"], ["saw", "dog", "the"]]
     planted = bags(grammar, facts)
     found = [
-        streamed(k, *map(jnp.asarray, (keys, chance, planted)), step, steps, streams).mean(0)
+        streamed(k, *map(jnp.asarray, (keys, chance, planted)), step, steps, streams)[-1].mean(0)
         for k in jax.random.split(jax.random.key(seed), 5)
     ]
     for n, (name, fact) in enumerate(zip(("likely", "unlikely", "scrambled"), facts, strict=True)):
