@@ -88,10 +88,10 @@ assert apart < 1e-12 and shared > 0.05
 
 # %%
 task, product = RegressionTask(10, 10), 0.005
-keys = jax.random.split(jax.random.key(0), 20 if QUICK else 100)
-length = 6000 if QUICK else 40_000
+keys = jax.random.split(jax.random.key(0), 10 if QUICK else 40)
+length = 4000 if QUICK else 20_000
 alone = local_sgd.drift(keys, task, product, 1, length).mean()
-locals_ = np.array([20, 100, 400, 2000])
+locals_ = np.array([20, 100, 400] if QUICK else [20, 100, 400, 2000])
 ratios, errors = [], []
 for local in locals_:
     found = local_sgd.drift(keys, task, product, int(local), max(length, 20 * int(local))) / alone
@@ -101,7 +101,7 @@ for local in locals_:
     print(
         f"H = {local:4d}: faster by {ratios[-1]:.2f} +- {errors[-1]:.2f}, closed form {exact:.2f}"
     )
-    assert abs(ratios[-1] / exact - 1) < (0.06 if QUICK else 0.02)
+    assert abs(ratios[-1] / exact - 1) < (0.1 if QUICK else 0.02)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
@@ -132,14 +132,14 @@ plt.show()
 
 # %%
 points, target = relu_optimum.points_and_targets(0)
-tries = 200 if QUICK else 10_000
+tries = 50 if QUICK else 2000
 keys = jax.random.split(jax.random.key(1), tries)
 shares, lowest = [], []
 for units in (1, 2, 3):
     best, chosen = relu_optimum.optimum(points, target, units)
     arrays = jnp.asarray(points), jnp.asarray(target)
     found = np.asarray(relu_optimum.descend(keys, *arrays, units, 3000))
-    starts = np.random.default_rng(units).integers(0, 32, (40, units)).tolist()
+    starts = np.random.default_rng(units).integers(0, 32, (10 if QUICK else 40, units)).tolist()
     moved = np.array([relu_optimum.greedy(points, target, tuple(c)) for c in starts])
     shares.append([(losses < 1.01 * best).mean() for losses in (found, moved)])
     lowest.append(found.min() / best)
