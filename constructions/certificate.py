@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -190,11 +189,11 @@ def verify(
             with jax.enable_x64(True):
                 # both sides see inputs that the narrower dtype can hold
                 inputs = tuple(_through(a, name) for a in _inputs(construction, seed, batch, size))
-                expected = jax.device_get(_trace(construction, *inputs))
+                expected = jax.device_get(traced(construction, *inputs))
                 _check_trace(construction, expected)
-                domain = domain or construction.domain(*inputs)
+                domain = domain or construction.domain(*map(jax.device_put, inputs))
             with jax.enable_x64(name == "float64"):
-                given = tuple(jnp.asarray(_narrow(a, name)) for a in inputs)
+                given = tuple(_narrow(a, name) for a in inputs)
                 if subject is None:
                     subject = construction.compile(name).model if model is None else model(name)
                 read, prediction = jax.device_get(_values(construction, subject, *given))
@@ -253,7 +252,8 @@ def check_settings(construction: Any) -> None:
 
 
 @compile_once(static_argnums=0)
-def _trace(construction: Any, *inputs: Array) -> Any:
+def traced(construction: Any, *inputs: ArrayLike) -> Any:
+    """`construction.trace`, jitted: the algorithm's own values on these inputs."""
     return construction.trace(*inputs)
 
 
@@ -263,21 +263,20 @@ def _values(construction: Any, model: Any, *inputs: Array) -> tuple[dict[str, Ar
     return construction.read(model, *inputs), construction.apply(model, *inputs)
 
 
-def _inputs(construction: Any, seed: int, batch: int, size: int) -> tuple[Array, ...]:
+def _inputs(construction: Any, seed: int, batch: int, size: int) -> tuple[np.ndarray, ...]:
     """`sample(seed, batch)`, or the first `size` inputs of another draw, as large where it can."""
     key = jax.random.key(seed)
     if size == batch:
-        return construction.sample(key, batch)
+        return tuple(map(np.asarray, construction.sample(key, batch)))
     drawn = construction.sample(jax.random.fold_in(key, size), max(batch, size))
-    return tuple(a[:size] for a in drawn)
+    return tuple(np.asarray(a)[:size] for a in drawn)
 
 
-def _through(a: Array, dtype: str) -> Array:
-    return a.astype(dtype).astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+def _through(a: np.ndarray, dtype: str) -> np.ndarray:
+    return a.astype(dtype).astype(a.dtype) if np.issubdtype(a.dtype, np.floating) else a
 
 
-def _narrow(a: Array, dtype: str) -> np.ndarray:
-    array = np.asarray(a)
+def _narrow(array: np.ndarray, dtype: str) -> np.ndarray:
     if np.issubdtype(array.dtype, np.floating):
         return array.astype(dtype)
     return array.astype(np.int32) if array.dtype == np.int64 and dtype == "float32" else array

@@ -27,14 +27,20 @@ from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 
 
+def _many(construction: Any, model: Any, *inputs: ArrayLike) -> bool:
+    """Whether running takes longer than compiling well."""
+    return not inputs or np.ndim(inputs[0]) == 0 or np.shape(inputs[0])[0] > 256
+
+
+@compile_once(static_argnums=0, often=_many)
 def _apply(construction: Any, model: Any, *inputs: ArrayLike) -> Array:
     return construction.apply(model, *inputs)
 
 
-_apply_few = compile_once(_apply, static_argnums=0)
-_apply_many = compile_once(_apply, static_argnums=0, often=True)
-#: Up to so many inputs a program takes less time to run than to compile well.
-_FEW = 256
+@compile_once(static_argnums=0)
+def mean_loss(construction: Any, prediction: Array, batch: Batch) -> Array:
+    """Mean loss of predictions on a batch of the construction's task, jitted."""
+    return construction.task.loss(prediction, batch).mean()
 
 
 def is_function(model: Any) -> bool:
@@ -49,8 +55,7 @@ def predict(construction: Any, model: Any, *inputs: ArrayLike) -> Array:
     """
     if is_function(model):
         return jnp.asarray(model(*inputs))
-    few = bool(inputs) and len(np.shape(inputs[0])) > 0 and np.shape(inputs[0])[0] <= _FEW
-    return (_apply_few if few else _apply_many)(construction, model, *inputs)
+    return _apply(construction, model, *inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +197,7 @@ class Evidence:
 
     def loss(self, prediction: Array) -> float:
         """Mean loss of predictions on the examples."""
-        return float(self.construction.task.loss(prediction, self.examples).mean())
+        return float(mean_loss(self.construction, prediction, self.examples))
 
 
 @dataclass(frozen=True)

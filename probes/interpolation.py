@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from constructions.core.config import Config
@@ -111,12 +112,13 @@ def interpolate(
     return jax.lax.map(loss, jnp.asarray(fractions))
 
 
-def interpolation_gap(losses: Float[Array, " fraction"]) -> Float[Array, ""]:
+def interpolation_gap(losses: Float[Array | np.ndarray, " fraction"]) -> float:
     """max_s loss(s) / min(loss(0), loss(1)) - 1: 0 if no point is worse than the better end.
 
     The first and the last entry are the ends.
     """
-    return losses.max() / jnp.minimum(losses[0], losses[-1]) - 1
+    found = np.asarray(losses)
+    return float(found.max() / min(found[0], found[-1]) - 1)
 
 
 FRACTIONS = tuple(n / 10 for n in range(11))

@@ -14,10 +14,11 @@ from itertools import groupby
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from constructions.certificate import traced
+from constructions.core.embedding import Stream
 from constructions.family import Construction
 from constructions.runs import Run
 from probes.foreign import lacking, no_site
@@ -25,6 +26,7 @@ from probes.probe import Probe, Result, table
 from probes.regression import Ridge, Split, ridge, split
 from probes.style import Picture, figure_of, in_style, png
 from probes.subject import Readable, activations, stream_size, too_large, variables
+from synthetic.compilation import compile_once
 
 #: Numbers in the stream of one input up to which values are looked for in all tokens at once.
 SMALL = 10_000
@@ -138,11 +140,11 @@ def probe_table(
     if not models or set(models) & set(CONTROLS):
         raise ValueError(f"models are named {list(models)}, must be some, and none of {CONTROLS}")
     draw, cut, shuffle, init = jax.random.split(key, 4)
-    inputs = jax.jit(construction.sample, static_argnums=1)(draw, batch)
+    inputs = compile_once(construction.sample, static_argnums=1)(draw, batch)
     compiled = construction.reference
     initial = construction.counterpart().untrained(init)
     subjects: dict[str, Readable] = {**models, "construction": compiled, "random init": initial}
-    embedded = construction.stream(compiled, *inputs)
+    embedded = _stream(construction, compiled, *inputs)
     features = {
         name: _features(activations(construction, subject, (site,))(*inputs), site, embedded, name)
         for name, subject in subjects.items()
@@ -170,6 +172,19 @@ def probe_table(
     return ProbeTable(rows, columns, values, layers, by_layer, constant)
 
 
+def _stream(construction: Construction, model: Any, *inputs: Array) -> Stream:
+    """`construction.stream`, jitted."""
+    read: list[slice] = []
+
+    @compile_once
+    def made(*inputs: Array) -> tuple[Array, Array]:
+        values, groups, tokens = construction.stream(model, *inputs)
+        read.append(tokens)  # no array: known once it is traced
+        return values, groups
+
+    return Stream(*made(*inputs), read[0])
+
+
 def _features(found: Mapping[str, Array], site: str, embedded: Any, name: str) -> np.ndarray:
     """`[layer, batch, token, feature]`."""
     if site not in found:
@@ -186,7 +201,7 @@ def _features(found: Mapping[str, Array], site: str, embedded: Any, name: str) -
 def _targets(
     construction: Construction, inputs: Any, embedded: Any, names: Any, depth: int
 ) -> Iterator[Target]:
-    trace = {name: np.asarray(a) for name, a in construction.trace(*inputs).items()}
+    trace = {name: np.asarray(a) for name, a in traced(construction, *inputs).items()}
     for name in names or ():
         if name not in trace:
             raise ValueError(f"unknown value '{name}', must be one of {sorted(trace)}")
@@ -265,8 +280,8 @@ def _scores(
             x = _pooled(joined, read) if own is None else joined[:, :, list(own)]
             y = np.stack([target.values for target in chosen])
             y = np.concatenate([y, y[:, order]])
-            fit: Ridge = ridge(jnp.asarray(x), jnp.asarray(y), parts)
-            both = np.asarray(jnp.stack([fit.residual, fit.total], 1), float)
+            fit: Ridge = ridge(x, y, parts)
+            both = np.stack([np.asarray(fit.residual), np.asarray(fit.total)], 1).astype(float)
             both = both.reshape(len(x), 2, 2, len(chosen), 3)  # layer, sum, real or not, step, part
             for name, layers in zip(names, np.split(both, ends), strict=True):
                 for number, target in enumerate(chosen):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from constructions.claims import predict
+from constructions.claims import mean_loss, predict
 from constructions.family import Construction
 from constructions.runs import Run
 from probes.probe import Probe, Result, compiled_like, seed_names, table
@@ -80,11 +80,11 @@ def mean_losses(
     batch: int,
     task: Any = None,
 ) -> list[float]:
-    """Mean loss of every model on the same inputs of the construction's task, or of another."""
+    """Mean loss of every model on the same inputs: the construction's task's, or another's."""
     task = construction.task if task is None else task
     drawn = task.sample(jax.random.key(seed), batch)
     predictions = (predict(construction, model, *drawn.inputs) for model in models)
-    return [float(task.loss(prediction, drawn).mean()) for prediction in predictions]
+    return [float(mean_loss(construction, prediction, drawn)) for prediction in predictions]
 
 
 def measure(run: Run, seed: int) -> Result:

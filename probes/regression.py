@@ -187,7 +187,7 @@ def ridge(features: Array, targets: Array, parts: Split) -> Ridge:
 
     features `[layer, batch, sample, feature]`, targets `[step, batch, sample, target]`.
     """
-    return _ridge(features, targets, tuple(map(jnp.asarray, parts)))
+    return _ridge(features, targets, tuple(map(np.asarray, parts)))
 
 
 @compile_once(often=True)

@@ -59,6 +59,11 @@ def prediction_distance(
     """
     a, b = apply(*inputs), reference(*inputs)
     _check_equal(a, b, "predictions")
+    return _distance(a, b)
+
+
+@compile_once
+def _distance(a: Array, b: Array) -> PredictionDistance:
     difference = a - b
     relative = jnp.sqrt(jnp.mean(jnp.square(difference)) / jnp.mean(jnp.square(b)))
     return PredictionDistance(jnp.linalg.norm(difference, axis=-1).mean(), relative)

@@ -30,6 +30,11 @@ from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch, outcome
 
 
+def _first(size: int, inputs: Any) -> Any:
+    """So many inputs, or all; cut by numpy, which compiles nothing."""
+    return jax.tree.map(lambda a: jax.device_put(np.asarray(a)[:size]), inputs)
+
+
 def excess_loss(e: Evidence) -> float:
     """|loss of the model / loss of the construction - 1|, on the same examples."""
     return abs(e.loss(e.prediction) / e.loss(e.expected) - 1)
@@ -86,7 +91,7 @@ def same_outcome(e: Evidence) -> float:
 
 def sensitivity_cosine(e: Evidence) -> float:
     """Mean cosine between d prediction / d query of model and construction; blind to scale."""
-    inputs = jax.tree.map(lambda a: a[:1024], e.examples.inputs)
+    inputs = _first(1024, e.examples.inputs)
     return similarity.cosine_of(e.construction, e.model, e.reference, inputs)
 
 
@@ -98,7 +103,7 @@ def weight_distance(e: Evidence) -> float:
 def interpolation_gap(e: Evidence) -> float:
     """Largest loss on the line between model and construction, over the smaller end, less 1."""
     losses = between(e.construction, e.model, e.reference, e.examples)
-    return float(interpolation.interpolation_gap(losses))
+    return interpolation.interpolation_gap(losses)
 
 
 @compile_once(static_argnums=0, often=True)
@@ -114,7 +119,7 @@ def roll_out_gap(e: Evidence) -> float:
     Losses are medians over the examples. Inert weights are removed first, as are masks that differ
     without effect: see `constructions.core.canonical.without_inert`.
     """
-    examples = jax.tree.map(lambda a: a[:4096], e.examples)
+    examples = _first(4096, e.examples)
     gauge = e.construction.gauge()
 
     def rolled(model: Transformer) -> Array:
@@ -122,12 +127,12 @@ def roll_out_gap(e: Evidence) -> float:
         return _rolled(e.construction, bare, examples)
 
     theirs = e.once("roll-out", lambda: rolled(e.reference))
-    return float(jnp.abs(jnp.log(rolled(e.model) / theirs)).max())
+    return float(np.abs(np.log(np.asarray(rolled(e.model)) / np.asarray(theirs))).max())
 
 
 def _on_subsets(e: Evidence, model: Any) -> np.ndarray:
     """Answers for every subset of four examples, `[subset, batch, ...]`, less their mean."""
-    inputs = jax.tree.map(lambda a: a[:512], e.examples.inputs)
+    inputs = _first(512, e.examples.inputs)
     players = min(4, e.construction.context_size(*inputs))
     found = all_subsets(e.construction, model, inputs, players)
     return found - found.mean(0)
@@ -160,9 +165,9 @@ def distributions(e: Evidence) -> str:
 def differentiable(e: Evidence) -> str:
     """Predictions have derivatives by the last input, token by token."""
     if needs.known_weights(e):
-        inputs = tuple(a[:64] for a in e.examples.inputs)
+        inputs = _first(64, e.examples.inputs)
         return similarity.insensitive(e.construction, e.model, inputs)
-    inputs = tuple(a[:2] for a in e.examples.inputs)
+    inputs = _first(2, e.examples.inputs)
     apply = partial(e.construction.apply, e.model)
     # of models of one shape, the same is true
     shape = f"differentiable {e.model.config!r}"

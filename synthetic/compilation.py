@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 F = TypeVar("F", bound=Callable[..., Any])
+Often = bool | Callable[..., bool]
 
 # Compiler options of XLA on CPUs. One that a jaxlib does not know is an error, so they are given to
 # the versions on which they were tried, by the first two numbers of the version.
@@ -50,14 +51,14 @@ LARGEST_CACHE = 256 * 2**20
 
 
 @overload
-def compile_once(function: F, /, *, often: bool = False, **options: Any) -> F: ...
+def compile_once(function: F, /, *, often: Often = False, **options: Any) -> F: ...
 
 
 @overload
-def compile_once(*, often: bool = False, **options: Any) -> Callable[[F], F]: ...
+def compile_once(*, often: Often = False, **options: Any) -> Callable[[F], F]: ...
 
 
-def compile_once(function: Any = None, /, *, often: bool = False, **options: Any) -> Any:
+def compile_once(function: Any = None, /, *, often: Often = False, **options: Any) -> Any:
     """`jax.jit` for a program that runs a few times: it is compiled quickly, and runs more slowly.
 
     On accelerators, on versions of jaxlib that were not tried, and where it is part of a larger
@@ -67,14 +68,14 @@ def compile_once(function: Any = None, /, *, often: bool = False, **options: Any
     Args:
         function: what to compile; without it, a decorator is returned.
         often: it runs about ten times or more for every shape of its inputs, or on large ones:
-            leave out only what costs no speed.
+            leave out only what costs no speed. A function of its arguments says so for each call.
         **options: those of `jax.jit`, such as static_argnums and static_argnames.
     """
     if function is None:
         return partial(compile_once, often=often, **options)
 
     @cache
-    def compiled(low_effort: bool) -> Callable[..., Any]:
+    def compiled(low_effort: bool, often: bool) -> Callable[..., Any]:
         import jax
 
         chosen = compiler_options(often=often) if low_effort else {}
@@ -82,10 +83,14 @@ def compile_once(function: Any = None, /, *, often: bool = False, **options: Any
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled(not _within_a_program(args, kwargs))(*args, **kwargs)
+        if _within_a_program(args, kwargs):
+            return compiled(False, False)(*args, **kwargs)
+        many = often(*args, **kwargs) if callable(often) else often
+        return compiled(True, bool(many))(*args, **kwargs)
 
     def cache_size() -> int:
-        return sum(compiled(low_effort)._cache_size() for low_effort in (True, False))
+        ways = ((False, False), (True, False), (True, True))
+        return sum(compiled(*way)._cache_size() for way in ways)
 
     call.__dict__["_cache_size"] = cache_size  # how often it was compiled, as `jax.jit` has it
     return call
@@ -140,6 +145,12 @@ def keep_programs() -> Path | None:
             jax_persistent_cache_min_entry_size_bytes=-1,
         )
     return folder
+
+
+def many(task: Any, key: Any, batch: int) -> bool:
+    """For `often` of a draw: are so many inputs asked for that speed pays for compiling well?"""
+    del task, key
+    return batch > 4096
 
 
 def forget_programs() -> None:

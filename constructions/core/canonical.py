@@ -39,6 +39,7 @@ from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentC
 from constructions.core.embedding import Gauge
 from constructions.core.transformer import Transformer
 from constructions.core.weights import Part
+from synthetic.compilation import compile_once
 
 
 class HeadProducts(NamedTuple):
@@ -55,6 +56,7 @@ class HeadProducts(NamedTuple):
     wiring: Int[Array, "layer head entries"]
 
 
+@compile_once
 def head_products(model: Transformer) -> HeadProducts:
     """The products P W_V and scale W_K^T W_Q of every head of every layer applied; any mixer.
 
@@ -97,7 +99,12 @@ def _layer_products(groups: Any, stacked: int, config: Config) -> HeadProducts:
 def layer_tensors(model: Transformer, gauge: Gauge) -> tuple[Float[Array, "out a b values"], ...]:
     """`canonical` without the check that the heads of a layer are wired alike, for use in `jit`."""
     check_linear(model.config)
-    products, last = _contract(head_products(model), gauge)
+    return _tensors(model, *fitting(gauge, model.config.width))
+
+
+@compile_once
+def _tensors(model: Transformer, read: Array, query: Array) -> tuple[Array, ...]:
+    products, last = _contract(head_products(model), read, query)
     tensors = tuple(_tensor(p.output_value, p.key_query).sum(0) for p in _layers(products))
     return (*tensors, _tensor(last.output_value, last.key_query).sum(0))
 
@@ -209,7 +216,11 @@ def without_inert(model: Transformer, gauge: Gauge) -> Transformer:
         # the last layer is stored once for all its applications, of which only the last is free
         return from_canonical(canonical(model, gauge), model, gauge)
     # what is read of P stays P^+ P of itself; so does, in the only layer, what enters as a query
-    kept, entering = np.linalg.pinv(read) @ read, query @ np.linalg.pinv(query)
+    return _bare(model, np.linalg.pinv(read) @ read, query @ np.linalg.pinv(query))
+
+
+@compile_once
+def _bare(model: Transformer, kept: Array, entering: Array) -> Transformer:
     last = len(model.config.segments) - 1, len(model.config.segments[-1].pattern) - 1
 
     def bare(part: Part) -> dict[str, Array]:
@@ -240,9 +251,10 @@ def _layers(products: HeadProducts) -> Iterator[HeadProducts]:
         yield HeadProducts(*(part[layer] for part in products))
 
 
-def _contract(products: HeadProducts, gauge: Gauge) -> tuple[HeadProducts, HeadProducts]:
-    """All layers but the last, and the last one as the gauge sees it."""
-    read, query = fitting(gauge, products.key_query.shape[-1])
+def _contract(
+    products: HeadProducts, read: Array | np.ndarray, query: Array | np.ndarray
+) -> tuple[HeadProducts, HeadProducts]:
+    """All layers but the last, and the last one as the gauge's two maps see it."""
     a, b, wiring = (part[-1] for part in products)
     a = jnp.einsum("ro,noa->nra", jnp.asarray(read, a.dtype), a, precision="highest")
     if len(products.wiring) == 1:
@@ -276,7 +288,7 @@ def _squared_norms(
 
 
 def _norms(products: HeadProducts, gauge: Gauge, groups: Sequence[str]) -> Float[Array, " layer"]:
-    inner, last = _contract(products, gauge)
+    inner, last = _contract(products, *fitting(gauge, products.key_query.shape[-1]))
     depth = len(products.wiring)
     end = _norm(last, _pairs(gauge, groups, 0 if depth == 1 else depth - 1, depth))[None]
     if depth == 1:

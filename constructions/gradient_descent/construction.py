@@ -247,9 +247,9 @@ class GradientDescent(LinearRegression):
 
     def domain(self, *inputs: Array) -> dict[str, float | str]:
         """The task, and how near its contexts come to the largest stable step size."""
-        x = inputs[0]
-        gram = jnp.einsum("bni,bnj->bij", x, x, precision="highest") / self.num_examples
-        largest = float(jnp.linalg.eigvalsh(gram).max())
+        x = np.asarray(inputs[0])
+        gram = np.einsum("bni,bnj->bij", x, x) / self.num_examples
+        largest = float(np.linalg.eigvalsh(gram).max())
         facts: dict[str, float | str] = {
             "task": repr(self.task),
             f"step size times largest curvature of {len(x)} contexts (converges below 2)": (

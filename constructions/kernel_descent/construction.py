@@ -350,11 +350,10 @@ class KernelDescent(LinearRegression):
 
     def domain(self, *inputs: Array) -> dict[str, float | str]:
         """The task, and how near its contexts come to the largest stable step size."""
-        x = inputs[0]
-        m = self._features(x)
-        gram = jnp.einsum("bnf,bng->bfg", m, m, precision="highest") * self.rate
-        largest = float(jnp.linalg.eigvalsh(gram).max())
-        name = f"step size times largest curvature of {len(x)} contexts (converges below 2)"
+        m = np.asarray(self._features(jnp.asarray(inputs[0])))
+        gram = np.einsum("bnf,bng->bfg", m, m) * self.rate
+        largest = float(np.linalg.eigvalsh(gram).max())
+        name = f"step size times largest curvature of {len(m)} contexts (converges below 2)"
         return {"task": repr(self.task), name: largest}
 
     def tolerance(self, dtype: str) -> float:

@@ -47,6 +47,7 @@ from constructions.mesa.tokens import (
     causal_sums,
     shifted,
 )
+from synthetic.compilation import compile_once
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.dynamics import EPS, NonlinearDynamics, States
 
@@ -144,6 +145,7 @@ class MesaRidge(NextState):
         return TOLERANCE[dtype]
 
 
+@compile_once
 def ridge_predictions(query: Array, key: Array, value: Array, regularization: float) -> Array:
     """(sum v k^T) (sum k k^T + rho I)^-1 q at every time, by orthogonal factors of the data.
 

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from synthetic.compilation import compile_once, many
 from synthetic.tasks.task import Batch, Outcome
 
 Support = Float[Array, "batch support dim"]
@@ -95,6 +96,7 @@ class GaussianClasses:
         """The same with all features times a factor; ValueError unless that is above 0."""
         return replace(self, spread=self.spread * factor, noise=self.noise * factor)
 
+    @compile_once(static_argnums=(0, 2), often=many)
     def sample(self, key: Array, batch: int) -> Batch:
         """Draw episodes.
 

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from synthetic.compilation import compile_once, many
 from synthetic.tasks.task import Batch
 from synthetic.threefry import normal_from_unit, threefry_2x32
 
@@ -145,6 +146,7 @@ class LinearDynamics(Dynamics):
         scales = jax.random.uniform(values, (batch, 1, size), minval=low, maxval=high)
         return product(law * scales, jax.random.orthogonal(right, size, (batch,)))
 
+    @compile_once(static_argnums=(0, 2), often=many)
     def sample(self, key: Array, batch: int) -> Batch:
         """Draw sequences.
 
@@ -226,6 +228,7 @@ class NonlinearDynamics(Dynamics):
         f = product(jax.nn.gelu(product(states, read.T), approximate=True), write.T)
         return f * jax.lax.rsqrt(jnp.square(f).sum(-1, keepdims=True) + EPS)
 
+    @compile_once(static_argnums=(0, 2), often=many)
     def sample(self, key: Array, batch: int) -> Batch:
         """Draw sequences.
 

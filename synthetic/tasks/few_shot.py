@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from synthetic.compilation import compile_once, many
 from synthetic.tasks.dynamics import half_squared_distance, product
 from synthetic.tasks.regression import Uniform
 from synthetic.tasks.task import Batch
@@ -69,6 +70,7 @@ class FewShotRegression:
         """Loss of whoever knows W: dim noise^2 / 2."""
         return self.dim * self.noise**2 / 2
 
+    @compile_once(static_argnums=(0, 2), often=many)
     def sample(self, key: Array, batch: int) -> Batch:
         """Draw sequences of pairs.
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from synthetic.compilation import compile_once
+from synthetic.compilation import compile_once, many
 from synthetic.tasks.regression import _apply, _size
 from synthetic.tasks.task import Batch
 from synthetic.threefry import normal_from_unit, unit_uniform
@@ -172,7 +172,7 @@ def _level(name: str, value: float | int) -> float:
     return level
 
 
-@compile_once(static_argnums=(0, 2), often=True)
+@compile_once(static_argnums=(0, 2), often=many)
 def _draw(task: NoisyRegressionTask, key: Array, batch: int) -> Batch:
     n, q, d = task.num_examples, task.queries, task.dim_x
     # Batch last, as in `regression`: one draw, and transposes that cancel against a model's.

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from synthetic.compilation import compile_once
+from synthetic.compilation import compile_once, many
 from synthetic.tasks.task import Batch
 from synthetic.threefry import normal_from_unit, unit_uniform
 
@@ -276,7 +276,7 @@ class RegressionTask:
         return 0.5 * jnp.sum((prediction - batch.target) ** 2, -1).mean(-1)
 
 
-@compile_once(static_argnums=(0, 2), often=True)
+@compile_once(static_argnums=(0, 2), often=many)
 def _draw(task: RegressionTask, key: Array, batch: int) -> Batch:
     n, q, dx, dy = task.num_examples, task.queries, task.dim_x, task.dim_y
     # One draw for everything, with the batch as the fast axis; the transposes at the end cancel

@@ -30,7 +30,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from synthetic.compilation import compile_once
+from synthetic.compilation import compile_once, many
 from synthetic.tasks.regression import _size
 from synthetic.tasks.task import Batch
 from synthetic.threefry import unit_uniform
@@ -112,7 +112,7 @@ class SineTask:
         return 0.5 * jnp.sum((prediction - batch.target) ** 2, -1).mean(-1)
 
 
-@compile_once(static_argnums=(0, 2), often=True)
+@compile_once(static_argnums=(0, 2), often=many)
 def _draw(task: SineTask, key: Array, batch: int) -> Batch:
     n = task.num_examples
     # the batch is the fast axis, as in `synthetic.tasks.regression`

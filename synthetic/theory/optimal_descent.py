@@ -199,10 +199,9 @@ def _evaluate(
     task: RegressionTask, sample: _Sample, step_sizes: np.ndarray, curvatures: np.ndarray
 ) -> Estimate:
     terms = losses_by_eigenvalue(task, sample.eigenvalues, step_sizes, curvatures)
-    common = estimate(jnp.where(sample.common, terms, 0).sum(-1))
-    rare = estimate(
-        (sample.mass * losses_by_eigenvalue(task, sample.rare, step_sizes, curvatures)).sum(-1)
-    )
+    common = estimate(np.where(sample.common, terms, 0).sum(-1))
+    rare = losses_by_eigenvalue(task, sample.rare, step_sizes, curvatures)
+    rare = estimate((np.asarray(sample.mass) * np.asarray(rare)).sum(-1))
     return Estimate(
         common.mean + rare.mean, float(np.hypot(common.standard_error, rare.standard_error))
     )

@@ -24,7 +24,7 @@ For use as a library: `descent_losses`, `ridge_losses` and `oracle_losses`; no c
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from synthetic.compilation import compile_once
 from synthetic.tasks.regression import RegressionTask
 
 
@@ -151,7 +152,8 @@ def descent_losses(
     Raises:
         ValueError: not vectors of one length, or the task is not isotropic.
     """
-    return losses_by_eigenvalue(task, jnp.asarray(eigenvalues), step_sizes, curvatures).sum(-1)
+    steps = jnp.asarray(step_sizes), jnp.asarray(curvatures)
+    return losses_by_eigenvalue(task, jnp.asarray(eigenvalues), *steps).sum(-1)
 
 
 def ridge_losses(
@@ -197,12 +199,12 @@ def oracle_losses(
     return jnp.stack(levels).mean(0)
 
 
+@compile_once(static_argnums=0)
 def losses_by_eigenvalue(
-    task: RegressionTask, eigenvalues: Array, step_sizes: Any, curvatures: Any
+    task: RegressionTask, eigenvalues: Array, step_sizes: Array, curvatures: Array
 ) -> Array:
     """What each eigenvalue adds to `descent_losses`, of the shape of the eigenvalues."""
-    rates = jnp.asarray(step_sizes) / task.num_examples
-    last = descent_filter(eigenvalues, rates, jnp.asarray(curvatures))
+    last = descent_filter(eigenvalues, step_sizes / task.num_examples, curvatures)
     return _terms(task, eigenvalues, last.residual[-1], last.gain[-1])
 
 
