@@ -199,7 +199,7 @@ def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
     slow, fast = losses(keys[1], half, c.scales[:1]), losses(keys[2], half, c.scales[-1:])
     stream, n = np.concatenate([slow, fast], axis=1), len(c.step_sizes)
     plain = hedge(stream, np.sqrt(8 * np.log(n) / (2 * half)))
-    # a bound on every interval is not less regret on each: where losses differ little, Hedge has less
+    # a bound on every interval is not less regret: where losses differ little, Hedge has less
     interval = "Regret on the interval that follows a change of curvature."
     after = f"On the second {half} of {2 * half} losses, after a change of curvature by 16."
     for name, statement, found, note in (
