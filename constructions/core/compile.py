@@ -316,6 +316,10 @@ def untrained(
     bounds = [-FAR if low is None else low, FAR if high is None else high]
     visible = [keys is None or group in keys for group in groups]
 
+    def filled(shape: tuple[int, ...], value: Any) -> Array:
+        # by numpy: nothing is compiled for it
+        return jax.device_put(np.full(shape, value))
+
     def wired(heads: HeadsConfig, shapes: Any) -> dict[str, Array]:
         wiring = {
             "scale": heads.key_dim**-0.5 if heads.mixer == "softmax" else 1.0,
@@ -324,14 +328,11 @@ def untrained(
             "key_groups": np.asarray(visible),
             "sink_groups": False,
         }
-        return {
-            name: jnp.zeros(shape) if name not in wiring else jnp.full(shape, wiring[name])
-            for name, shape in shapes.items()
-        }
+        return {name: filled(shape, wiring.get(name, 0.0)) for name, shape in shapes.items()}
 
     def zeros(shapes: Any) -> Any:
         if isinstance(shapes, tuple):
-            return jnp.zeros(shapes)
+            return filled(shapes, 0.0)
         return {name: zeros(shape) for name, shape in shapes.items()}
 
     shapes = config.shapes()

@@ -34,6 +34,7 @@ from constructions.core.evaluate import evaluate
 from constructions.core.program import SELF, Head, HeadFamily, Layer, Program, Window
 from constructions.core.slots import Slot, Slots, constant
 from constructions.core.transformer import shares
+from synthetic.compilation import compile_once
 
 #: number of words -> values of the spans of so many words, by first word `[batch, token, symbol]`.
 Spans = dict[int, Array]
@@ -270,6 +271,7 @@ def _mark(target: Slot, kind: str, window: Window) -> Head:
     )
 
 
+@compile_once(static_argnums=0)
 def token_numbers(
     words: int, tokens: Int[Array, "batch time"], lengths: Array, mask: Array
 ) -> Int[Array, "batch time+2"]:

@@ -266,7 +266,7 @@ def _alias(weights: np.ndarray) -> Alias:
                 small.append(large.pop())
     # A cell with threshold 1 has two equal choices, so that 2^32 need not be represented.
     scaled = np.minimum(np.rint(threshold * one), 2**32 - 1).astype(np.uint32)
-    return Alias(jnp.asarray(own), jnp.asarray(other), jnp.asarray(scaled))
+    return Alias(*map(jax.device_put, (own, other, scaled)))
 
 
 @jax.jit

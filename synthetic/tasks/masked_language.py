@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from synthetic.compilation import compile_once
 from synthetic.grammar.dependencies import Headed, dependencies
 from synthetic.grammar.grammar import Grammar
 from synthetic.grammar.sentences import Sampler, Sentences, sample
@@ -96,6 +97,7 @@ class MaskedLanguageTask:
         drawn, mask = self.draw(key, batch, progress)
         return Batch((drawn.tokens, drawn.lengths, mask), (drawn.tokens, mask))
 
+    @compile_once(static_argnums=(0, 2))
     def draw(
         self, key: Array, batch: int, progress: Float[Array, ""]
     ) -> tuple[Sentences, Bool[Array, "batch time"]]:

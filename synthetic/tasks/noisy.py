@@ -149,6 +149,7 @@ class NoisyRegressionTask:
             raise ValueError(f"prediction must have shape {value.shape}, got {prediction.shape}")
         return 0.5 * jnp.sum((prediction - value) ** 2, -1).mean(-1)
 
+    @compile_once(static_argnums=0)
     def moments(self, contexts: Contexts) -> Moments:
         """The same contexts at this task's noise.
 

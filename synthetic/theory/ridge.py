@@ -22,6 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from synthetic.compilation import compile_once
 from synthetic.tasks.noisy import Moments, NoisyRegressionTask
 from synthetic.tasks.task import Batch
 from synthetic.theory.spectral import Estimate, estimate
@@ -81,6 +82,7 @@ def context_moments(
     return Moments(values.T, correlation, power, hidden, unknown), vectors
 
 
+@compile_once
 def ridge_weight(moments: Moments, penalty: ArrayLike) -> Float[Array, "dim_x context"]:
     """`w_hat` in the eigenbasis, `correlation / (values + penalty)`; see `ridge`."""
     total = moments.values + penalty
@@ -90,6 +92,7 @@ def ridge_weight(moments: Moments, penalty: ArrayLike) -> Float[Array, "dim_x co
     return jnp.where(seen, moments.correlation / jnp.where(seen, total, 1), 0)
 
 
+@compile_once(static_argnums=1)
 def adaptive_penalty(
     moments: Moments, num_examples: int, factor: ArrayLike = 1.0, ceiling: ArrayLike = np.inf
 ) -> Float[Array, " context"]:
@@ -108,6 +111,7 @@ def adaptive_penalty(
     return jnp.minimum(factor * jnp.maximum(rss, 0) / spare, ceiling)
 
 
+@compile_once
 def expected_loss(
     weight: Float[Array, "dim_x context"], moments: Moments
 ) -> Float[Array, " context"]:
