@@ -32,6 +32,8 @@ CATALOGUE = Catalogue(
     {
         "gradient-descent": "constructions.gradient_descent:GRADIENT_DESCENT",
         "gd-plus-plus": "constructions.gradient_descent:GD_PLUS_PLUS",
+        "memory-token": "constructions.gradient_descent:MEMORY_TOKEN",
+        "hedge": "constructions.gradient_descent:HEDGE",
         "separate-tokens": "constructions.separate_tokens:SEPARATE_TOKENS",
         "kernel-descent": "constructions.kernel_descent:KERNEL_DESCENT",
         "noisy-regression": "constructions.noisy_regression:NOISY_REGRESSION",

@@ -3,6 +3,12 @@
 construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
 paper           the paper's statements about trained models, as claims
 measurements    its published numbers beside ours
+facts           how long a surprising fact stays in a linear memory
+hedge           step sizes as experts, mixed by their validation losses
+local_sgd       along the minima of a layer, with label noise and workers apart
+mirror_flow     what heads that are two factors prefer
+relu_optimum    the global optimum of a small ReLU layer, beside what descent finds
+memory_token    a frozen layer, and one token that learns a new task
 modifications   a grid of shapes, and a test of which of them matter
 """
 
@@ -12,6 +18,8 @@ from constructions.catalogue import Family, lazily
 
 if TYPE_CHECKING:
     from constructions.gradient_descent.construction import GradientDescent as GradientDescent
+    from constructions.gradient_descent.hedge import Hedge as Hedge
+    from constructions.gradient_descent.memory_token import MemoryToken as MemoryToken
 
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
@@ -31,9 +39,36 @@ GD_PLUS_PLUS = Family(
     source="von Oswald et al. 2022, arXiv 2212.07677, appendix A.10",
 )
 
+MEMORY_TOKEN = Family(
+    name="memory-token",
+    construct="constructions.gradient_descent.memory_token:MemoryToken",
+    settings={"dim_x": 10, "num_examples": 10},
+    about="one token before a frozen layer learns a new task, and the old one keeps every bit",
+    source="after Sandler et al. 2022, arXiv 2203.15243",
+)
+
+HEDGE = Family(
+    name="hedge",
+    construct="constructions.gradient_descent.hedge:Hedge",
+    about="heads descend with step sizes of their own, and a softmax over their validation losses "
+    "mixes them: Hedge, with its regret bound",
+    source="after Lu et al. 2022, arXiv 2203.01400",
+    measure="constructions.gradient_descent.hedge:measure",
+)
+
 __getattr__ = lazily(
     __name__,
     GradientDescent="constructions.gradient_descent.construction",
+    Hedge="constructions.gradient_descent.hedge",
+    MemoryToken="constructions.gradient_descent.memory_token",
 )
 
-__all__ = ["GD_PLUS_PLUS", "GRADIENT_DESCENT", "GradientDescent"]
+__all__ = [
+    "GD_PLUS_PLUS",
+    "GRADIENT_DESCENT",
+    "HEDGE",
+    "MEMORY_TOKEN",
+    "GradientDescent",
+    "Hedge",
+    "MemoryToken",
+]

@@ -21,7 +21,13 @@ from constructions.core.compile import compile_program, config_of
 from constructions.core.config import NormConfig
 from constructions.core.program import Layer
 from constructions.core.transformer import Transformer, randomise
-from constructions.gradient_descent import modifications
+from constructions.gradient_descent import (
+    facts,
+    local_sgd,
+    mirror_flow,
+    modifications,
+    relu_optimum,
+)
 from constructions.gradient_descent.construction import GradientDescent
 from synthetic.fitting.train import fit
 from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform
@@ -44,11 +50,13 @@ _SEARCHES = 3
 
 
 def measure(quick: bool, seed: int) -> Iterator[Measurement]:
-    """All rows: those that theory gives, then, unless `quick`, those of other layers."""
+    """All rows: of theory, then, unless `quick`, of other layers, then of later papers."""
     yield from measure_theory(quick, seed)
     if not quick:
         yield from measure_variants(seed)
         yield from modifications.rows(seed)
+    for experiment in (mirror_flow, local_sgd, relu_optimum, facts):
+        yield from experiment.measure(quick, seed)
 
 
 def measure_theory(
