@@ -8,6 +8,7 @@ exceed it, the certificate reads "not certified" in that dtype and gives the rea
 from __future__ import annotations
 
 import textwrap
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -270,12 +271,13 @@ def check_settings(construction: Any) -> None:
 
 @compile_once(static_argnums=0)
 def traced(construction: Any, *inputs: ArrayLike) -> Any:
-    """`construction.trace`, jitted: the algorithm's own values on these inputs."""
-    return construction.trace(*inputs)
+    """`construction.trace`, jitted: the algorithm's own values on these inputs, in its order."""
+    found = construction.trace(*inputs)
+    return OrderedDict(found) if isinstance(found, Mapping) else found  # `jit` sorts a dict
 
 
 @compile_once(static_argnums=0)
-def _values(construction: Any, model: Any, *inputs: Array) -> tuple[dict[str, Array], Array]:
+def _values(construction: Any, model: Any, *inputs: ArrayLike) -> tuple[dict[str, Array], Array]:
     """All that is read, and the prediction as users get it, of the tokens that are read alone."""
     return construction.read(model, *inputs), construction.apply(model, *inputs)
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from synthetic.compilation import compile_once
 
@@ -191,7 +192,7 @@ def ridge(features: Any, targets: Any, parts: Split) -> Ridge:
 
 
 @compile_once(often=True)
-def _ridge(features: Array, targets: Array, parts: tuple[Array, ...]) -> Ridge:
+def _ridge(features: Array, targets: Array, parts: tuple[ArrayLike, ...]) -> Ridge:
     steps, _, _, size = targets.shape
     flat = jnp.moveaxis(targets, 0, -2)  # [batch, sample, step, target]
     ys = [flat[part].reshape(-1, steps, size) for part in parts]

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentConfig
 from constructions.core.embedding import Gauge
@@ -103,7 +103,7 @@ def layer_tensors(model: Transformer, gauge: Gauge) -> tuple[Float[Array, "out a
 
 
 @compile_once
-def _tensors(model: Transformer, read: Array, query: Array) -> tuple[Array, ...]:
+def _tensors(model: Transformer, read: ArrayLike, query: ArrayLike) -> tuple[Array, ...]:
     products, last = _contract(head_products(model), read, query)
     tensors = tuple(_tensor(p.output_value, p.key_query).sum(0) for p in _layers(products))
     return (*tensors, _tensor(last.output_value, last.key_query).sum(0))
@@ -220,7 +220,7 @@ def without_inert(model: Transformer, gauge: Gauge) -> Transformer:
 
 
 @compile_once
-def _bare(model: Transformer, kept: Array, entering: Array) -> Transformer:
+def _bare(model: Transformer, kept: ArrayLike, entering: ArrayLike) -> Transformer:
     last = len(model.config.segments) - 1, len(model.config.segments[-1].pattern) - 1
 
     def bare(part: Part) -> dict[str, Array]:
@@ -252,7 +252,7 @@ def _layers(products: HeadProducts) -> Iterator[HeadProducts]:
 
 
 def _contract(
-    products: HeadProducts, read: Array | np.ndarray, query: Array | np.ndarray
+    products: HeadProducts, read: ArrayLike, query: ArrayLike
 ) -> tuple[HeadProducts, HeadProducts]:
     """All layers but the last, and the last one as the gauge's two maps see it."""
     a, b, wiring = (part[-1] for part in products)

@@ -47,13 +47,13 @@ def sharpness(s: float | np.ndarray, task: RegressionTask) -> float | np.ndarray
     return curvature(task) * optimal_step_size(task) * (s**2 + s**-2.0)
 
 
-def drift_ratio(workers: int, local: float | np.ndarray, step: float | np.ndarray) -> np.ndarray:
+def drift_ratio(workers: int, local: ArrayLike, step: ArrayLike) -> np.ndarray:
     """How much faster K workers with H local steps drift, `step` being eta h; see the module."""
-    rho = (1 - np.asarray(step, float)) ** 2
+    local, rho = np.asarray(local), (1 - np.asarray(step, float)) ** 2
     return np.asarray(1 + (workers - 1) * (1 - (1 - rho**local) / (local * (1 - rho))))
 
 
-def slow_drift_ratio(workers: int, product: float | np.ndarray) -> np.ndarray:
+def slow_drift_ratio(workers: int, product: ArrayLike) -> np.ndarray:
     """The same for small steps, 1 + (K - 1) psi(2 eta h H), `product` being eta h H."""
     x = 2 * np.asarray(product, float)
     return np.asarray(1 + (workers - 1) * (1 + np.expm1(-x) / x))

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,8 @@ from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.skills import SkillTask
 
 _MIX, _THEORY = "Yu et al. 2023, arXiv 2310.17567", "Arora and Goyal 2023, arXiv 2307.15936"
-State, Text = Float[Array, "batch dim"], Int[Array, "batch word"]
+State: TypeAlias = Float[Array, "batch dim"]
+Text: TypeAlias = Int[Array, "batch word"]
 
 
 @dataclass(frozen=True)

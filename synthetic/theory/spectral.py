@@ -201,10 +201,10 @@ def oracle_losses(
 
 @compile_once(static_argnums=0)
 def losses_by_eigenvalue(
-    task: RegressionTask, eigenvalues: Array, step_sizes: Array, curvatures: Array
+    task: RegressionTask, eigenvalues: Array, step_sizes: ArrayLike, curvatures: ArrayLike
 ) -> Array:
     """What each eigenvalue adds to `descent_losses`, of the shape of the eigenvalues."""
-    last = descent_filter(eigenvalues, step_sizes / task.num_examples, curvatures)
+    last = descent_filter(eigenvalues, jnp.asarray(step_sizes) / task.num_examples, curvatures)
     return _terms(task, eigenvalues, last.residual[-1], last.gain[-1])
 
 
