@@ -161,8 +161,9 @@ class Head:
                 ("factor at the key", self.factor[1], keys),
             ]
         for part, expr, groups in parts:
-            for slot in expr.terms:
-                yield part, slot, token_names(groups)
+            for slot, matrix in expr.terms.items():
+                if matrix.any():  # W_0 = 0 reads nothing
+                    yield part, slot, token_names(groups)
 
     def writes(self) -> tuple[Slot, ...]:
         """The slots that it writes."""
