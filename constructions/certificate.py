@@ -8,7 +8,6 @@ exceed it, the certificate reads "not certified" in that dtype and gives the rea
 from __future__ import annotations
 
 import textwrap
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -18,7 +17,6 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from synthetic.compilation import compile_once
-from synthetic.display import Mark, Table, Text, shown
 
 #: Above this relative error a certificate would be worthless, whatever the rounding error is.
 LARGEST_TOLERANCE = 1e-2
@@ -124,6 +122,8 @@ class Certificate:
         }
 
     def _repr_html_(self) -> str:
+        from synthetic.display import Mark, Table, Text, shown
+
         columns = ("dtype", "relative error", "tolerance", "absolute error", "worst value", "")
         rows = [
             (
@@ -207,7 +207,7 @@ def verify(
             with jax.enable_x64(True):
                 # both sides see inputs that the narrower dtype can hold
                 inputs = tuple(_through(a, name) for a in _inputs(construction, seed, batch, size))
-                expected = jax.device_get(traced(construction, *inputs))
+                expected = jax.device_get(_trace(construction, *inputs))
                 _check_trace(construction, expected)
                 domain = domain or construction.domain(*map(jax.device_put, inputs))
             with jax.enable_x64(name == "float64"):
@@ -270,10 +270,8 @@ def check_settings(construction: Any) -> None:
 
 
 @compile_once(static_argnums=0)
-def traced(construction: Any, *inputs: ArrayLike) -> Any:
-    """`construction.trace`, jitted: the algorithm's own values on these inputs, in its order."""
-    found = construction.trace(*inputs)
-    return OrderedDict(found) if isinstance(found, Mapping) else found  # `jit` sorts a dict
+def _trace(construction: Any, *inputs: ArrayLike) -> Any:
+    return construction.trace(*inputs)
 
 
 @compile_once(static_argnums=0)

@@ -24,7 +24,6 @@ from jaxtyping import Array, ArrayLike
 
 from constructions.core.transformer import Transformer
 from synthetic.compilation import compile_once
-from synthetic.display import Mark, Table, Text, shown
 from synthetic.tasks.task import Batch
 
 
@@ -121,6 +120,8 @@ class Claim:
     needs: tuple[Callable[[Evidence], str], ...] = ()
 
     def _repr_html_(self) -> str:
+        from synthetic.display import Table, Text, shown
+
         rows = [("holds if", f"{self.direction} {self.threshold:.4g}"), ("source", self.source)]
         rows += [("published", self.published)] if self.published is not None else []
         rows += [("must reject", ", ".join(("random init", *self.catches)))]
@@ -251,6 +252,8 @@ class Measurement:
         return "better" if self.better and self.measured < self.published else "differs"
 
     def _repr_html_(self) -> str:
+        from synthetic.display import Mark, Table, Text, shown
+
         rows = [("published", self.published), ("measured", self.measured)]
         rows += [("standard error", self.error)] if self.error else []
         said = [Text(f"{self.statement} {self.source}."), Text(self.note)]

@@ -7,6 +7,7 @@ alone, a model of the same class at random initialisation, and the control task.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,6 @@ import jax
 import numpy as np
 from jax import Array
 
-from constructions.certificate import traced
 from constructions.core.embedding import Stream
 from constructions.family import Construction
 from constructions.runs import Run
@@ -173,6 +173,12 @@ def probe_table(
     return ProbeTable(rows, columns, values, layers, by_layer, constant)
 
 
+@compile_once(static_argnums=0)
+def _trace(construction: Construction, *inputs: Array) -> OrderedDict[str, Array]:
+    """`construction.trace`, in its order: `jit` would sort a dict."""
+    return OrderedDict(construction.trace(*inputs))
+
+
 def _stream(construction: Construction, model: Any, *inputs: Array) -> Stream:
     """`construction.stream`, jitted."""
     read: list[slice] = []
@@ -202,7 +208,7 @@ def _features(found: Mapping[str, Array], site: str, embedded: Any, name: str) -
 def _targets(
     construction: Construction, inputs: Any, embedded: Any, names: Any, depth: int
 ) -> Iterator[Target]:
-    trace = {name: np.asarray(a) for name, a in traced(construction, *inputs).items()}
+    trace = {name: np.asarray(a) for name, a in _trace(construction, *inputs).items()}
     for name in names or ():
         if name not in trace:
             raise ValueError(f"unknown value '{name}', must be one of {sorted(trace)}")

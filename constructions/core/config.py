@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from synthetic.display import settings_table
-
 Shapes = dict[str, Any]
 
 #: Arrays that hold the wiring of a head; part of the model, but no training touches them.
@@ -221,6 +219,8 @@ class Config:
     clip: float | None = None
 
     def _repr_html_(self) -> str:
+        from synthetic.display import settings_table
+
         return settings_table(self)
 
     @property

@@ -15,15 +15,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax import Array
 
-from constructions.core import folding, picture
 from constructions.core.matrices import Matrix
 from constructions.core.slots import Affine, Slot, Slots, concatenate, constant
-from synthetic.display import Image, shown
+
+if TYPE_CHECKING:
+    from constructions.core import picture
 
 Window = tuple[int | None, int | None]
 
@@ -395,6 +396,8 @@ class Program:
             out: a file that it is written to, .svg or .png; ValueError for another suffix.
             name: in its title, in the place of the program's.
         """
+        from constructions.core import picture
+
         if out is not None:
             picture.check_suffix(out)
         drawing = picture.draw(self, name)
@@ -404,9 +407,13 @@ class Program:
 
     def equations(self, name: str = "") -> str:
         """The slots, and what every layer adds to them, as equations (`core.equations`)."""
+        from constructions.core import folding
+
         return folding.text(self, name)
 
     def _repr_html_(self) -> str:
+        from synthetic.display import Image, shown
+
         drawing = self.draw()
         return shown("", Image(drawing.png, drawing.alt))
 

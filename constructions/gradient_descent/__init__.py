@@ -50,6 +50,7 @@ MEMORY_TOKEN = Family(
 HEDGE = Family(
     name="hedge",
     construct="constructions.gradient_descent.hedge:Hedge",
+    settings={"dim_x": 3, "num_examples": 8},
     about="heads descend with step sizes of their own, and a softmax over their validation losses "
     "mixes them: Hedge, with its regret bound",
     source="after Lu et al. 2022, arXiv 2203.01400",

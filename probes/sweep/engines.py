@@ -355,7 +355,7 @@ def _block_of(table: _Table, pid: int) -> int | None:
     """The block that a process had when it ended."""
     for number in table.open:
         file = table.out / "blocks" / f"{number:05d}.worker"
-        if file.is_file() and file.read_text() == str(pid):
+        if file.is_file() and file.read_bytes() == str(pid).encode():
             return number
     return None
 

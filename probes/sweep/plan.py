@@ -323,7 +323,7 @@ def _settings_in_source(reference: str) -> list[str] | None:
     spec = importlib.util.find_spec(module)  # imports the packages around it
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(spec.origin).read_bytes())
     homes = {
         alias.asname or alias.name: f"{node.module}:{alias.name}"
         for node in ast.walk(tree)
