@@ -133,7 +133,7 @@ new = losses["without"], losses["new"]
 axes[0].bar(["old task", "new, no token", "new, token"], [losses["old"], *new], color=BLUE)
 tuned = [losses["new"] * (1 + value) for value in rows[0].trained]
 axes[0].plot([2] * len(tuned), tuned, "o", color=ORANGE, label="token trained alone")
-axes[0].set(ylabel="loss")
+axes[0].set(ylabel="loss", ylim=(0, 1.25 * losses["without"]))
 axes[0].legend(frameon=False)
 for colour, (s, these) in zip((BLUE, GREEN, ORANGE), by_scale.items(), strict=True):
     path = np.asarray(held["weight"])[these].mean(0)
