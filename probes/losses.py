@@ -174,8 +174,8 @@ def figure(curves: Curves) -> Picture:
     if curves.optimum is not None:
         left.axhline(curves.optimum, color=OPTIMUM, ls=":", label="optimum of the class")
     left.set(xlabel=where, ylabel="loss", title="Loss", yscale="log")
-    left.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
-    left.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+    for place in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        place(matplotlib.ticker.FormatStrFormatter("%.4g"))  # narrow ranges differ in the fourth
     left.legend()
     for (name, values), color in zip(metrics.items(), (GREEN, PURPLE, ORANGE, SKY), strict=False):
         band(axes[1], curves.steps, values, color, names.get(name, name).replace("_", " "))

@@ -114,16 +114,18 @@ def _slices(run: Run) -> list[Weights]:
 
 
 def _products(run: Run) -> list[Weights]:
-    """Products of the heads of layer 1."""
+    """Products of the heads of the first layer that has any in the construction."""
     names = _columns(run.construction)
     reference = compiled_like(run.construction, run.models[0])
     built, *trained = (head_products(model) for model in (reference, *run.models))
+    written = np.abs(np.asarray(built.output_value)).sum((1, 2, 3)) > 0
+    layer = int(written.argmax())
     return [
         _weights(
-            f"{title} of layer 1, summed over heads",
+            f"{title} of layer {layer + 1}, summed over heads",
             (names, names),
-            np.asarray(getattr(built, part)[0].sum(0)),
-            [np.asarray(getattr(t, part)[0].sum(0)) for t in trained],
+            np.asarray(getattr(built, part)[layer].sum(0)),
+            [np.asarray(getattr(t, part)[layer].sum(0)) for t in trained],
         )
         for part, title in (("key_query", "W_K^T W_Q"), ("output_value", "P W_V"))
     ]
@@ -174,10 +176,10 @@ def figure(panels: list[Weights]) -> Picture:
     text = "; ".join(f"{p.title}: {span(p.distance, percent)}" for p in panels)
     seeds = len(panels[0].distance)
     caption = (
-        f"Gauge-fixed weights of layer 1, with the slots of the stream as labels: they do not "
-        f"depend on the basis or scale that a fit happens to choose. Relative distance of trained "
-        f"and construction over {seeds} seed{'s' if seeds > 1 else ''}: {text}. The first seed is "
-        "shown; all three maps share one scale."
+        "Gauge-fixed weights of the first layer with heads, named by slots of the stream: they do "
+        "not depend on the basis or scale that a fit happens to choose. Relative distance of "
+        f"trained and construction over {seeds} seed{'s' if seeds > 1 else ''}: {text}. The first "
+        "seed is shown; all three maps share one scale."
     )
     alt = (
         "Heat maps of weight products in the construction, the trained model, and their difference."
