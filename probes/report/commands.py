@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -248,6 +249,10 @@ class Claims:
     """families; all of them if none is named"""
     quick: bool = False
     """demonstration settings: a short fit, fewer inputs"""
+    paper: str = ""
+    """only what is said to be of this paper, such as 2212.07677"""
+    item: str = ""
+    """and of this figure, table or statement of it, such as fig3 or "Prop. 1" """
     seeds: int = 5
     seed: int = 0
     settings: Settings = field(default_factory=list)
@@ -260,32 +265,61 @@ class Claims:
         names, settings = family_names(self.names), parse_settings(self.settings)
         seeds, found = seed_list(self.seed, self.seeds), {}
         check_free(self.json, self.overwrite)
-        from constructions.runs import fit_family
+        if self.item and not self.paper:
+            raise ValueError(f"--item {self.item}: --paper must say of which paper")
+        from constructions import CATALOGUE
+        from constructions.runs import construct, fit_family
         from probes.ledger import ledger
         from probes.report import tables
         from synthetic.fitting.train import print_progress
 
         for name in names:
-            run = fit_family(name, settings, quick=self.quick, seeds=seeds, progress=print_progress)
-            rows = ledger(
-                run.construction,
-                run.models,
-                seed=self.seed,
-                batch=FEWER if self.quick else 2**16,
-                claims=run.construction.claims,
-            )
-            tables.show_ledger(name, rows)
-            measured = []
+            asked = [c for c in construct(name, settings).claims if self.about(c.source)]
+            if self.paper and not asked and not cites(CATALOGUE.find(name).source, self.paper):
+                continue
+            rows, measured = [], []
+            if asked or not self.paper:
+                run = fit_family(
+                    name, settings, quick=self.quick, seeds=seeds, progress=print_progress
+                )
+                rows = ledger(
+                    run.construction,
+                    run.models,
+                    seed=self.seed,
+                    batch=FEWER if self.quick else 2**16,
+                    claims=asked,
+                )
+                tables.show_ledger(name, rows)
             for row in measurements(name, self.quick, self.seed):
-                tables.show_progress(row)
-                measured.append(row)
+                if self.about(row.source):
+                    tables.show_progress(row)
+                    measured.append(row)
             tables.show_measurements(name, measured)
             found[name] = {
                 "claims": [row.to_json() for row in rows],
                 "measurements": [row.to_json() for row in measured],
             }
+        if self.paper and not any(rows for one in found.values() for rows in one.values()):
+            item = f" --item {self.item}" if self.item else ""
+            raise ValueError(
+                f"--paper {self.paper}{item}: no claim and no measurement of "
+                f"{', '.join(names)} has it in its source"
+            )
         write_json(self.json, found, self.overwrite)
         return OK
+
+    def about(self, source: str) -> bool:
+        """Whether something of this source was asked for."""
+        return cites(source, self.paper) and cites(source, self.item)
+
+
+def cites(source: str, words: str) -> bool:
+    """Whether a source has these words: "fig2" is in "figs. 2 and 3" and not in "fig. 21"."""
+
+    def plainly(text: str) -> str:
+        return re.sub(r"[\s.]", "", re.sub(r"\bfigs", "fig", text.lower()))
+
+    return bool(re.search(re.escape(plainly(words)) + r"(?!\d)", plainly(source)))
 
 
 @dataclass

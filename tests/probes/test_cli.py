@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -25,6 +26,7 @@ from probes import PROBES
 from probes.cli import installed_version, main
 from probes.ledger import ledger
 from probes.options import parse_settings
+from probes.report.commands import cites
 from synthetic.grammar.grammar import Grammar
 
 NAME = "gradient-descent"
@@ -68,6 +70,7 @@ MISTAKES_AT_ONCE = {
     "probe losses --run x --seed -1": "--seed -1: must be in 0..",
     "verify --json /no/file.json": "/no/file.json: its directory does not exist",
     "claims --seeds 0": "--seeds 0: must be at least 1",
+    "claims --item fig2": "--item fig2: --paper must say of which paper",
     "compare tint --out x --seeds 0": "--seeds 0: must be at least 1",
     "compare tint --out x --run /no/run": "/no/run/config.json: missing",
     "demo --seeds 0": "--seeds 0: must be at least 1",
@@ -242,6 +245,34 @@ def test_claims_are_the_ledgers(monkeypatch: Any, tmp_path: Path, run: Path, cap
     assert "refuted" in {r["verdict"] for r in found}
     for said in ("one number", "reproduced", "better", "differs", "note: why it differs"):
         assert said in out
+
+
+def test_claims_of_one_figure(monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
+    for source, words, found in (
+        ("von Oswald et al. 2022, arXiv 2212.07677, figs. 2 and 3a", "Fig 2", True),
+        ("arXiv 2212.07677, fig. 21", "fig2", False),
+        ("arXiv 2212.07677, Prop. 1", "prop1", True),
+        ("arXiv 2212.07677, Prop. 1", "2212.0767", False),
+    ):
+        assert cites(source, words) == found
+    asked: list[Any] = []
+    monkeypatch.setattr("constructions.runs.fit_family", lambda *_, **__: Mock(models=()))
+    monkeypatch.setattr("probes.ledger.ledger", lambda *_, claims, **__: asked.extend(claims) or [])
+    paper = "von Oswald et al. 2022, arXiv 2212.07677"
+    rows = [Measurement(str(n), "It is 2.", f"{paper}, fig. {n}", 2.0, 2.0) for n in (2, 3, 23)]
+    for name, made in ((NAME, rows), ("mesa-ridge", [])):
+        family = replace(CATALOGUE[name], measure=lambda *_, r=made: iter(r))
+        monkeypatch.setitem(CATALOGUE, name, family)
+    file = tmp_path / "c.json"
+    words = ["--paper", "2212.07677", "--item", "fig2", "--json", str(file)]
+    assert main(["claims", NAME, "mesa-ridge", *words]) == 0
+    found = json.loads(file.read_text())
+    assert [row["name"] for row in found[NAME]["measurements"]] == ["2"]
+    assert asked and all("2212.07677" in c.source and "fig" in c.source for c in asked)
+    assert [*found] == [NAME]
+    capsys.readouterr()
+    nothing = ["claims", "mesa-ridge", "--paper", "2309.05858", "--item", "fig99"]
+    assert "fig99: no claim and no measurement of mesa-ridge" in complaint(capsys, nothing)
 
 
 class Unread(io.StringIO):
