@@ -147,3 +147,8 @@ def write_json(path: Path | None, content: Any, overwrite: bool) -> None:
     check_free(path, overwrite)
     text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
     write_file(path, text.encode())
+
+
+def duration(seconds: float) -> str:
+    """Seconds, as one says them."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -19,6 +19,7 @@ from probes.options import (
     Settings,
     check_free,
     check_run,
+    duration,
     family_names,
     importable_here,
     parse_settings,
@@ -383,15 +384,11 @@ class Demo:
             jax.clear_caches()  # the next family has other programs
             print(f"{name}: {index.found[name].verdict}.\n  {page}", flush=True)
             left = (now - began) / (done + 1) * (len(missing) - done - 1)
-            after = f"about {_duration(left)} to go" if left else "done"
-            print(f"{where}: {_duration(now - start)}; {after}", file=sys.stderr)
+            after = f"about {duration(left)} to go" if left else "done"
+            print(f"{where}: {duration(now - start)}; {after}", file=sys.stderr)
 
 
 def _described(name: str) -> tuple[str, str]:
     from constructions import CATALOGUE
 
     return CATALOGUE[name].about, CATALOGUE[name].source
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from probes.options import duration
 from probes.sweep.plan import FORMAT, Point, Sweep
 from synthetic.files import RunError, atomic, claim_folder, json_object, remove
 
@@ -202,8 +203,8 @@ class _Table:
         self._next = self._written + max(REFRESH, (self._written - now) / SHARE)
         made = done - self._before
         left = (now - self._began) / made * (total - done) if made else None
-        rest = "" if left is None or done == total else f"; about {results.duration(left)} to go"
-        self.say(f"{done} of {total} points, {results.duration(now - self._began)}{rest}")
+        rest = "" if left is None or done == total else f"; about {duration(left)} to go"
+        self.say(f"{done} of {total} points, {duration(now - self._began)}{rest}")
 
     @property
     def notes(self) -> list[str]:

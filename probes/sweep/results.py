@@ -39,11 +39,6 @@ REFERENCES = {"construction": (VERMILION, "--"), "optimum": (BLACK, ":")}
 MOST_CELLS = 400
 
 
-def duration(seconds: float) -> str:
-    """Seconds, as one says them."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
 def columns(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns of the table, whatever order its points came in."""
     first = ["point", *sweep.grid, "seed"]

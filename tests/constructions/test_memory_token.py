@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from constructions.gradient_descent import MemoryToken
+from constructions.gradient_descent import GradientDescent, MemoryToken
+from constructions.runs import Run
+from probes import find
 from probes.ledger import ledger
 
 SETTINGS = (
@@ -88,3 +90,22 @@ def test_no_scale_of_the_output_helps():
 def test_refused(shift, said):
     with pytest.raises(ValueError, match=said):
         MemoryToken(dim_x=3, shift=shift)
+
+
+def test_weights_are_drawn_of_the_first_layer_with_heads():
+    """Layer 1 of the construction is an MLP alone, so that layer 2 is the one to look at."""
+    c = MemoryToken(dim_x=2, num_examples=3)
+    shown = find("weights")(Run("memory-token", {}, c, (c.reference,), (0,), [], None), 0).data
+    assert all("layer 2" in panel.title for panel in shown)
+    values = dict(zip((p.title.split(" of")[0] for p in shown), shown, strict=True))
+    # both heads write -c y_j (x_i . x_j)
+    expected = np.diag([0.0, 0.0, -2 * c.rate])
+    np.testing.assert_allclose(values["P W_V"].construction, expected, atol=1e-6)
+
+
+def test_what_is_multiplied_by_zero_is_not_read():
+    """The value W_0 x - y of gradient descent from 0 reads y alone."""
+    for start, read in ((None, {"y"}), (np.ones((1, 2)), {"x", "y"})):
+        program = GradientDescent(dim_x=2, step_size=0.1, init_weight=start).program
+        (head,) = program.layers[0].single_heads
+        assert {slot.name for part, slot, _ in head.reads() if part == "value"} == read
