@@ -66,3 +66,14 @@ def test_refused():
         Hedge(step_sizes=(1.0,))
     with pytest.raises(ValueError, match="scales"):
         Hedge(scales=(1.0, -1.0))
+
+
+def test_the_rate_has_the_least_bound():
+    """Of log n / rate + rate T / 8, Hedge's bound for any rate; that least one is `hedge_bound`."""
+    c = Hedge(dim_x=2, num_examples=4, validation=6, step_sizes=(1.0, 2.0, 3.0))
+
+    def bound(rate):
+        return np.log(3) / rate + rate * 6 / 8
+
+    assert bound(c.rate) == pytest.approx(hedge_bound(6, 3))
+    assert bound(c.rate) < min(bound(0.9 * c.rate), bound(1.1 * c.rate))
