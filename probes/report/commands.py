@@ -288,7 +288,7 @@ class Claims:
                     run.models,
                     seed=self.seed,
                     batch=FEWER if self.quick else 2**16,
-                    claims=asked,
+                    claims=asked if self.paper else None,
                 )
                 tables.show_ledger(name, rows)
             for row in measurements(name, self.quick, self.seed):

@@ -143,7 +143,7 @@ def test_the_card_of_a_construction(written):
     (head,) = C.program.layers[0].single_heads
     rows = [line for line in card.splitlines() if f"| {head.name} | linear |" in line]
     assert len(rows) == 2 and rows[1].startswith("| 1 | 0 |")
-    assert "query: x; key: x; value: x, y | y | all | context | any |" in rows[0]
+    assert "query: x; key: x; value: y | y | all | context | any |" in rows[0]
     names = [layer["heads"][0]["name"] for layer in config_in(written)["layers"]]
     assert names == [head.name] * 2
 
