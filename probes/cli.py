@@ -26,6 +26,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from probes import PROBES, check_name, find
+from probes.bench.command import Bench
 from probes.listing import List, Show
 from probes.options import (
     BAD_INPUT,
@@ -232,7 +233,7 @@ class Export:
         return OK if passed else FAILED
 
 
-COMMANDS = (List, Show, Verify, Fit, Import, Compare, Claims, Probe, Sweep, Demo, Export)
+COMMANDS = (List, Show, Verify, Fit, Import, Compare, Claims, Probe, Bench, Sweep, Demo, Export)
 
 
 class Stopped(BaseException):

@@ -1,0 +1,413 @@
+"""The report card: methods by disguises, what they cost, and known findings with their numbers."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from probes.style import BLUE, GREY, ORANGE, VERMILION, Picture, in_style, plain, png
+from synthetic.files import atomic
+
+#: Of the records on disk; one of another version is made anew.
+VERSION = 1
+TASKS = {
+    "heads": "Which heads have a job? Average precision over all heads",
+    "sites": "Which values are used from where? Average precision over values, layers and kinds",
+}
+#: Scores that differ by more than this share of the largest depend on the basis.
+SAME = 1e-6
+
+Record = dict[str, Any]
+
+
+def record_of(family: str, disguise: str, seed: int, methods: Sequence[str], batch: int) -> Record:
+    """Makes one subject and asks methods about it."""
+    from probes.bench.methods import METHODS, Evidence
+    from probes.bench.scores import overlap, score, truth_of
+    from probes.bench.subjects import make_subject
+
+    subject = make_subject(family, disguise, seed, batch)
+    evidence = Evidence(subject)
+    asked: dict[str, Any] = {}
+    for name in methods:
+        asked[name] = {}
+        for task in TASKS:
+            found = METHODS[name](subject, task, evidence)
+            if found is None:
+                continue
+            entry: dict[str, Any] = {"scores": score(subject, task, found)}
+            entry["answer"] = found.scores.ravel().tolist()
+            if found.bases is not None:
+                pairs = zip(found.bases, subject.sites, strict=True)
+                entry["overlap"] = [overlap(u, s.basis) for u, s in pairs]
+            asked[name][task] = entry
+    size = subject.roles.shape[1]
+    truth = {
+        "heads": {
+            "names": [f"layer {n // size + 1}, head {n % size}" for n in range(subject.roles.size)],
+            "true": truth_of(subject, "heads")[0].ravel().tolist(),
+            "roles": subject.roles.ravel().tolist(),
+        },
+        "sites": {
+            "names": [site.name for site in subject.sites],
+            "slots": [site.slot for site in subject.sites],
+            "true": [site.used for site in subject.sites],
+        },
+    }
+    about = {
+        "version": VERSION,
+        "family": family,
+        "disguise": disguise,
+        "seed": seed,
+        "batch": batch,
+    }
+    return plain(about | {"truth": truth, "methods": asked})
+
+
+def run(
+    families: Sequence[str],
+    disguises: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    batch: int,
+    out: Path | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Record]:
+    """The records of all subjects; with a folder, those that lie there already are not made again.
+
+    ValueError where a file of the folder is no record.
+    """
+    from probes.bench.subjects import supports
+
+    records = []
+    # one disguise after the other: all of a family share their compiled programs
+    wanted = [(f, d, s) for f in families for d in disguises for s in seeds if not supports(f, d)]
+    for number, (family, disguise, seed) in enumerate(wanted, start=1):
+        path = None if out is None else out / "subjects" / f"{family}.{disguise}.{seed}.json"
+        known = read_record(path) if path is not None and path.exists() else None
+        if known is not None and (known["version"], known["batch"]) != (VERSION, batch):
+            known = None
+        missing = [name for name in methods if known is None or name not in known["methods"]]
+        if missing:
+            progress(f"{number}/{len(wanted)} {family}, {disguise}, seed {seed}")
+            found = record_of(family, disguise, seed, missing, batch)
+            if known is not None:
+                found["methods"] = known["methods"] | found["methods"]
+            known = found
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic(path) as partial:
+                    partial.write_text(json.dumps(found, allow_nan=False))
+        assert known is not None
+        kept = {name: known["methods"][name] for name in methods}
+        records.append(known | {"methods": kept})
+    return records
+
+
+def read_record(path: Path) -> Record:
+    """A record on disk; ValueError where it is none."""
+    try:
+        found = json.loads(path.read_text())
+        if not {"version", "batch", "methods", "truth"} <= set(found):
+            raise ValueError("fields are missing")
+    except ValueError as error:
+        raise ValueError(f"{path}: no record of a subject ({error}); remove it") from None
+    return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mean over families and seeds, half the width of its 95 % interval over seeds, and how many.
+
+    The interval is 1.96 standard errors of the means of the single seeds; None of one seed.
+    """
+
+    mean: float
+    half: float | None
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + ("" if self.half is None else f" ±{self.half:.2f}")
+
+
+def cell(records: Sequence[Record], method: str, task: str, name: str = "precision") -> Cell | None:
+    """The mean of one score of one method; None where it has none."""
+    by_seed: dict[int, list[float]] = {}
+    for record in records:
+        value = record["methods"].get(method, {}).get(task, {}).get("scores", {}).get(name)
+        if value is not None:
+            by_seed.setdefault(record["seed"], []).append(value)
+    if not by_seed:
+        return None
+    everything = [v for values in by_seed.values() for v in values]
+    means = [float(np.mean(values)) for values in by_seed.values()]
+    half = 1.96 * float(np.std(means, ddof=1)) / len(means) ** 0.5 if len(means) > 1 else None
+    return Cell(float(np.mean(everything)), half, len(everything))
+
+
+def moved_by_basis(records: Sequence[Record], method: str, task: str) -> float | None:
+    """How far answers differ between a construction and the same in another basis.
+
+    Mean over families and seeds of max |a - b| / max |a|; None without such pairs.
+    """
+    found: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+    for record in records:
+        entry = record["methods"].get(method, {}).get(task)
+        if entry is not None and record["disguise"] in ("bare", "basis"):
+            answer = np.array(entry["answer"], float)
+            found.setdefault((record["family"], record["seed"]), {})[record["disguise"]] = answer
+    pairs = [pair for pair in found.values() if len(pair) == 2]
+    apart = [
+        float(np.abs(p["bare"] - p["basis"]).max() / max(np.abs(p["bare"]).max(), 1e-30))
+        for p in pairs
+    ]
+    return float(np.mean(apart)) if apart else None
+
+
+def card_of(records: Sequence[Record]) -> dict[str, Any]:
+    """The card as data: {task: {method: {column: Cell or number}}}, and the findings."""
+    disguises = list(dict.fromkeys(r["disguise"] for r in records))
+    methods = list(dict.fromkeys(name for r in records for name in r["methods"]))
+    tables: dict[str, Any] = {}
+    for task in TASKS:
+        tables[task] = {}
+        for method in methods:
+            row: dict[str, Any] = {}
+            for disguise in disguises:
+                own = [r for r in records if r["disguise"] == disguise]
+                row[disguise] = cell(own, method, task)
+            if all(value is None for value in row.values()):
+                continue
+            row["other basis"] = moved_by_basis(records, method, task)
+            for name in ("distracted", "missed", "angle", "runs", "seconds"):
+                row[name] = cell(records, method, task, name)
+            tables[task][method] = row
+        expected = {}
+        for disguise in disguises:
+            own = [r for r in records if r["disguise"] == disguise]
+            expected[disguise] = next(
+                (c for m in methods if (c := cell(own, m, task, "expected")) is not None), None
+            )
+        tables[task]["expected of chance"] = expected
+    return {
+        "disguises": disguises,
+        "subjects": len(records),
+        "families": len({r["family"] for r in records}),
+        "seeds": len({r["seed"] for r in records}),
+        "tables": tables,
+        "findings": findings(records),
+    }
+
+
+def findings(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Known findings, each with its number on these subjects; without subjects it is left out."""
+    found: list[tuple[str, str]] = []
+
+    def entries(method: str, task: str, *disguises: str) -> list[tuple[Record, Any]]:
+        return [
+            (r, r["methods"][method][task])
+            for r in records
+            if task in r["methods"].get(method, {})
+            and (not disguises or r["disguise"] in disguises)
+        ]
+
+    def said(title: str, values: Sequence[float], text: str) -> None:
+        if len(values):
+            found.append((title, text.format(np.mean(values), len(values))))
+
+    ratios = []
+    for record, entry in entries("attribution patching", "heads"):
+        exact = record["methods"].get("activation patching", {}).get("heads")
+        if exact is not None:
+            a, b = np.array(entry["answer"], float), np.array(exact["answer"], float)
+            ratios += np.abs(a - b)[b > 0.01 * b.max()].tolist() if b.max() > 0 else []
+    said("attribution patching is a first-order estimate", ratios,
+         "off the exact effect by {:.2f} of the way from base to source, the mean of {} heads")  # fmt: skip
+    unused = [
+        value
+        for r, e in entries("linear probe", "sites")
+        for value, used in zip(e["answer"], r["truth"]["sites"]["true"], strict=True)
+        if not used
+    ]
+    said("probes find what is not used", unused, "R² {:.2f} on {} values that nobody uses")
+    for method in ("zero ablation", "resample ablation"):
+        missed = [e["scores"]["missed"] for _, e in entries(method, "heads", "backup")]
+        said(f"a backup hides heads from {method}", missed,
+             "{:.2f} of the heads with a job have no effect, in {} subjects")  # fmt: skip
+    fits, angles = [], []
+    for record, entry in entries("alignment search", "sites"):
+        for slot, value, own in zip(
+            record["truth"]["sites"]["slots"], entry["answer"], entry["overlap"], strict=True
+        ):
+            if slot == "copy" and value > 0:
+                fits.append(value)
+                angles.append(np.degrees(np.arccos(min(1.0, own) ** 0.5)))
+    if fits:
+        said("alignment search finds a neighbour", fits,
+             "accuracy {:.2f} for copies that nobody reads, in {} places, by a subspace at "
+             f"{np.mean(angles):.0f}° to the copy's own")  # fmt: skip
+    return found
+
+
+def to_json(card: dict[str, Any]) -> dict[str, Any]:
+    """The card as plain data."""
+
+    def value(entry: Any) -> Any:
+        if isinstance(entry, Cell):
+            return {"mean": entry.mean, "half": entry.half, "count": entry.count}
+        return {k: value(v) for k, v in entry.items()} if isinstance(entry, dict) else entry
+
+    return plain(value(card))
+
+
+MORE = ("distracted", "missed", "angle", "runs", "seconds")
+
+
+def show(card: dict[str, Any]) -> None:
+    """Print the card, with colours where there is a terminal."""
+    import sys
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from probes.style import headed_table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 190)
+    shown = "{subjects} subjects of {families} families, {seeds} seeds".format(**card)
+    console.print(f"How well do methods find mechanisms that are known? {shown}", markup=False)
+    for task, title in TASKS.items():
+        table = headed_table(title, "method", *card["disguises"], "other basis", *MORE)
+        for method, row in card["tables"][task].items():
+            cells = [
+                Text(str(row[d]), style=_tone(row[d])) if row.get(d) else Text("")
+                for d in card["disguises"]
+            ]
+            basis = row.get("other basis")
+            cells.append(Text(_moves(basis)))
+            for name in MORE:
+                entry = row.get(name)
+                digits = 0 if name in ("angle", "runs") else 2
+                cells.append(Text("" if entry is None else f"{entry.mean:.{digits}f}"))
+            table.add_row(method, *cells)
+        console.print(table)
+    for title, text in card["findings"]:
+        console.print(f"{title}: {text}", markup=False)
+
+
+def _moves(basis: float | None) -> str:
+    return "" if basis is None else "same" if basis <= SAME else f"moves {basis:.2f}"
+
+
+def _tone(entry: Cell) -> str:
+    return "green" if entry.mean >= 0.95 else "yellow" if entry.mean >= 0.75 else "red"
+
+
+def worst(records: Sequence[Record], method: str, task: str) -> Record | None:
+    """The subject on which a method does worst, in units of what chance leaves open."""
+
+    def gain(record: Record) -> float:
+        s = record["methods"][method][task]["scores"]
+        if s["precision"] is None or s["expected"] is None or s["expected"] > 0.999:
+            return 1.0
+        return (s["precision"] - s["expected"]) / (1 - s["expected"])
+
+    own = [r for r in records if task in r["methods"].get(method, {})]
+    return min(own, key=gain) if own else None
+
+
+@in_style
+def failure(record: Record, method: str, task: str) -> Picture:
+    """What a method said of one subject, beside the truth."""
+    from matplotlib.figure import Figure
+
+    entry, truth = record["methods"][method][task], record["truth"][task]
+    scores, true = np.array(entry["answer"], float), np.array(truth["true"], bool)
+    order = np.argsort(-scores, kind="stable")[:18]
+    figure = Figure(figsize=(6.4, 0.8 + 0.19 * len(order)), layout="constrained")
+    axis = figure.subplots()
+    colors = [BLUE if true[n] else VERMILION for n in order]
+    axis.barh(range(len(order)), scores[order], color=colors)
+    axis.set_yticks(range(len(order)), [truth["names"][n] for n in order], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("score of the method (blue: has a job, orange-red: has none)")
+    precision = entry["scores"]["precision"]
+    title = f"{method}: {record['family']}, {record['disguise']}, seed {record['seed']}"
+    caption = f"Average precision {precision:.2f}; chance has {entry['scores']['expected']:.2f}."
+    name = f"{method}-{task}".replace(" ", "-")
+    return Picture(name, title, caption, f"Bars of the scores that {method} gives.", png(figure))
+
+
+def page(card: dict[str, Any], records: Sequence[Record]) -> str:
+    """The card as one self-contained HTML page."""
+    from probes.bench.disguises import DISGUISES
+    from probes.bench.methods import METHODS
+
+    parts = [_HEAD, "<h1>How well do methods find mechanisms that are known?</h1>"]
+    parts.append(
+        "<p>{subjects} hand-written transformers of {families} families, disguised; {seeds} seeds. "
+        "Numbers are average precisions with 95 % intervals over seeds; 1 is a perfect order. "
+        "</p>".format(**card)
+    )
+    for task, title in TASKS.items():
+        head = "".join(
+            f"<th>{html.escape(c)}</th>"
+            for c in ("method", *card["disguises"], "other basis", *MORE)
+        )
+        parts.append(f"<h2>{html.escape(title)}</h2><div class=wide><table><tr>{head}</tr>")
+        for method, row in card["tables"][task].items():
+            cells = [f"<th scope=row>{html.escape(method)}</th>"]
+            for disguise in card["disguises"]:
+                entry = row.get(disguise)
+                colour = _COLOURS[_tone(entry)] if entry else "none"
+                cells.append(f"<td style='background:{colour}'>{entry or ''}</td>")
+            basis = row.get("other basis")
+            cells.append(f"<td>{_moves(basis)}</td>")
+            for name in MORE:
+                digits = 0 if name in ("angle", "runs") else 2
+                cells.append(f"<td>{f'{row[name].mean:.{digits}f}' if row.get(name) else ''}</td>")
+            parts.append(f"<tr>{''.join(cells)}</tr>")
+        parts.append("</table></div>")
+    parts.append("<h2>Known findings</h2><ul>")
+    parts += [
+        f"<li><b>{html.escape(t)}</b>: {html.escape(text)}</li>" for t, text in card["findings"]
+    ]
+    parts.append("</ul><h2>Disguises</h2><dl>")
+    shown = [d for d in DISGUISES if d in card["disguises"]]
+    parts += [f"<dt>{d}</dt><dd>{html.escape(DISGUISES[d])}</dd>" for d in shown]
+    parts.append("</dl><h2>Where each method fails</h2><div class=figures>")
+    for method in METHODS:
+        for task in TASKS:
+            record = worst(records, method, task)
+            if record is None or method in ("chance", "true subspace"):
+                continue
+            picture = failure(record, method, task)
+            image = base64.b64encode(picture.png).decode()
+            why = html.escape(METHODS[method].fails)
+            parts.append(
+                f"<figure><img src='data:image/png;base64,{image}' "
+                f"alt='{html.escape(picture.alt)}'>"
+                f"<figcaption><b>{html.escape(picture.title)}</b>. {picture.caption} {why}"
+                "</figcaption></figure>"
+            )
+    parts.append("</div></body></html>")
+    return "\n".join(parts)
+
+
+_COLOURS = {"green": "#b7e1cd", "yellow": "#fce8b2", "red": "#f4c7c3"}
+_HEAD = f"""<!doctype html><html lang=en><head><meta charset=utf-8>
+<meta name=viewport content="width=device-width"><title>orrery bench</title><style>
+body {{font: 15px/1.45 sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em}}
+table {{border-collapse: collapse; font-size: 13px}} .wide {{overflow-x: auto}}
+td, th {{padding: .25em .5em; border-bottom: 1px solid {GREY}; text-align: right}}
+th:first-child {{text-align: left}} dt {{font-weight: bold; border-left: 3px solid {ORANGE};
+padding-left: .4em}} .figures {{display: grid; gap: 1em;
+grid-template-columns: repeat(auto-fill, minmax(420px, 1fr))}} figure {{margin: 0}}
+img {{max-width: 100%}} figcaption {{font-size: 13px}}
+</style></head><body>"""

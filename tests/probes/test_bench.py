@@ -1,0 +1,304 @@
+"""The benchmark of methods: its truth against an independent interpreter, its scores, its files."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import plain_numpy
+import pytest
+
+from constructions.core.transformer import Edit
+from probes.bench import card, exchange
+from probes.bench.disguises import DISGUISES, backed, unrolled, with_distractors, with_shared_heads
+from probes.bench.methods import METHODS, Evidence
+from probes.bench.patches import patch_sites, run_sites
+from probes.bench.scores import average_precision, overlap, score, truth_of
+from probes.bench.subjects import FAMILIES, Subject, _base, liveness, make_subject, supports
+from probes.cli import main
+
+FAMILY = "gradient-descent"
+BATCH = 24
+
+
+@pytest.fixture(scope="module")
+def subjects() -> dict[str, Subject]:
+    return {name: make_subject(FAMILY, name, 3, BATCH) for name in DISGUISES}
+
+
+def program_of(subject: Subject):
+    base = _base(subject.family)
+    if subject.disguise in ("distractors", "all"):
+        return with_distractors(base.program, base.main)
+    if subject.disguise == "shared":
+        return with_shared_heads(base.program)
+    return backed(base.program)[0] if subject.disguise == "backup" else base.program
+
+
+def interpreted(program, state, groups):
+    """The slots after a program, by loops over tokens and heads; a program of no layers too."""
+    if not program.layers:
+        return state
+    return plain_numpy.interpret(program, state, groups)
+
+
+def layers_of(program, layers):
+    found = object.__new__(type(program))
+    found.__dict__.update(program.__dict__ | {"layers": tuple(layers), "loops": 1})
+    return found
+
+
+def check_counterfactuals(subject: Subject, few: int = 4) -> int:
+    """Every used value, set to another input's, moves the model as the algorithm says."""
+    program = program_of(subject)
+    groups = np.broadcast_to(np.asarray(subject.groups), (few, len(subject.groups)))
+    kinds = np.asarray(program.token_groups)[groups[0]]
+    start = {
+        slot.name: np.where(
+            np.isin(kinds, slot.token_groups or program.token_groups)[:, None],
+            subject.values[0][: few + 1, :, slot.columns],
+            0,
+        )
+        for slot in program.slots
+        if slot.born == 0
+    }
+    read = np.asarray(subject.clean_read)
+    arguments = (
+        subject.model, subject.stream[:few], subject.groups, jnp.asarray(subject.read_tokens),
+        subject.read_matrix,
+    )  # fmt: skip
+    residual = np.asarray(run_sites(subject.model, subject.stream, subject.groups)[1]["residual"])
+    used = [site for site in subject.sites if site.used]
+    found = patch_sites(
+        arguments,
+        (residual[:, :few], residual[:, 1 : few + 1]),
+        [(site.layer, site.tokens) for site in used],
+        [site.basis for site in used],
+    )
+    for site, ours in zip(used, found, strict=True):
+        before, behind = program.layers[: site.layer], program.layers[site.layer :]
+        here, there = (
+            interpreted(layers_of(program, before), {n: v[cut] for n, v in start.items()}, groups)
+            for cut in (slice(0, few), slice(1, few + 1))
+        )
+        here, there = ({n: np.array(v) for n, v in state.items()} for state in (here, there))
+        own = here[site.slot]
+        assert np.abs(own[:, site.tokens] - subject.value(site)[:few]).max() < 1e-10
+        own[:, site.tokens] = there[site.slot][:, site.tokens]
+        after = interpreted(layers_of(program, behind), here, groups)
+        width = np.zeros((few, len(kinds), read.shape[0]))
+        (slot,) = (s for s in program.slots if np.any(read[s.columns]) and s.name in _READ)
+        width[..., slot.columns] = after[slot.name]
+        theirs = width[:, subject.read_tokens] @ read
+        scale = max(1.0, float(np.abs(theirs).max()))
+        assert np.abs(ours - theirs).max() < 1e-10 * scale, site.name
+    return len(used)
+
+
+_READ = ("y", "prediction", "logits", "buffer", "value")
+
+
+@pytest.mark.parametrize("disguise", ["bare", "basis", "distractors", "shared", "backup"])
+def test_a_used_value_moves_the_prediction_as_the_algorithm_says(subjects, disguise: str) -> None:
+    assert check_counterfactuals(subjects[disguise]) >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counterfactuals_of_every_family(family: str) -> None:
+    for disguise in ("basis", "distractors", "backup"):
+        if not supports(family, disguise):
+            assert check_counterfactuals(make_subject(family, disguise, 1, BATCH), 2) > 0
+
+
+def without(subject: Subject, roles: tuple[str, ...]) -> np.ndarray:
+    """The prediction with the outputs of all heads of these roles removed at once."""
+    _, sites = run_sites(subject.model, subject.stream, subject.groups)
+    where = np.isin(subject.roles, roles)[:, None, None, :, None]
+    edit = Edit(jnp.asarray(where), jnp.zeros_like(sites["head_output"]))
+    output, _ = subject.model.run(subject.stream, subject.groups, edits={"head_output": edit})
+    return np.asarray(output[:, subject.read_tokens] @ subject.read_matrix)
+
+
+@pytest.mark.parametrize("disguise", ["bare", "distractors", "shared", "backup", "basis"])
+def test_removing_all_that_is_unused_changes_nothing(subjects, disguise: str) -> None:
+    subject = subjects[disguise]
+    before = without(subject, ())
+    apart = np.abs(without(subject, ("unused",)) - before).max()
+    # in another basis the columns of the read-out are sums over all columns of the stream
+    assert apart == 0 if disguise != "basis" else apart < 1e-13
+    assert np.abs(without(subject, ("used", "backup")) - before).max() > 0.01
+
+
+def test_a_backup_steps_in(subjects) -> None:
+    subject = subjects["backup"]
+    e = Evidence(subject)
+    alone = METHODS["zero ablation"](subject, "heads", e).scores
+    exchanged = METHODS["resample ablation"](subject, "heads", e).scores
+    backup = subject.roles == "backup"
+    first = (subject.roles == "used") & (alone < 1e-12)
+    assert backup.sum() == first.sum() == 1
+    assert alone[backup].max() < 1e-12 and exchanged[backup].max() < 1e-12
+    assert exchanged[first].min() > 0.1
+    both = replace(subject, roles=np.where(backup | first, "both", "rest"))
+    assert np.abs(without(both, ("both",)) - without(both, ())).max() > 0.01
+
+
+def test_causal_methods_are_perfect_on_bare_constructions(subjects) -> None:
+    e = Evidence(subjects["bare"])
+    for name, method in METHODS.items():
+        if method.causal and method.heads is not None:
+            found = method(e.subject, "heads", e)
+            assert score(e.subject, "heads", found)["precision"] == 1, name
+    found = METHODS["true subspace"](e.subject, "sites", e)
+    assert score(e.subject, "sites", found)["precision"] == 1
+
+
+def test_the_gradient_is_exact_where_the_prediction_is_linear(subjects) -> None:
+    e = Evidence(subjects["bare"])
+    exact, first, line = (
+        METHODS[name](e.subject, "heads", e).scores
+        for name in ("activation patching", "attribution patching", "integrated gradients")
+    )
+    # what the last layer writes is read out; before it there is a cubic layer
+    np.testing.assert_allclose(first[-1], exact[-1], atol=1e-12)
+    np.testing.assert_allclose(line[-1], exact[-1], atol=1e-12)
+    assert np.abs(first[0] - exact[0]).max() > 1e-3 > np.abs(line[0] - exact[0]).max()
+
+
+def test_answers_that_do_not_depend_on_the_basis(subjects) -> None:
+    bare, basis = (Evidence(subjects[name]) for name in ("bare", "basis"))
+
+    def apart(name: str, task: str) -> float:
+        one, two = (METHODS[name](e.subject, task, e).scores for e in (bare, basis))
+        return float(np.abs(one - two).max() / np.abs(one).max())
+
+    for name in ("zero ablation", "activation patching", "attribution patching", "attention"):
+        assert apart(name, "heads") < 1e-9, name
+    for name in ("linear probe", "true subspace"):
+        assert apart(name, "sites") < 1e-6, name
+    assert apart("weights", "heads") > 0.01
+    assert apart("single columns", "sites") > 0.01
+
+
+def brute_force(scores, positive) -> float:
+    """The mean over all orders of equal scores of the precision at each positive."""
+    total, count = 0.0, 0
+    for order in itertools.permutations(range(len(scores))):
+        if any(scores[a] < scores[b] for a, b in itertools.pairwise(order)):
+            continue
+        hits = [bool(positive[n]) for n in order]
+        total += np.mean([sum(hits[: n + 1]) / (n + 1) for n, hit in enumerate(hits) if hit])
+        count += 1
+    return total / count
+
+
+@pytest.mark.parametrize(
+    ("scores", "positive"),
+    [
+        ([3, 2, 1, 0], [1, 0, 1, 0]),
+        ([0, 0, 0, 0, 0], [1, 0, 1, 0, 0]),
+        ([2, 2, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1]),
+        ([1, 1, 1, 5], [1, 1, 0, 0]),
+    ],
+)
+def test_average_precision_is_the_mean_over_ties(scores, positive) -> None:
+    assert average_precision(scores, positive) == pytest.approx(brute_force(scores, positive))
+
+
+def test_chance_scores_chance(subjects) -> None:
+    subject = subjects["distractors"]
+    positive, _ = truth_of(subject, "sites")
+    random = np.random.default_rng(0)
+    found = [average_precision(random.random(len(positive)), positive) for _ in range(2000)]
+    expected = average_precision(np.zeros(len(positive)), positive)
+    assert abs(np.mean(found) - expected) < 4 * np.std(found) / 2000**0.5
+    assert expected < 0.5
+
+
+def test_overlap_is_the_share_of_the_true_subspace() -> None:
+    unit = np.eye(5)
+    assert overlap(3 * unit[:, :2], unit[:, :1]) == pytest.approx(1)
+    assert overlap(unit[:, :1], unit[:, :2]) == pytest.approx(0.5)
+    assert overlap(unit[:, :1] + unit[:, 1:2], unit[:, :1]) == pytest.approx(0.5)
+    assert overlap(np.zeros((5, 0)), unit) == 0
+
+
+def test_what_is_overwritten_or_read_by_nobody_is_not_used() -> None:
+    program = unrolled(_base("skill-composition").construction.program)
+    kinds = ["argument", "skill", "skill"]
+    kinds = [k if k in program.token_groups else program.token_groups[-1] for k in kinds]
+    slot = next(s for s in program.slots if s.name == "value")
+    states, heads = liveness(program, kinds, {(slot, 2)})
+    assert states[-1] == {(slot, 2)}
+    assert (slot, 1) in states[1] and (slot, 0) not in states[1]
+    assert len(heads) == program.depth == 2
+
+
+def test_a_card_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch) -> None:
+    methods = ["zero ablation", "attention", "chance"]
+    asked = ([FAMILY], ["bare", "basis", "distractors", "backup"], methods, [0, 1], BATCH, tmp_path)
+    first = card.run(*asked)
+    monkeypatch.setattr(card, "record_of", lambda *_: pytest.fail("made again"))
+    again = card.run(*asked)
+    assert again == json.loads(json.dumps(first))
+    table = card.card_of(again)["tables"]["heads"]
+    assert table["zero ablation"]["bare"].mean == 1 > table["attention"]["distractors"].mean
+    assert table["zero ablation"]["other basis"] < 1e-9
+    assert table["zero ablation"]["backup"].mean < 1
+    html = card.page(card.card_of(again), again)
+    assert html.count("<figure>") == 2 and "zero ablation" in html
+    (tmp_path / "subjects" / f"{FAMILY}.bare.0.json").write_text("{")
+    with pytest.raises(ValueError, match="no record of a subject"):
+        card.run(*asked)
+
+
+def test_answers_of_others_are_scored(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "export"
+    names = exchange.write([FAMILY], ["bare", "distractors"], [5, 6], BATCH, out)
+    assert sum(name.startswith("held-back") for name in names) == 2
+    assert {p.parent.parent.name for p in out.rglob("truth.json")} == {"public"}
+    answers = {}
+    for name in names:
+        heads, sites = json.loads((out / name / "questions.json").read_text()).values()
+        answers[name] = {"heads": np.zeros(heads).tolist(), "sites": [0.0] * len(sites)}
+    name = next(n for n in names if n.startswith("public"))
+    truth = json.loads((out / name / "truth.json").read_text())
+    answers[name] = {"heads": (np.array(truth["heads"]) == "used").astype(int).tolist()}
+    path = out / "answers.json"
+    path.write_text(json.dumps(answers))
+    records = exchange.score_answers(path)
+    found = {r["methods"]["answers"]["heads"]["scores"]["precision"] for r in records}
+    assert max(found) == 1 and min(found) < 0.5
+    assert main(["bench", "--score", str(path)]) == 0
+    assert "answers" in capsys.readouterr().out
+    answers[name] = {"sites": [1.0]}
+    path.write_text(json.dumps(answers))
+    with pytest.raises(ValueError, match="must be"):
+        exchange.score_answers(path)
+    with pytest.raises(ValueError, match="not empty"):
+        exchange.write([FAMILY], ["bare"], [5], BATCH, out)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--methods", "guessing"], "--methods guessing: must be some of zero ablation"),
+        (["--families", "tint"], "--families tint: must be some of"),
+        (["--disguises", ","], "--disguises ,: must be some of bare"),
+        (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--score", "missing.json"], "missing.json: missing"),
+    ],
+)
+def test_bad_options_are_one_line(options, said, capsys) -> None:
+    assert main(["bench", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_family_that_cannot_have_a_backup_is_refused() -> None:
+    with pytest.raises(ValueError, match="has an MLP already"):
+        make_subject("skill-composition", "backup", 0)
+    with pytest.raises(ValueError, match="disguise is 'wig'"):
+        make_subject(FAMILY, "wig", 0)
