@@ -38,7 +38,8 @@ def record_of(family: str, disguise: str, seed: int, methods: Sequence[str], bat
     asked: dict[str, Any] = {}
     for name in methods:
         asked[name] = {}
-        for task in TASKS:
+        # a backup is about heads; values are where they were
+        for task in ("heads",) if disguise == "backup" else TASKS:
             found = METHODS[name](subject, task, evidence)
             if found is None:
                 continue
@@ -117,7 +118,7 @@ def read_record(path: Path) -> Record:
         found = json.loads(path.read_text())
         if not {"version", "batch", "methods", "truth"} <= set(found):
             raise ValueError("fields are missing")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: no record of a subject ({error}); remove it") from None
     return found
 
@@ -218,18 +219,22 @@ def findings(records: Sequence[Record]) -> list[tuple[str, str]]:
             and (not disguises or r["disguise"] in disguises)
         ]
 
-    def said(title: str, values: Sequence[float], text: str) -> None:
+    def said(title: str, values: Any, text: str) -> None:
         if len(values):
             found.append((title, text.format(np.mean(values), len(values))))
 
-    ratios = []
+    apart: list[float] = []
     for record, entry in entries("attribution patching", "heads"):
         exact = record["methods"].get("activation patching", {}).get("heads")
         if exact is not None:
             a, b = np.array(entry["answer"], float), np.array(exact["answer"], float)
-            ratios += np.abs(a - b)[b > 0.01 * b.max()].tolist() if b.max() > 0 else []
-    said("attribution patching is a first-order estimate", ratios,
-         "off the exact effect by {:.2f} of the way from base to source, the mean of {} heads")  # fmt: skip
+            seen = b > max(0.01 * b.max(), 1e-9)
+            apart += (a[seen] / b[seen]).tolist()
+    ratios = np.array(apart)
+    off = (ratios < 0.5) | (ratios > 2)
+    text = "beyond a factor of 2 from the exact effect in {:.2f} of {} heads that have one; "
+    text += f"under a tenth of it in {np.mean(ratios < 0.1) if apart else 0:.2f}"
+    said("attribution patching is a first-order estimate", off, text)
     unused = [
         value
         for r, e in entries("linear probe", "sites")
@@ -243,16 +248,14 @@ def findings(records: Sequence[Record]) -> list[tuple[str, str]]:
              "{:.2f} of the heads with a job have no effect, in {} subjects")  # fmt: skip
     fits, angles = [], []
     for record, entry in entries("alignment search", "sites"):
-        for slot, value, own in zip(
-            record["truth"]["sites"]["slots"], entry["answer"], entry["overlap"], strict=True
-        ):
-            if slot == "copy" and value > 0:
-                fits.append(value)
-                angles.append(np.degrees(np.arccos(min(1.0, own) ** 0.5)))
-    if fits:
-        said("alignment search finds a neighbour", fits,
-             "accuracy {:.2f} for copies that nobody reads, in {} places, by a subspace at "
-             f"{np.mean(angles):.0f}° to the copy's own")  # fmt: skip
+        slots = record["truth"]["sites"]["slots"]
+        for slot, value, own in zip(slots, entry["answer"], entry["overlap"], strict=True):
+            if slot == "copy":
+                fits.append(value > 0.5)
+                angles += [np.degrees(np.arccos(min(1.0, own) ** 0.5))] if value > 0.5 else []
+    text = "accuracy above a half in {:.2f} of {} places of copies that nobody reads, by subspaces "
+    text += f"at {np.mean(angles) if angles else 0:.0f}° to the copy's own"
+    said("alignment search finds a neighbour", fits, text)
     return found
 
 

@@ -47,7 +47,7 @@ class Bench:
     def run(self) -> int:
         """Run the command; the exit status."""
         check_seed(self.seed)
-        seeds = seed_list(self.seed, self.seeds or (1 if self.quick else 3))
+        seeds = seed_list(self.seed, (1 if self.quick else 3) if self.seeds is None else self.seeds)
         if self.out is not None:
             if self.out.exists() and not self.out.is_dir():
                 raise ValueError(f"--out {self.out}: is a file, must be a folder")

@@ -91,7 +91,7 @@ def patch_sites(
     here, there = map(jnp.asarray, residual)
     width, tokens = here.shape[-1], here.shape[2]
     found = []
-    for first in range(0, len(bases), CHUNK):
+    for first in range(0, max(len(bases), 1), CHUNK):
         layers, masks = np.zeros(CHUNK, int), np.zeros((CHUNK, tokens), bool)
         projectors = np.zeros((CHUNK, width, width))
         for n, (layer, chosen) in enumerate(sites[first : first + CHUNK]):
@@ -195,7 +195,8 @@ def fit_probe(features: np.ndarray, targets: np.ndarray, seed: int) -> Probe:
         y1, y2, y3 = (y[c].reshape(-1, y.shape[-1]) for c in cuts)
         mean, centre = x1.mean(0), y1.mean(0)
         # one scale for all columns: the probe is then the same in every basis of the stream
-        scale = max(float(np.sqrt(((x1 - mean) ** 2).sum(1).mean())), 1e-30)
+        scale = float(np.sqrt(((x1 - mean) ** 2).sum(1).mean()))
+        scale = scale if scale > 1e-9 else np.inf  # rounding is no feature
         x1, x2, x3 = ((x - mean) / scale for x in (x1, x2, x3))
         d, v = np.linalg.eigh(x1.T @ x1 / len(x1))
         product = v.T @ x1.T @ (y1 - centre) / len(x1)

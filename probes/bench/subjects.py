@@ -327,7 +327,7 @@ def make_subject(family: str, disguise: str, seed: int, batch: int = 64) -> Subj
     columns = place.columns(program.slots)
     clean_read = jax.device_put(place.scale * np.eye(clean.config.width)[:, columns])
     live, used = liveness(
-        program, kinds, {(named[str(place.slot)], t) for t in read_tokens.tolist()}
+        program, kinds.tolist(), {(named[str(place.slot)], t) for t in read_tokens.tolist()}
     )
     model, q = clean, np.eye(clean.config.width)
     if disguise in ("basis", "all"):
