@@ -305,7 +305,7 @@ def show(card: dict[str, Any]) -> None:
 
 
 def _moves(basis: float | None) -> str:
-    return "" if basis is None else "same" if basis <= SAME else f"moves {basis:.2f}"
+    return "" if basis is None else "same" if basis <= SAME else f"moves {basis:.1g}"
 
 
 def _tone(entry: Cell) -> str:
@@ -332,12 +332,15 @@ def failure(record: Record, method: str, task: str) -> Picture:
 
     entry, truth = record["methods"][method][task], record["truth"][task]
     scores, true = np.array(entry["answer"], float), np.array(truth["true"], bool)
+    scores = np.where(np.abs(scores) > 1e-12, scores, 0)  # rounding is no score
     order = np.argsort(-scores, kind="stable")[:18]
     figure = Figure(figsize=(6.4, 0.8 + 0.19 * len(order)), layout="constrained")
     axis = figure.subplots()
     colors = [BLUE if true[n] else VERMILION for n in order]
     axis.barh(range(len(order)), scores[order], color=colors)
     axis.set_yticks(range(len(order)), [truth["names"][n] for n in order], fontsize=7)
+    for label, color in zip(axis.get_yticklabels(), colors, strict=True):
+        label.set_color(color)
     axis.invert_yaxis()
     axis.set_xlabel("score of the method (blue: has a job, orange-red: has none)")
     precision = entry["scores"]["precision"]
@@ -356,7 +359,11 @@ def page(card: dict[str, Any], records: Sequence[Record]) -> str:
     parts.append(
         "<p>{subjects} hand-written transformers of {families} families, disguised; {seeds} seeds. "
         "Numbers are average precisions with 95 % intervals over seeds; 1 is a perfect order. "
-        "</p>".format(**card)
+        "Other basis: how far answers move with the basis, in units of the largest. "
+        "Distracted: the share of planted parts among as many at the top as are true. "
+        "Missed: the share of true parts that score below 1 % of the largest. "
+        "Angle: degrees between found and true subspaces. "
+        "Runs: of the model over the batch.</p>".format(**card)
     )
     for task, title in TASKS.items():
         head = "".join(

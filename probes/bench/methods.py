@@ -28,13 +28,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from constructions.core.transformer import Transformer
 from probes.bench.patches import (
     CHUNK,
     POINTS,
     STEPS,
     Probe,
     align,
+    applied_parts,
     fit_probe,
     gradients,
     patch_heads,
@@ -298,6 +298,15 @@ def hypotheses(subject: Subject) -> dict[tuple[str, str], np.ndarray]:
     return known
 
 
+def _start(e: Evidence, site: Site, size: int) -> np.ndarray:
+    """Unit vectors `[width, size]` in the span of what differs between inputs at a site."""
+    here, there = e.site("residual")
+    apart = (there - here)[site.layer][:, site.tokens].reshape(-1, here.shape[-1])
+    found = apart.T @ e.random.normal(size=(len(apart), size))
+    found += 1e-6 * e.random.normal(size=found.shape)  # it may have fewer dimensions than asked
+    return found / np.linalg.norm(found, axis=0)
+
+
 def _alignment(e: Evidence) -> Any:
     s = e.subject
     known = hypotheses(s)
@@ -315,7 +324,7 @@ def _alignment(e: Evidence) -> Any:
             np.array([site.layer for site in padded]), masks,
             np.array([site.basis.shape[1] for site in padded]),
             np.stack([known[site.slot, site.kind] for site in padded]),
-            e.random.normal(size=(CHUNK, width, most)),
+            np.stack([_start(e, site, most) for site in padded]),
         )  # fmt: skip
         found, score = align(*e.arguments, here, there, *map(jnp.asarray, given))
         e.runs += len(some) * (3 * STEPS + 1) / 2
@@ -326,25 +335,11 @@ def _alignment(e: Evidence) -> Any:
     return scores, bases
 
 
-def _applied(model: Transformer) -> list[tuple[int, Any, dict[str, np.ndarray]]]:
-    """(layer from 0, part, weights) of every part, each layer being applied once."""
-    starts, found = [0], []
-    for segment in model.config.segments:
-        starts.append(starts[-1] + segment.repeats * len(segment.pattern))
-    for part in model.parts():
-        size = len(model.config.segments[part.segment].pattern)
-        weights = {name: np.asarray(a) for name, a in part.weights.items()}
-        for repeat in range(len(next(iter(weights.values())))):
-            own = {name: a[repeat] for name, a in weights.items()}
-            found.append((starts[part.segment] + repeat * size + part.position, part, own))
-    return found
-
-
 def _weights_of_heads(e: Evidence) -> np.ndarray:
     """|W_Q| |W_K| |W_V| |P|, Frobenius norms: as they stand, so that they depend on the basis."""
     model = e.subject.model
     rows: list[list[float]] = [[] for _ in range(model.config.depth)]
-    for layer, part, w in _applied(model):
+    for layer, part, w in applied_parts(model):
         if part.kind == "heads":
             rows[layer] += [
                 float(
@@ -357,7 +352,7 @@ def _weights_of_heads(e: Evidence) -> np.ndarray:
 
 def _weights_of_sites(e: Evidence) -> Any:
     """How much later layers read of what the probe points at, by the norms of their matrices."""
-    parts, scores = _applied(e.subject.model), []
+    parts, scores = applied_parts(e.subject.model), []
     for site, probe in zip(e.subject.sites, e.probes, strict=True):
         total = float(np.linalg.norm(np.asarray(e.subject.read_matrix).T @ probe.basis))
         for layer, _, w in parts:

@@ -23,7 +23,7 @@ CHUNK = 16
 #: Points of the line from base to source at which integrated gradients takes gradients.
 POINTS = 6
 #: Steps of Adam of the alignment search, and their size.
-STEPS, STEP_SIZE = 60, 0.05
+STEPS, STEP_SIZE = 80, 0.03
 
 
 @compile_once
@@ -209,3 +209,17 @@ def fit_probe(features: np.ndarray, targets: np.ndarray, seed: int) -> Probe:
             u, s, _ = np.linalg.svd(weight, full_matrices=False)
             basis = u[:, s > 1e-6 * max(s.max(), 1e-30)]
     return Probe(scores[0], scores[1], basis)
+
+
+def applied_parts(model: Transformer) -> list[tuple[int, Any, dict[str, np.ndarray]]]:
+    """(layer from 0, part, weights) of every part, each layer being applied once."""
+    starts, found = [0], []
+    for segment in model.config.segments:
+        starts.append(starts[-1] + segment.repeats * len(segment.pattern))
+    for part in model.parts():
+        size = len(model.config.segments[part.segment].pattern)
+        weights = {name: np.asarray(a) for name, a in part.weights.items()}
+        for repeat in range(len(next(iter(weights.values())))):
+            own = {name: a[repeat] for name, a in weights.items()}
+            found.append((starts[part.segment] + repeat * size + part.position, part, own))
+    return found

@@ -292,8 +292,11 @@ def make_subject(family: str, disguise: str, seed: int, batch: int = 64) -> Subj
     """The subject; the same seed gives the same inputs to all disguises of a family.
 
     Raises:
-        ValueError: an unknown family or disguise, or one that the family cannot take.
+        ValueError: an unknown family or disguise, or one that the family cannot take; JAX has no
+            float64, in which the truth is confirmed.
     """
+    if not jax.config.read("jax_enable_x64"):
+        raise ValueError("jax_enable_x64 is off, must be on: jax.enable_x64(True)")
     if disguise not in DISGUISES:
         raise ValueError(f"disguise is {disguise!r}, must be one of {', '.join(DISGUISES)}")
     if family not in FAMILIES:
