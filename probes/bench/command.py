@@ -16,6 +16,8 @@ from synthetic.files import check_writable
 #: What --quick asks: families of linear, centred and softmax heads, disguises that tell most apart.
 QUICK_FAMILIES = ("gradient-descent", "kernel-descent", "hyper-prototypes")
 QUICK_DISGUISES = ("bare", "basis", "distractors", "backup")
+#: Inputs of every subject.
+BATCH = 64
 
 
 @dataclass
@@ -79,15 +81,14 @@ class Bench:
             ),
             _some("--methods", self.methods, METHODS, METHODS),
         )
-        batch = 64 if self.quick else 128
         if self.export is not None:
             with jax.enable_x64(True):
-                written = exchange.write(*chosen[:2], seeds or (), batch, self.export, _say)
+                written = exchange.write(*chosen[:2], seeds or (), BATCH, self.export, _say)
             print(f"{self.export}: {len(written)} subjects; key.json is not to be published")
             return OK
         begun = time.perf_counter()
         with jax.enable_x64(True):
-            records = run(*chosen, seeds or (), batch, self.out, _say)
+            records = run(*chosen, seeds or (), BATCH, self.out, _say)
             card = card_of(records)
             show(card)
             _say(f"took {duration(time.perf_counter() - begun)}")
