@@ -117,8 +117,12 @@ place = np.arange(len(shown))
 axes[0].bar(place - 0.2, [zero.scores[tuple(at)] for at in shown], 0.4, color=ORANGE)
 axes[0].bar(place + 0.2, [resampled.scores[tuple(at)] for at in shown], 0.4, color=BLUE)
 axes[0].set_xticks(place, labels)
-axes[0].legend(["zero ablation", "resample ablation"], frameon=False)
-axes[0].set(ylabel="change of the prediction / distance of two inputs", title="heads with a job")
+axes[0].legend(["zero ablation", "resample ablation"], frameon=False, loc="upper center")
+axes[0].set(
+    ylim=(0, 0.7),
+    ylabel="change of the prediction / distance of two inputs",
+    title="heads with a job",
+)
 for chosen, colour, name in ((used, BLUE, "used"), (~used, ORANGE, "used by nobody")):
     axes[1].plot(probe.scores[chosen], exchanged.scores[chosen], "o", color=colour, label=name)
 axes[1].set(xlabel="R² of the probe", ylabel="effect of exchanging the value", title="values")

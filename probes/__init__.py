@@ -22,6 +22,7 @@ syntax             sentences: heads along arcs, spans, trees, constituents passe
 statistics, ledger claims, their controls, their verdicts
 report             a page of probes and the ledger
 sweep              fits over a grid of settings: a table, figures, a page
+bench              how well methods find mechanisms that are known: subjects in disguise, a card
 style              how numbers and figures look
 cli, options       the command; listing of it shows families and programs
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from constructions.core.program import Head, Layer, Mlp, Program
+from constructions.core.program import Head, Layer, Mlp, Program, token_names
 from constructions.core.slots import Slot, Slots, concatenate, constant
 from constructions.core.symmetry import change_key_basis, change_value_basis
 from constructions.core.transformer import Transformer
@@ -60,7 +60,8 @@ def with_distractors(program: Program, main: Slot) -> Program:
     noise = Slot("noise", 3, start)
     copy = Slot("copy", main.size, start + 3, main.token_groups)
     scratch = Slot("scratch", 3, copy.start + copy.size, None, 1, None, True)
-    rows = [_first(layer).value.size if _first(layer) else 0 for layer in program.layers]
+    firsts = [_first(layer) for layer in program.layers]
+    rows = [0 if first is None else first.value.size for first in firsts]
     wide = max(rows)
     shadow = Slot("shadow", wide, scratch.start + 3, None, 1, None, True) if wide else None
     layers = []
@@ -117,7 +118,7 @@ def with_backup(program: Program) -> tuple[Program, int] | None:
         if any(slot in others and not slot.accumulates for slot in first.write):
             continue
         size, start = first.value.size, program.slots.width
-        groups = first.queries
+        groups = token_names(first.queries)
         one = Slot("first", size, start, groups, number, number)
         two = Slot("second", size, start + size, groups, number, number)
         unit = np.eye(size)

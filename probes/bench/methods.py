@@ -55,7 +55,7 @@ class Evidence:
         self.random = np.random.default_rng(subject.seed + 1)
 
     @cached_property
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> Any:
         """What every compiled function begins with."""
         s = self.subject
         return s.model, s.stream, s.groups, jnp.asarray(s.read_tokens), s.read_matrix

@@ -75,7 +75,7 @@ def _patch_sites(
 
 
 def patch_sites(
-    arguments: tuple[Any, ...],
+    arguments: Any,
     residual: tuple[Any, Any],
     sites: Sequence[tuple[int, np.ndarray]],
     bases: list[np.ndarray],

@@ -141,7 +141,7 @@ class Subject:
         return f"{self.family}.{self.disguise}.{self.seed}"
 
     @property
-    def undisguised(self) -> tuple[Any, ...]:
+    def undisguised(self) -> Any:
         """Arguments of the functions in `probes.bench.patches`, of the undisguised model."""
         stream, tokens = jax.device_put(self.values[0]), jax.device_put(self.read_tokens)
         return self.clean, stream, self.groups, tokens, self.clean_read
