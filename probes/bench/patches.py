@@ -102,7 +102,7 @@ def patch_sites(
     return np.concatenate(found)[: len(bases)]
 
 
-@compile_once(static_argnames=("site",))
+@compile_once(static_argnames=("site",), often=True)
 def gradients(
     model: Transformer, stream: Array, groups: Array, tokens: Array, matrix: Array,
     here: Array, there: Array, way: Array, *, site: str,
