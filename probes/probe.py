@@ -110,7 +110,8 @@ class Result:
 
         shown, text = self.__rich__(), io.StringIO()
         shown.box = box.ASCII2
-        Console(file=text, highlight=False, width=WIDTH).print(shown)
+        console = Console(file=text, highlight=False, width=10 * WIDTH)
+        console.print(shown, width=max(WIDTH, console.measure(shown).maximum), crop=False)
         lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
         return "\n".join([*lines, *filter(None, [self.note])])
 
