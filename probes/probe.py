@@ -204,6 +204,20 @@ def compiled_like(construction: Construction, model: Any) -> Transformer:
     return found
 
 
+def own_near_misses(construction: Construction) -> dict[str, Transformer]:
+    """The construction's near-misses, by name, in the shape of its counterpart.
+
+    For figures: what they would look like if the model ran another algorithm.
+    """
+    return {
+        name: model
+        for name, (model, base) in construction.near_misses().items()
+        if isinstance(model, Transformer)
+        and base == construction
+        and model.config == construction.trained_shape
+    }
+
+
 def too_many_weights(run: Run, probe: str, most: int | None = None) -> str:
     """Why models have too many weights for a probe, in one phrase; "" where they have not."""
     model = run.models[0]

@@ -1,4 +1,4 @@
-"""The demonstration: a page at once, one report after the other or several at a time, and going on after a stop."""
+"""The demonstration: a page at once, reports one by one or side by side, and going on."""
 
 import os
 import time
