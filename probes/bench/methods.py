@@ -32,6 +32,7 @@ from probes.bench.patches import (
     CHUNK,
     POINTS,
     STEPS,
+    Arguments,
     Probe,
     align,
     applied_parts,
@@ -55,7 +56,7 @@ class Evidence:
         self.random = np.random.default_rng(subject.seed + 1)
 
     @cached_property
-    def arguments(self) -> Any:
+    def arguments(self) -> Arguments:
         """What every compiled function begins with."""
         s = self.subject
         return s.model, s.stream, s.groups, jnp.asarray(s.read_tokens), s.read_matrix
@@ -326,7 +327,9 @@ def _alignment(e: Evidence) -> Any:
             np.stack([known[site.slot, site.kind] for site in padded]),
             np.stack([_start(e, site, most) for site in padded]),
         )  # fmt: skip
-        found, score = align(*e.arguments, here, there, *map(jnp.asarray, given))
+        layers, masks, sizes, targets, start = map(jnp.asarray, given)
+        where = layers, masks, sizes, targets, start
+        found, score = align(*e.arguments, here, there, *where)
         e.runs += len(some) * (3 * STEPS + 1) / 2
         for n, site in enumerate(some):
             number = asked[first + n]

@@ -18,6 +18,9 @@ from jax import Array
 from constructions.core.transformer import Edit, Transformer
 from synthetic.compilation import compile_once
 
+#: Model, stream, groups, the tokens that are read, and the matrix that reads them.
+Arguments = tuple[Any, Any, Any, Any, Any]
+
 #: Sites that one compiled call patches, or searches.
 CHUNK = 16
 #: Points of the line from base to source at which integrated gradients takes gradients.
@@ -75,7 +78,7 @@ def _patch_sites(
 
 
 def patch_sites(
-    arguments: Any,
+    arguments: Arguments,
     residual: tuple[Any, Any],
     sites: Sequence[tuple[int, np.ndarray]],
     bases: list[np.ndarray],
@@ -97,8 +100,8 @@ def patch_sites(
         for n, (layer, chosen) in enumerate(sites[first : first + CHUNK]):
             u = bases[first + n]
             layers[n], masks[n, chosen], projectors[n] = layer, True, u @ u.T
-        given = map(jnp.asarray, (layers, masks, projectors))
-        found.append(np.asarray(_patch_sites(*arguments, here, there, *given)))
+        where = jnp.asarray(layers), jnp.asarray(masks), jnp.asarray(projectors)
+        found.append(np.asarray(_patch_sites(*arguments, here, there, *where)))
     return np.concatenate(found)[: len(bases)]
 
 

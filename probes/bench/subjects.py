@@ -46,7 +46,7 @@ from probes.bench.disguises import (
     with_distractors,
     with_shared_heads,
 )
-from probes.bench.patches import patch_heads, patch_sites, run_sites
+from probes.bench.patches import Arguments, patch_heads, patch_sites, run_sites
 from synthetic.compilation import compile_once
 
 #: Family -> settings that are cheap. Those of a language (inside-outside, tint) are too large for
@@ -141,7 +141,7 @@ class Subject:
         return f"{self.family}.{self.disguise}.{self.seed}"
 
     @property
-    def undisguised(self) -> Any:
+    def undisguised(self) -> Arguments:
         """Arguments of the functions in `probes.bench.patches`, of the undisguised model."""
         stream, tokens = jax.device_put(self.values[0]), jax.device_put(self.read_tokens)
         return self.clean, stream, self.groups, tokens, self.clean_read
