@@ -246,6 +246,13 @@ def findings(records: Sequence[Record]) -> list[tuple[str, str]]:
         missed = [e["scores"]["missed"] for _, e in entries(method, "heads", "backup")]
         said(f"a backup hides heads from {method}", missed,
              "{:.2f} of the heads with a job have no effect, in {} subjects")  # fmt: skip
+    means: dict[tuple[str, int], dict[str, float]] = {}
+    for r, e in entries("zero ablation", "heads", "bare", "shared"):
+        own = np.array(e["answer"], float)[np.array(r["truth"]["heads"]["roles"]) == "used"]
+        means.setdefault((r["family"], r["seed"]), {})[r["disguise"]] = float(own.mean())
+    halves = [m["shared"] / m["bare"] for m in means.values() if len(m) == 2 and m["bare"] > 0]
+    said("two heads that share a job hide one another from zero ablation", halves,
+         "each shows {:.2f} of the effect of the one, in {} pairs of subjects")  # fmt: skip
     fits, angles = [], []
     for record, entry in entries("alignment search", "sites"):
         slots = record["truth"]["sites"]["slots"]
