@@ -166,7 +166,7 @@ def moved_by_basis(records: Sequence[Record], method: str, task: str) -> float |
             found.setdefault((record["family"], record["seed"]), {})[record["disguise"]] = answer
     pairs = [pair for pair in found.values() if len(pair) == 2]
     apart = [
-        float(np.abs(p["bare"] - p["basis"]).max() / max(np.abs(p["bare"]).max(), 1e-30))
+        float(np.abs(p["bare"] - p["basis"]).max() / max(np.abs(p["bare"]).max(), 1e-9))
         for p in pairs
     ]
     return float(np.mean(apart)) if apart else None

@@ -234,7 +234,7 @@ def _attention(e: Evidence) -> np.ndarray:
     """How sharply a head looks: the largest share of a query, above that of looking everywhere."""
     e.runs += 1
     a = np.abs(e.site("attention")[0])  # [layer, batch, head, query, key]
-    total, seen = a.sum(-1), (a > 0).sum(-1)
+    total, seen = a.sum(-1), (a > 1e-12).sum(-1)
     sharp = a.max(-1) / np.where(total > 0, total, 1) - 1 / np.maximum(seen, 1) + 1e-6 * (total > 0)
     return np.where(seen > 0, sharp, 0).mean((1, 3))
 

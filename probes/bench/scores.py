@@ -11,6 +11,8 @@ from probes.bench.subjects import Subject
 
 #: A part of the truth counts as missed where its score is below this share of the largest.
 MISSED = 0.01
+#: Scores below this are 0: what a method makes of rounding is no order.
+ROUNDING = 1e-12
 
 
 def average_precision(scores: Any, positive: Any) -> float:
@@ -77,6 +79,7 @@ def score(subject: Subject, task: str, found: Found) -> dict[str, float | None]:
     positive, planted = truth_of(subject, task)
     known = subject.roles.ravel() != "nil" if task == "heads" else np.ones(len(positive), bool)
     positive, planted, scores = (a.ravel()[known] for a in (positive, planted, found.scores))
+    scores = np.where(np.abs(scores) > ROUNDING, scores, 0)
     count = int(positive.sum())
     top = np.argsort(-scores, kind="stable")[:count]
     largest = float(scores.max(initial=0))
