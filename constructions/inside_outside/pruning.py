@@ -10,24 +10,34 @@ are kept (Ankner et al. 2024, arXiv 2405.20541). What is kept has the distributi
 whatever the model and whichever end is kept: how far pruning moves the text depends on the share
 alone, and only where it moves it to on the model.
 
-What is learnt from it is asked of a larger grammar, re-estimated on as many documents of each kind:
-its cross-entropy on the text without noise, exact by the table.
+What is learnt from it is asked on the text without noise, of two kinds of models: larger grammars,
+re-estimated on as many documents of each kind, and masked language models after as many steps on
+fresh documents of each kind. The latter tend to p(word | visible words, kept), whose loss on the
+wanted text is exact by the table, as is the least one, that of the wanted text itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from scipy import stats
 
 from constructions.claims import Measurement
+from constructions.inside_outside.construction import InsideOutside
+from synthetic.fitting.recipe import Recipe
+from synthetic.fitting.train import fit
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar, Weights
+from synthetic.tasks.masked_language import MaskedLanguageTask
+from synthetic.tasks.task import Batch
 
 _PAPER = "Ankner et al. 2024, arXiv 2405.20541"
 KEPT = ("low", "middle", "high", "random")
@@ -94,15 +104,25 @@ def parts() -> np.ndarray:
         return np.stack([table(_CLAUSES), table(_NESTED), np.full(n := len(strings()), 1 / n)])
 
 
+@jax.jit
+@jax.vmap
+def _em(start: Weights, tokens: Array) -> tuple[Weights, Array]:
+    found = chart.em(start, tokens, jnp.full(len(tokens), LENGTH, jnp.int32), steps=20)
+    return found.weights, found.log_likelihood[-1]
+
+
 def fitted(tokens: np.ndarray, symbols: int, seed: int, trust: float = 0.99) -> np.ndarray:
     """log q of every string, `[string]`, by a grammar re-estimated on documents.
 
-    It has so many nonterminals and as many pre-terminals, starts from random rules, and is mixed
-    with 1 - trust of random words.
+    It has so many nonterminals and as many pre-terminals, is the likeliest of those from eight
+    random starts, and is mixed with 1 - trust of random words.
     """
-    start = Grammar.random(seed, symbols, symbols, len(_CLAUSES.vocabulary))
-    found = chart.em(start, tokens, np.full(len(tokens), LENGTH, np.int32), steps=20).weights
-    return np.log(trust * table(found) + (1 - trust) * parts()[2])
+    sizes = symbols, symbols, len(_CLAUSES.vocabulary)
+    starts = [Grammar.random(8 * seed + n, *sizes).weights() for n in range(8)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    found, likelihood = _em(stacked, np.broadcast_to(tokens, (8, *tokens.shape)))
+    best = jax.tree.map(lambda leaf: leaf[likelihood.argmax()], found)
+    return np.log(trust * table(best) + (1 - trust) * parts()[2])
 
 
 def keep(probability: np.ndarray, perplexity: np.ndarray, which: str, share: float) -> np.ndarray:
@@ -124,6 +144,65 @@ def keep(probability: np.ndarray, perplexity: np.ndarray, which: str, share: flo
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Documents(MaskedLanguageTask):
+    """Strings with hidden words, drawn by one row of `chances`, `[row, string]`.
+
+    Fits of several rows run in one program.
+    """
+
+    grammar: Grammar = _CLAUSES
+    max_length: int = LENGTH
+    rate: float = 0.3
+    chances: np.ndarray = field(default_factory=lambda: parts())
+    row: float = 0.0
+
+    NUMBERS: ClassVar[tuple[str, ...]] = ("row",)
+
+    def sample_during(self, key: Array, batch: int, progress: Array) -> Batch:
+        """Draw documents; tokens, lengths and mask, and tokens and mask as the target."""
+        del progress
+        words, hidden = jax.random.split(key)
+        total = jnp.asarray(np.cumsum(self.chances, -1))[jnp.asarray(self.row, int)]
+        drawn = jnp.searchsorted(total / total[-1], jax.random.uniform(words, (batch,)), "right")
+        tokens = jnp.asarray(strings())[jnp.minimum(drawn, len(total) - 1)]
+        mask = jax.random.bernoulli(hidden, self.rate, tokens.shape)
+        return Batch((tokens, jnp.full(batch, LENGTH), mask), (tokens, mask))
+
+    def posterior(self, tokens: Array, lengths: Array, mask: Array) -> Array:
+        """P(word | visible words) where documents are drawn by the row, `[batch, time, word]`."""
+        del lengths
+        agree = (mask[:, None] | (tokens[:, None] == strings())).all(-1)
+        words = jax.nn.one_hot(strings(), len(self.grammar.vocabulary))
+        both = agree * jnp.asarray(self.chances)[jnp.asarray(self.row, int)]
+        found = jnp.einsum("bs,stw->btw", both, words, precision="highest")
+        return found / found.sum(-1, keepdims=True)
+
+
+def masked_models(
+    chances: np.ndarray, wanted: np.ndarray, seeds: list[int], steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of masked language models on wanted text over the least, nats a word, `[row]` each.
+
+    First of what models of the rows of `chances` tend to, mixed with 1 % of random words; then of
+    models that have been trained for so many steps, one a row.
+    """
+    c = InsideOutside(_CLAUSES, LENGTH, layers=2, heads=2, width=16)
+    recipe = Recipe(steps, 32, "adamw", 4e-3, "cosine", steps // 10, clip=1.0, chunk=steps)
+    asked = Documents(chances=wanted[None])
+    lanes = {"task.row": [float(n) for n in range(len(chances))]}
+    task, init = Documents(chances=chances), c.counterpart().init
+    found = fit(init, task, recipe, predict=c.apply, seeds=seeds, lanes=lanes)
+    batch, apply = asked.sample(jax.random.key(2**20), 1024), jax.jit(c.apply)
+    predictions = [asked.posterior(*batch.inputs)]
+    for row in 0.99 * chances + 0.01 * parts()[2]:
+        predictions.append(Documents(chances=row[None]).posterior(*batch.inputs))
+    predictions += [apply(model, *batch.inputs) for model in found.models]
+    losses = np.array([float(asked.loss(p, batch).mean()) for p in predictions])
+    limit, trained = np.split(losses[1:] - losses[0], 2)
+    return limit, trained
+
+
 @dataclass(frozen=True)
 class Pruned:
     """What a way to prune keeps, exactly, and what is learnt from it; `[seed]` each.
@@ -133,33 +212,44 @@ class Pruned:
         divergence: KL(p(. | kept) || p).
         noise: share of random words among what is kept.
         loss: cross-entropy of fitted grammars on what is asked, in nats a string.
+        limit, model: of masked language models, in nats a hidden word over the least: what they
+            tend to, and after training. NaN without.
     """
 
     share: np.ndarray
     divergence: np.ndarray
     noise: np.ndarray
     loss: np.ndarray
+    limit: np.ndarray
+    model: np.ndarray
 
 
 def experiment(
-    text: Text, seeds: int, seed: int = 0, share: float = 0.6, documents: int = 128
+    text: Text, seeds: int, seed: int = 0, share: float = 0.6, documents: int = 128, steps: int = 0
 ) -> dict[str, Pruned]:
-    """Every way to prune, and none ("all"), with grammars fitted to as many documents each."""
-    p, tokens = text.probability, strings()
-    results: dict[str, list[tuple[float, ...]]] = {name: [] for name in ("all", *KEPT)}
+    """Every way to prune, and none ("all"), with grammars fitted to as many documents each.
+
+    And with masked language models after so many steps, if there are some.
+    """
+    p, tokens, names = text.probability, strings(), ("all", *KEPT)
+    found, chances = np.full((len(names), seeds, 6), np.nan), np.empty((len(names), seeds, len(p)))
     for number in range(seeds):
         rng = np.random.default_rng([seed, number])
-        sample = rng.choice(len(p), documents, p=p)
-        perplexity = -fitted(tokens[sample], 2, seed + number)
-        for name, found in results.items():
+        perplexity = -fitted(tokens[rng.choice(len(p), documents, p=p)], 2, seed + number)
+        for way, name in enumerate(names):
             kept = p * (1.0 if name == "all" else keep(p, perplexity, name, share))
-            after, inside = kept / kept.sum(), kept > 0
+            chances[way, number] = after = kept / kept.sum()
+            inside = kept > 0
             moved = (after[inside] * np.log(after[inside] / p[inside])).sum()
             noise = (after[inside] * text.noise * parts()[2][inside] / p[inside]).sum()
             sample = rng.choice(len(p), documents, p=after)
             loss = -(text.wanted * fitted(tokens[sample], 5, seed + number)).sum()
-            found.append((kept.sum(), moved, noise, loss))
-    return {name: Pruned(*np.array(found).T) for name, found in results.items()}
+            found[way, number, :4] = kept.sum(), moved, noise, loss
+    if steps:
+        each = [*range(seed, seed + seeds)] * len(names)
+        both = masked_models(chances.reshape(-1, len(p)), text.wanted, each, steps)
+        found[..., 4:] = np.stack(both, -1).reshape(len(names), seeds, 2)
+    return {name: Pruned(*own.T) for name, own in zip(names, found, strict=True)}
 
 
 #: Texts, by what they are made of, and what is asked of models of them.
