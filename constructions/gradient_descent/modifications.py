@@ -104,13 +104,14 @@ class Modified(GradientDescent):
             raise ValueError(f"modification is {self.modification!r}, must be one of {[*GRID]}")
 
     def counterpart(self) -> Counterpart:
-        """All of them by one recipe, from weights that leave no depth on a plateau."""
+        """All of them by one recipe, with which every seed of the plain layer finds the step."""
         if self.steps != 1:
             raise ValueError(f"steps is {self.steps}, must be 1: it is one layer that is modified")
         base = modified(self.in_trained_shape().config, GRID[self.modification])
         recipe = Recipe(
-            steps=_STEPS, batch=64, learning_rate=5e-3, schedule="cosine", clip=1.0, chunk=_STEPS
-        )
+            _STEPS, 256, learning_rate=1e-2, schedule="linear", clip=1.0, average_tail=0.6,
+            chunk=_STEPS,
+        )  # fmt: skip
         init, quick = partial(randomise, base, std=0.4), replace(recipe, steps=_STEPS // 4)
         return Counterpart(init, self.task, recipe, self.optimal_loss, quick=quick)
 
