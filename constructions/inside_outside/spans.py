@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy import stats
 
-from constructions.claims import Measurement
+from constructions.claims import Measurement, Remark
 from constructions.inside_outside.construction import InsideOutside
 from synthetic.fitting.train import fit
 from synthetic.grammar import chart
@@ -153,7 +153,7 @@ def above_optimum(task: SpanTask, seeds: range, steps: int) -> np.ndarray:
 
 def rows(
     quick: bool, seed: int, grammar: str = "brackets", seeds: int = 5
-) -> Iterator[Measurement]:
+) -> Iterator[Measurement | Remark]:
     """The least loss of spans, what a wrong width costs, and how near training comes."""
     from synthetic.grammar.examples import named
 
@@ -185,6 +185,7 @@ def rows(
         float(cost.mean()),
         float(cost.std() / np.sqrt(len(cost))),
         note=f"Nats a slot; the least loss is {float(right.mean()):.3f}. Both with 1 % of chance.",
+        at_least=0.0,
     )
     if quick:
         return
@@ -192,11 +193,10 @@ def rows(
         one = replace(task, widest=widest)
         found = above_optimum(one, range(seed, seed + seeds), 1500)
         half = stats.sem(found) * stats.t.ppf(0.975, seeds - 1)
-        yield Measurement(
+        yield Remark(
             f"loss above the least, {name}",
             "What a masked language model lacks of its own objective's optimum at equal steps.",
             f"{_PAPER}, section 3.3.4 (spans do slightly better than single words)",
-            None,
             float(found.mean()),
             float(stats.sem(found)),
             note=f"Nats a slot after 1,500 steps; 95 % interval +- {half:.3f} over {seeds} seeds.",
