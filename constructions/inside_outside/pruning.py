@@ -18,7 +18,6 @@ wanted text is exact by the table, as is the least one, that of the wanted text 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -28,18 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from scipy import stats
 
-from constructions.claims import Measurement
-from constructions.inside_outside.construction import InsideOutside
-from synthetic.fitting.recipe import Recipe
-from synthetic.fitting.train import fit
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar, Weights
 from synthetic.tasks.masked_language import MaskedLanguageTask
 from synthetic.tasks.task import Batch
 
-_PAPER = "Ankner et al. 2024, arXiv 2405.20541"
 KEPT = ("low", "middle", "high", "random")
 LENGTH = 6
 #: Three pairs of a noun and a verb one after the other; and pairs of brackets, one in another.
@@ -179,113 +172,9 @@ class Documents(MaskedLanguageTask):
         return found / found.sum(-1, keepdims=True)
 
 
-def masked_models(
-    chances: np.ndarray, wanted: np.ndarray, seeds: list[int], steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Losses of masked language models on wanted text over the least, nats a word, `[row]` each.
-
-    First of what models of the rows of `chances` tend to, mixed with 1 % of random words; then of
-    models that have been trained for so many steps, one a row.
-    """
-    c = InsideOutside(_CLAUSES, LENGTH, layers=2, heads=2, width=16)
-    recipe = Recipe(steps, 32, "adamw", 4e-3, "cosine", steps // 10, clip=1.0, chunk=steps)
-    asked = Documents(chances=wanted[None])
-    lanes = {"task.row": [float(n) for n in range(len(chances))]}
-    task, init = Documents(chances=chances), c.counterpart().init
-    found = fit(init, task, recipe, predict=c.apply, seeds=seeds, lanes=lanes)
-    batch, apply = asked.sample(jax.random.key(2**20), 1024), jax.jit(c.apply)
-    predictions = [asked.posterior(*batch.inputs)]
-    for row in 0.99 * chances + 0.01 * parts()[2]:
-        predictions.append(Documents(chances=row[None]).posterior(*batch.inputs))
-    predictions += [apply(model, *batch.inputs) for model in found.models]
-    losses = np.array([float(asked.loss(p, batch).mean()) for p in predictions])
-    limit, trained = np.split(losses[1:] - losses[0], 2)
-    return limit, trained
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What a way to prune keeps, exactly, and what is learnt from it; `[seed]` each.
-
-    Attributes:
-        share: p(kept).
-        divergence: KL(p(. | kept) || p).
-        noise: share of random words among what is kept.
-        loss: cross-entropy of fitted grammars on what is asked, in nats a string.
-        limit, model: of masked language models, in nats a hidden word over the least: what they
-            tend to, and after training. NaN without.
-    """
-
-    share: np.ndarray
-    divergence: np.ndarray
-    noise: np.ndarray
-    loss: np.ndarray
-    limit: np.ndarray
-    model: np.ndarray
-
-
-def experiment(
-    text: Text, seeds: int, seed: int = 0, share: float = 0.6, documents: int = 128, steps: int = 0
-) -> dict[str, Pruned]:
-    """Every way to prune, and none ("all"), with grammars fitted to as many documents each.
-
-    And with masked language models after so many steps, if there are some.
-    """
-    p, tokens, names = text.probability, strings(), ("all", *KEPT)
-    found, chances = np.full((len(names), seeds, 6), np.nan), np.empty((len(names), seeds, len(p)))
-    for number in range(seeds):
-        rng = np.random.default_rng([seed, number])
-        perplexity = -fitted(tokens[rng.choice(len(p), documents, p=p)], 2, seed + number)
-        for way, name in enumerate(names):
-            kept = p * (1.0 if name == "all" else keep(p, perplexity, name, share))
-            chances[way, number] = after = kept / kept.sum()
-            inside = kept > 0
-            moved = (after[inside] * np.log(after[inside] / p[inside])).sum()
-            noise = (after[inside] * text.noise * parts()[2][inside] / p[inside]).sum()
-            sample = rng.choice(len(p), documents, p=after)
-            loss = -(text.wanted * fitted(tokens[sample], 5, seed + number)).sum()
-            found[way, number, :4] = kept.sum(), moved, noise, loss
-    if steps:
-        each = [*range(seed, seed + seeds)] * len(names)
-        both = masked_models(chances.reshape(-1, len(p)), text.wanted, each, steps)
-        found[..., 4:] = np.stack(both, -1).reshape(len(names), seeds, 2)
-    return {name: Pruned(*own.T) for name, own in zip(names, found, strict=True)}
-
-
 #: Texts, by what they are made of, and what is asked of models of them.
 TEXTS = {
     "noisy": Text(0.6, 0.0, 0.4),
     "clean": Text(),
     "a rare domain": Text(0.8, 0.2, 0.0, asked=0.5),
 }
-
-
-def rows(quick: bool, seed: int, seeds: int = 5) -> Iterator[Measurement]:
-    """What is kept of each text, and what each way to prune adds to the loss; not if `quick`."""
-    for name, text in () if quick else TEXTS.items():
-        found = experiment(text, seeds, seed)
-        low = found["low"]
-        yield Measurement(
-            f"divergence of what is kept, {name}",
-            "Pruning moves the text by minus the logarithm of the share that it keeps.",
-            f"the identity is ours; setting of {_PAPER}",
-            float(-np.log(low.share).mean()),
-            float(low.divergence.mean()),
-            tolerance=1e-9,
-            note=f"Noise {text.noise:g}; "
-            + ", ".join(f"{which} {found[which].noise.mean():.3f}" for which in KEPT),
-        )
-        for which in KEPT:
-            gain = found[which].loss - found["all"].loss
-            half = stats.sem(gain) * stats.t.ppf(0.975, len(gain) - 1)
-            yield Measurement(
-                f"{which} kept, {name}",
-                "What pruning adds to the loss on the text without noise, at equally many "
-                "documents.",
-                f"{_PAPER} (which perplexities to keep depends on what the text is made of)",
-                0.0 if which == "random" else None,
-                float(gain.mean()),
-                float(stats.sem(gain)),
-                note=f"In nats a string; 95 % interval {gain.mean() - half:.3f} to "
-                f"{gain.mean() + half:.3f} over {len(gain)} seeds.",
-            )

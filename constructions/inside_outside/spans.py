@@ -19,27 +19,20 @@ which no such model surpasses. Of single hidden words the optimum is the posteri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy import stats
 
-from constructions.claims import Measurement
-from constructions.core.transformer import Transformer
 from constructions.inside_outside.construction import InsideOutside
-from synthetic.fitting.train import fit
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
 from synthetic.grammar.sentences import sample
 from synthetic.tasks.task import Batch, Outcome
-
-_PAPER = "Raffel et al. 2019, arXiv 1910.10683"
 
 
 @dataclass(frozen=True)
@@ -139,81 +132,3 @@ class SpanTask:
         emission = np.pad(g.emission, ((0, 0), (0, 1)))
         more = Grammar(g.nonterminals, g.preterminals, words, g.root, g.rules, emission)
         return InsideOutside(more, self.room, layers=2, heads=2, width=32)
-
-
-def missing(task: SpanTask, seeds: range, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """What masked language models lack along a fit, `[time, seed]`, after so many steps, `[time]`.
-
-    (loss - least) / (loss of the words' frequencies - least), the least being the task's own: of
-    what a model can learn there, the share that it has not learnt.
-    """
-    c, batch = task.reader, task.sample(jax.random.key(2**20), 2048)
-    tokens, mask = batch.target
-    shares = jax.nn.one_hot(tokens, task.empty + 1)[mask].mean(0)
-    constant = jnp.broadcast_to(shares, (*mask.shape, task.empty + 1))
-    exact = task.posterior(*batch.inputs)[1]
-    most, least = (float(task.loss(p, batch).mean()) for p in (constant, exact))
-
-    def measure(model: Transformer) -> dict[str, Array]:
-        loss = task.loss(c.apply(model, *batch.inputs), batch).mean()
-        return {"missing": (loss - least) / (most - least)}
-
-    start, recipe = c.counterpart().init, c.counterpart().recipe
-    recipe = replace(recipe, steps=steps, schedule="constant", ema=0.98, chunk=steps // 10)
-    found = fit(start, task, recipe, predict=c.apply, metrics=measure, seeds=seeds)
-    along = [(record["step"], record["missing"]) for record in found.history]
-    times, shares = zip(*along, strict=True)
-    return np.array(times), np.array(shares)
-
-
-def rows(
-    quick: bool, seed: int, grammar: str = "brackets", seeds: int = 5
-) -> Iterator[Measurement]:
-    """The least loss of spans, what a wrong width costs, and how near training comes."""
-    from synthetic.grammar.examples import named
-
-    task = SpanTask(named(grammar))
-    batch = task.sample(jax.random.key(seed), 512 if quick else 4096)
-    chance, marginal = task.posterior(*batch.inputs)
-    tokens, mask = batch.target
-    width = (mask & (tokens != task.empty)).sum(1)
-    told = jnp.take_along_axis(chance, width[:, None] - 1, 1)[:, 0]
-    yield _row(
-        "posterior of the width, less what it expects of itself",
-        "The posterior gives the true width of a span the probability that it says it does.",
-        f"{_PAPER}, section 3.3; the posterior is ours",
-        told - (chance**2).sum(1),
-        f"Mean probability of the true width {told.mean():.3f}, by guessing 0.333.",
-        published=0.0,
-    )
-    wrong = width % task.widest + 1
-    both = marginal, task.posterior(*batch.inputs, assumed=wrong)[1]
-    right, other = (task.loss(0.99 * p + 0.01 / (task.empty + 1), batch) for p in both)
-    yield _row(
-        "cost of the wrong width",
-        "A chart that is given the wrong width of the fill is far from the posterior.",
-        f"control of ours to {_PAPER}",
-        other - right,
-        f"Nats a slot; the least loss is {right.mean():.3f}. Both with 1 % of chance.",
-    )
-    for name, widest in () if quick else (("spans", 3), ("single words", 1)):
-        times, found = missing(replace(task, widest=widest), range(seed, seed + seeds), 1500)
-        half = stats.sem(found[-1]) * stats.t.ppf(0.975, seeds - 1)
-        yield _row(
-            f"missing of what can be learnt, {name}",
-            "What a masked language model lacks of its own objective's optimum at equal steps.",
-            f"{_PAPER}, section 3.3.4 (spans do slightly better than single words)",
-            found[-1],
-            f"Share of the way from word frequencies to the posterior after {times[-1]} steps; 95 "
-            f"% interval +- {half:.4f} over {seeds} seeds; after {times[0]} steps "
-            f"{found[0].mean():.3f}, after {times[4]} {found[4].mean():.3f}.",
-        )
-
-
-def _row(
-    name: str, statement: str, source: str, values: Any, note: str, published: float | None = None
-) -> Measurement:
-    """The mean of values, with its standard error."""
-    values = np.asarray(values, float)
-    error = float(stats.sem(values))
-    return Measurement(name, statement, source, published, float(values.mean()), error, note=note)
