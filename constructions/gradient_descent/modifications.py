@@ -116,7 +116,7 @@ class Modified(GradientDescent):
         return Counterpart(init, self.task, recipe, self.optimal_loss, quick=quick)
 
 
-def outcomes(c: Modified, models: Sequence[Transformer]) -> dict[str, np.ndarray]:
+def outcomes(c: Modified, models: Sequence[Any]) -> dict[str, np.ndarray]:
     """Of trained models, `[seed]`: "loss", over the step's and less 1, and "distance".
 
     The distance is the root mean square difference of predictions over that of the step's.

@@ -54,9 +54,9 @@ def masked_models(
     First of what models of the rows of `chances` tend to, mixed with 1 % of random words; then of
     models that have been trained for so many steps, one a row.
     """
-    c = InsideOutside(_CLAUSES, LENGTH, layers=2, heads=2, width=16)
-    recipe = Recipe(steps, 32, "adamw", 4e-3, "cosine", steps // 10, clip=1.0, chunk=steps)
     asked = Documents(chances=wanted[None])
+    c = InsideOutside(asked.grammar, LENGTH, layers=2, heads=2, width=16)
+    recipe = Recipe(steps, 32, "adamw", 4e-3, "cosine", steps // 10, clip=1.0, chunk=steps)
     lanes = {"task.row": [float(n) for n in range(len(chances))]}
     task, init = Documents(chances=chances), c.counterpart().init
     found = fit(init, task, recipe, predict=c.apply, seeds=seeds, lanes=lanes)
