@@ -63,7 +63,6 @@ GRID: dict[str, dict[str, Any]] = {
     "gated MLP": {"mlp": MlpConfig(16, "gelu", gated=True, bias=True)},
     "two layers": {"repeats": 2},
     "two layers, tied": {"repeats": 2, "tied": True},
-    "four layers": {"repeats": 4},
 }
 _SEEDS, _STEPS, _EXAMPLES = 6, 1500, 2**13
 

@@ -39,6 +39,8 @@ from synthetic.grammar.examples import named
 
 _PRUNING, _SPANS = "Ankner et al. 2024, arXiv 2405.20541", "Raffel et al. 2019, arXiv 1910.10683"
 _PRUNED_STEPS, _SPAN_STEPS = 400, 1000
+#: Key and number of the documents with hidden words that models are asked about.
+_ASKED = jax.random.key(2**20), 1024
 #: Fields of `Pruned`, and what they are of.
 MODELS = {
     "grammar": "grammars, in nats a string",
@@ -46,28 +48,33 @@ MODELS = {
 }
 
 
+def limits(chances: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """What models of every row of `chances` tend to: loss on wanted text over the least, `[row]`.
+
+    In nats a hidden word; of the row mixed with 1 % of random words.
+    """
+    asked = Documents(chances=wanted[None])
+    batch = asked.sample(*_ASKED)
+    known = (Documents(chances=q[None]) for q in (wanted, *(0.99 * chances + 0.01 * parts()[2])))
+    losses = [float(asked.loss(q.posterior(*batch.inputs), batch).mean()) for q in known]
+    return np.array(losses[1:]) - losses[0]
+
+
 def masked_models(
     chances: np.ndarray, wanted: np.ndarray, seeds: list[int], steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Losses of masked language models on wanted text over the least, nats a word, `[row]` each.
-
-    First of what models of the rows of `chances` tend to, mixed with 1 % of random words; then of
-    models that have been trained for so many steps, one a row.
-    """
+) -> np.ndarray:
+    """The same of masked language models after so many steps, one a row, `[row]`."""
     asked = Documents(chances=wanted[None])
     c = InsideOutside(asked.grammar, LENGTH, layers=2, heads=2, width=16)
     recipe = Recipe(steps, 32, "adamw", 4e-3, "cosine", steps // 10, clip=1.0, chunk=steps)
     lanes = {"task.row": [float(n) for n in range(len(chances))]}
     task, init = Documents(chances=chances), c.counterpart().init
     found = fit(init, task, recipe, predict=c.apply, seeds=seeds, lanes=lanes)
-    batch, apply = asked.sample(jax.random.key(2**20), 1024), jax.jit(c.apply)
-    predictions = [asked.posterior(*batch.inputs)]
-    for row in 0.99 * chances + 0.01 * parts()[2]:
-        predictions.append(Documents(chances=row[None]).posterior(*batch.inputs))
-    predictions += [apply(model, *batch.inputs) for model in found.models]
-    losses = np.array([float(asked.loss(p, batch).mean()) for p in predictions])
-    limit, trained = np.split(losses[1:] - losses[0], 2)
-    return limit, trained
+    batch, apply = asked.sample(*_ASKED), jax.jit(c.apply)
+    exact = asked.posterior(*batch.inputs)
+    predictions = [exact, *(apply(model, *batch.inputs) for model in found.models)]
+    losses = [float(asked.loss(p, batch).mean()) for p in predictions]
+    return np.array(losses[1:]) - losses[0]
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Pruned:
         noise: share of random words among what is kept.
         grammar: cross-entropy of fitted grammars on what is asked, in nats a string.
         limit, model: of masked language models, in nats a hidden word over the least: what they
-            tend to, and after training. NaN without.
+            tend to, and after training (NaN without).
     """
 
     share: np.ndarray
@@ -112,11 +119,12 @@ def experiment(
             sample = rng.choice(len(p), documents, p=after)
             loss = -(text.wanted * fitted(tokens[sample], 5, seed + number)).sum()
             found[way, number, :4] = kept.sum(), moved, noise, loss
+    flat = chances.reshape(-1, len(p))
+    found[..., 4] = limits(flat, text.wanted).reshape(len(names), seeds)
     if steps:
         # random pruning keeps the distribution: its models are those of other seeds
         each = [seed + n + seeds * (name == "random") for name in names for n in range(seeds)]
-        both = masked_models(chances.reshape(-1, len(p)), text.wanted, each, steps)
-        found[..., 4:] = np.stack(both, -1).reshape(len(names), seeds, 2)
+        found[..., 5] = masked_models(flat, text.wanted, each, steps).reshape(len(names), seeds)
     return {name: Pruned(*own.T) for name, own in zip(names, found, strict=True)}
 
 
