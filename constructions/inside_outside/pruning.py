@@ -137,6 +137,19 @@ def keep(probability: np.ndarray, perplexity: np.ndarray, which: str, share: flo
     return found
 
 
+def ways(
+    text: Text, seed: int, share: float, rng: np.random.Generator, documents: int = 128
+) -> dict[str, np.ndarray]:
+    """How much of each string every way to prune keeps, `[string]`, and none of them ("all").
+
+    By the perplexity of a grammar of two symbols that is fitted to documents of the text.
+    """
+    p = text.probability
+    perplexity = -fitted(strings()[rng.choice(len(p), documents, p=p)], 2, seed)
+    kept = {which: keep(p, perplexity, which, share) for which in KEPT}
+    return {"all": np.ones(len(p)), **kept}
+
+
 @dataclass(frozen=True, eq=False)
 class Documents(MaskedLanguageTask):
     """Strings with hidden words, drawn by one row of `chances`, `[row, string]`.

@@ -28,9 +28,9 @@ from constructions.inside_outside.pruning import (
     Documents,
     Text,
     fitted,
-    keep,
     parts,
     strings,
+    ways,
 )
 from constructions.inside_outside.spans import SpanTask
 from synthetic.fitting.recipe import Recipe
@@ -109,9 +109,9 @@ def experiment(
     found, chances = np.full((len(names), seeds, 6), np.nan), np.empty((len(names), seeds, len(p)))
     for number in range(seeds):
         rng = np.random.default_rng([seed, number])
-        perplexity = -fitted(tokens[rng.choice(len(p), documents, p=p)], 2, seed + number)
+        kept_by = ways(text, seed + number, share, rng, documents)
         for way, name in enumerate(names):
-            kept = p * (1.0 if name == "all" else keep(p, perplexity, name, share))
+            kept = p * kept_by[name]
             chances[way, number] = after = kept / kept.sum()
             inside = kept > 0
             moved = (after[inside] * np.log(after[inside] / p[inside])).sum()
