@@ -90,9 +90,9 @@ axis.set_title("share of six seeds of which a claim holds")
 plt.show()
 
 # %% [markdown]
-# "Roll-out" holds of no trained layer, the plain one included: it is about what a layer leaves in
-# the context, which one layer is not trained on. A claim that fails of the plain layer says nothing
-# about modifications.
+# "Roll-out" holds of no trained layer, the plain one included: applied again and again to six
+# examples in three dimensions, a layer shows errors of its step that its loss does not. A claim
+# that fails of the plain layer says nothing about modifications.
 #
 # ## By how much does the loss change?
 #
