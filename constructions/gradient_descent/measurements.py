@@ -54,7 +54,7 @@ _DRAWS = 6
 _SEARCHES = 3
 
 
-def measure(quick: bool, seed: int) -> Iterator[Measurement]:
+def measure(quick: bool, seed: int) -> Iterator[Measurement | Remark]:
     """All rows: of theory, then, unless `quick`, of other layers, then of later papers."""
     yield from measure_theory(quick, seed)
     if quick:

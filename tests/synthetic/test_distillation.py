@@ -180,7 +180,7 @@ def test_bad_share_is_named() -> None:
 def test_linear_agents_that_teach_one_another_become_their_mean(x64: None) -> None:
     # against gradient descent by autodiff, on inputs of a plane in three dimensions
     rng = np.random.default_rng(0)
-    inputs = rng.normal(size=(20, 2)) @ rng.normal(size=(2, 3))
+    inputs = jnp.asarray(rng.normal(size=(20, 2)) @ rng.normal(size=(2, 3)))
     start = rng.normal(size=(4, 2, 3))
     batch = Batch((inputs,), None)
 
