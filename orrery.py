@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from constructions.catalogue import Family as Family
     from constructions.claims import Claim as Claim
     from constructions.claims import Evidence as Evidence
-    from constructions.claims import Measurement as Measurement
     from constructions.claims import NearMiss as NearMiss
     from constructions.core.compile import compile_program as compile_program
     from constructions.core.evaluate import evaluate as evaluate
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
     from constructions.family import verify as verify
     from constructions.imported import import_weights as import_weights
     from constructions.interchange.export import export as export
+    from constructions.measurement import Measurement as Measurement
+    from constructions.measurement import Remark as Remark
     from constructions.mesa_layer import mesa as mesa
     from constructions.regression import Regression as Regression
     from constructions.runs import Run as Run
@@ -83,7 +84,7 @@ PACKAGES = ("constructions", "synthetic", "probes")
 HOMES = {
     "constructions": "CATALOGUE primitives",
     "constructions.catalogue": "Family",
-    "constructions.claims": "Claim Evidence Measurement NearMiss",
+    "constructions.claims": "Claim Evidence NearMiss",
     "constructions.core.compile": "compile_program",
     "constructions.core.evaluate": "evaluate",
     "constructions.family": (
@@ -92,6 +93,7 @@ HOMES = {
     "constructions.imported": "import_weights",
     "constructions.interchange.export": "export",
     "constructions.mesa_layer": "mesa",
+    "constructions.measurement": "Measurement Remark",
     "constructions.core.program": "Head Layer Mlp Norm Program",
     "constructions.regression": "Regression",
     "constructions.runs": "Run fit_family load_checkpoints load_run",

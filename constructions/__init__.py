@@ -5,6 +5,7 @@ core               the one transformer, and the compiler of programs into its we
 mesa_layer         in-context least squares as a layer, usable alone
 inputs             what a model is given, checked once for all families
 claims             statements about trained models that a number decides, and what they need
+measurement        numbers of ours beside published ones
 certificate        how far a compiled model is from its algorithm
 family             what every family offers
 interchange        models in and out

@@ -1,7 +1,8 @@
 """Claims as plain data, and the evidence that decides them; `probes.ledger` does the deciding.
 
-A `Claim` is about trained models of one construction. A `Measurement` is a published number that
-theory or a fit of its own reproduces, beside ours.
+A `Claim` is about trained models of one construction. A `Measurement` is a number of ours, from
+theory or a fit of its own, beside a published one or the bounds that a statement sets. A `Remark`
+is a number that nothing decides.
 
 What claims need of a model and of their settings: asked before anything is measured.
 
@@ -12,7 +13,7 @@ A claim on a model that lacks something is not applicable to it, which is no ver
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,8 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike
 
 from constructions.core.transformer import Transformer
+from constructions.measurement import Measurement as Measurement
+from constructions.measurement import Remark as Remark
 from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 
@@ -206,62 +209,6 @@ class Evidence:
     def loss(self, prediction: Array) -> float:
         """Mean loss of predictions on the examples."""
         return float(mean_loss(self.construction, prediction, self.examples))
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A published number beside ours, on a task of its own.
-
-    Attributes:
-        name: short and unique within a family.
-        statement: what the number is, one sentence.
-        source: paper, figure or table.
-        published: the paper's value, None where it gives none.
-        measured: ours.
-        error: one standard error of `measured`, 0 where it is exact.
-        tolerance: relative; how far from the published value still counts as reproduced.
-        better: "<=" where a lower value than the published one is as good (a loss), else "".
-        note: where paper and code differ, which was used; what a reader should know.
-    """
-
-    name: str
-    statement: str
-    source: str
-    published: float | None
-    measured: float
-    error: float = 0.0
-    tolerance: float = 0.03
-    better: str = ""
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if self.better not in ("", "<="):
-            raise ValueError(f"better is {self.better!r}, must be '' or '<='")
-
-    @property
-    def verdict(self) -> str:
-        """ "reproduced", "better", "differs", or "measured" where nothing was published.
-
-        Two standard errors are granted on top of the tolerance.
-        """
-        if self.published is None:
-            return "measured"
-        slack = self.tolerance * abs(self.published) + 2 * self.error
-        if abs(self.measured - self.published) <= slack:
-            return "reproduced"
-        return "better" if self.better and self.measured < self.published else "differs"
-
-    def _repr_html_(self) -> str:
-        from synthetic.display import Mark, Table, Text, shown
-
-        rows = [("published", self.published), ("measured", self.measured)]
-        rows += [("standard error", self.error)] if self.error else []
-        said = [Text(f"{self.statement} {self.source}."), Text(self.note)]
-        return shown(self.name, Mark(self.verdict), said[0], Table((), rows), said[1])
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data, with the verdict."""
-        return asdict(self) | {"verdict": self.verdict}
 
 
 #: A mask that differs may change the canonical tensor by so much of itself: rounding in float32.

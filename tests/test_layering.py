@@ -40,6 +40,7 @@ ORDER = {
     "constructions": [
         ("mesa_layer",),
         ("core",),
+        ("measurement",),
         ("inputs", "claims", "certificate"),
         ("family",),
         ("regression", "softened", "interchange", "catalogue", "primitives"),

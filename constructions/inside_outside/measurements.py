@@ -8,9 +8,9 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from constructions.claims import Measurement
+from constructions.claims import Measurement, Remark
 from constructions.core.inventory import counts
-from constructions.inside_outside import pruning, spans
+from constructions.inside_outside import training_data
 from constructions.inside_outside.construction import InsideOutside
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
@@ -20,7 +20,7 @@ _PAPER = "Zhao et al. 2023, arXiv 2303.08117, introduction"
 _SYMBOLS, _PRETERMINALS, _WORDS = 20, 70, 25
 
 
-def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
+def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement | Remark]:
     """Measures layers, heads and width at the paper's sizes, and the least loss of the example.
 
     Then pruned text and corrupted spans.
@@ -74,8 +74,7 @@ def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
         error=1e-6,
         note="In nats, against the posterior of the chart on the same sentences, in float32.",
     )
-    yield from pruning.rows(quick, seed)
-    yield from spans.rows(quick, seed)
+    yield from training_data.rows(quick, seed)
 
 
 def _of_size(nonterminals: int, preterminals: int) -> Grammar:

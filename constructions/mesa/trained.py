@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from constructions.claims import Measurement
+from constructions.claims import Measurement, Remark
 from constructions.core.transformer import Transformer, randomise
 from constructions.mesa.models import (
     between,
@@ -96,7 +96,7 @@ _SEEN = 20
 _RECIPE = Recipe(batch=64, schedule="cosine", warmup=300, clip=1.0, chunk=200)
 
 
-def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
+def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement | Remark]:
     """Measures distances of polynomials from ridge regression, then trained models.
 
     Args:
@@ -115,26 +115,33 @@ def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement]:
 
 def _polynomials(
     task: LinearDynamics, depths: tuple[int, ...], batch: int, seed: int
-) -> Iterator[Measurement]:
+) -> Iterator[Measurement | Remark]:
     notes = {
         "Neumann": "The series with step 1 / h, h the largest eigenvalue among the sequences.",
         "Chebyshev": "For eigenvalues from .5 to h.",
         "best": "Of the least mean loss: it need not be near ridge regression in every sequence.",
     }
+    above: dict[str, float] = {}
     for kind, depth, distance in distances(
         task, depths, _REGULARIZATION, jax.random.key(seed), batch
     ):
-        yield Measurement(
-            f"distance from ridge regression after {_SEEN} states, {kind}, layers: {depth}",
-            "Median of |prediction - ridge| / |ridge|.",
-            f"{_PAPER}, Prop. 2",
-            None,
-            float(distance[_SEEN - 1]),
-            note=notes.pop(kind, ""),
-        )
+        found = float(distance[_SEEN - 1])
+        said = {
+            "name": f"distance from ridge regression after {_SEEN} states, {kind}, layers: {depth}",
+            "source": f"{_PAPER}, Prop. 2",
+            "measured": found,
+            "note": notes.pop(kind, ""),
+        }
+        median = "Median of |prediction - ridge| / |ridge|"
+        if kind in above:
+            nearer = f"{median}, nearer than with fewer layers."
+            yield Measurement(statement=nearer, published=None, at_most=above[kind], **said)
+        else:
+            yield Remark(statement=f"{median}.", **said)
+        above[kind] = found
 
 
-def _trained(task: LinearDynamics, seed: int) -> Iterator[Measurement]:
+def _trained(task: LinearDynamics, seed: int) -> Iterator[Measurement | Remark]:
     construction = MesaPolynomial(
         task.dim, task.length, tokens="constructed", coefficients=(0.01, 0.01)
     )
@@ -223,7 +230,7 @@ def _over_seeds(values: list[float]) -> dict[str, Any]:
 
 def _probes(
     construction: MesaPolynomial, model: Transformer, initial: Transformer, states: Array
-) -> Iterator[Measurement]:
+) -> Iterator[Measurement | Remark]:
     """Least squares from a token's stream to the solution of its linear system."""
     stream, groups, _ = construction.stream(model, states)
     trained, random = (
@@ -247,23 +254,32 @@ def _probes(
             "trained": _held_out(trained[:, :, _SEEN - 1], wanted),
         }
         for name, value in columns.items():
-            yield Measurement(
-                f"probe for (H + {ridge:g} I)^-1 s after {_SEEN} states, {name}",
+            said = {
+                "name": f"probe for (H + {ridge:g} I)^-1 s after {_SEEN} states, {name}",
+                "source": f"{_PAPER}, section 4, probing",
+                "measured": value,
+                "note": theirs[ridge] if name == "input" else "",
+            }
+            how = (
                 "Held-out R^2 of least squares on the stream of six layers of block scalars; the "
-                "layer is chosen on other sequences.",
-                f"{_PAPER}, section 4, probing",
-                None,
-                value,
-                note=theirs[ridge] if name == "input" else "",
+                "layer is chosen on other sequences."
             )
+            if name == "trained":
+                better = f"{how} It is above that of the input and of random weights."
+                most = max(columns["input"], columns["random init"])
+                yield Measurement(statement=better, published=None, at_least=most, **said)
+            else:
+                yield Remark(statement=how, **said)
+        held_out = columns["trained"]
     small = slice(0, 256)
     features, wanted = trained[-2, small, _SEEN - 1], targets[_REGULARIZATION][small, _SEEN - 1]
     yield Measurement(
         f"the same, (H + {_REGULARIZATION:g} I)^-1 s, last layer but one, 256 sequences, in sample",
-        "R^2 on the sequences that the probe was fitted to.",
+        "R^2 on the sequences that the probe was fitted to is above that on others.",
         f"{_PAPER}, section 4, probing",
         None,
         _explained(features, wanted, features, wanted),
+        at_least=held_out,
         note="The paper's probes are fitted and scored on the same 256 sequences or fewer.",
     )
 

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from jax import Array
 
-from constructions.claims import Measurement
+from constructions.claims import Measurement, Remark
 from constructions.noisy_regression.fitting import Layers, fit, held_out_loss
 from constructions.noisy_regression.full import fit_full
 from synthetic.tasks.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
 from synthetic.tasks.regression import Gaussian, RegressionTask
 from synthetic.theory.one_layer import optimal_one_layer
-from synthetic.theory.optimal_descent import optimal_descent
+from synthetic.theory.optimal_descent import Descent, optimal_descent
 from synthetic.theory.ridge import (
     adaptive_penalty,
     expected_adjusted_loss,
@@ -95,7 +95,7 @@ def measure(
     layers: Sequence[int] = (1, 2, 3, 4),
     columns: Sequence[str] | None = None,
     full: bool = False,
-) -> Iterator[Measurement]:
+) -> Iterator[Measurement | Remark]:
     """The table, an entry at a time: baselines first, then row by row.
 
     The contexts of all columns are the same but for their noise. Every loss is in expectation over
@@ -176,7 +176,7 @@ def fit_row(
 
 def _entries(
     name: str, depth: int, diag: Layers, held_out: Contexts, contexts: int, seed: int
-) -> Iterator[Measurement]:
+) -> Iterator[Measurement | Remark]:
     task = COLUMNS[name]
     noise = float(np.sqrt(task.mean_square_noise))
     plain = RegressionTask(task.dim_x, task.num_examples, inputs=Gaussian(), noise=noise)
@@ -191,16 +191,23 @@ def _entries(
         "GD++": held_out_loss(task, steps, held_out),
         "DIAG": held_out_loss(task, diag.layers, held_out),
     }
+    oracle = _oracle_loss(task, held_out).mean
     for model, loss in losses.items():
+        goal = published(model, depth, name)
+        local, note = (
+            _local(goal, descent, oracle) if model == "GD++" and goal is not None else (None, "")
+        )
         yield _measurement(
             f"{model} {depth} {name}",
             f"{model}, {_count(depth)}, noise {name}: adjusted loss",
-            published(model, depth, name),
+            goal,
             loss,
             better="<=",
+            note=note,
+            local=local,
         )
     if depth == 1:
-        exact = optimal_one_layer(plain).loss - _oracle_loss(task, held_out).mean
+        exact = optimal_one_layer(plain).loss - oracle
         yield _measurement(
             f"closed form 1 {name}",
             f"one layer, noise {name}: fitted DIAG against the closed form less the oracle's loss",
@@ -211,6 +218,16 @@ def _entries(
         )
 
 
+def _local(goal: float, descent: Descent, oracle: float) -> tuple[float | None, str]:
+    """The poorer local optimum nearest a published loss, and what there is to say of it."""
+    if not descent.poorer:
+        return None, ""
+    each = np.array(descent.poorer) - oracle
+    said = ", ".join(f"{loss:.4f}" for loss in each)
+    note = f"Of {descent.loss - oracle:.4f}, the least; other starts end at {said}."
+    return float(each[np.abs(each - goal).argmin()]), note
+
+
 def _full_entry(
     name: str,
     diag: Layers,
@@ -219,7 +236,7 @@ def _full_entry(
     seed: int,
     always: bool,
     where_short: bool,
-) -> Measurement:
+) -> Measurement | Remark:
     """FULL: the DIAG layers, or what a fit from them reaches where that is better."""
     task, depth = COLUMNS[name], len(diag.layers)
     loss, note = held_out_loss(task, diag.layers, held_out), _BOUND
@@ -239,7 +256,7 @@ def _full_entry(
     )
 
 
-def _baselines(name: str, pool: Contexts, held_out: Contexts) -> Iterator[Measurement]:
+def _baselines(name: str, pool: Contexts, held_out: Contexts) -> Iterator[Measurement | Remark]:
     task = COLUMNS[name]
     with jax.enable_x64(True):
         fitted, moments = task.moments(pool), task.moments(held_out)
@@ -314,9 +331,12 @@ def _measurement(
     better: str = "",
     note: str = "",
     source: str = SOURCE,
-) -> Measurement:
+    local: float | None = None,
+) -> Measurement | Remark:
     # Least squares without noise is exact but for rounding.
     measured = 0.0 if abs(loss.mean) < 1e-18 else loss.mean
+    if value is None:  # a depth that the table leaves out
+        return Remark(name, f"{statement}.", source, measured, loss.standard_error, note)
     return Measurement(
         name=name,
         statement=statement,
@@ -327,4 +347,5 @@ def _measurement(
         tolerance=tolerance,
         better=better,
         note=note,
+        local=local,
     )

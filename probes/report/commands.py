@@ -285,6 +285,7 @@ class Claims:
         if self.item and not self.paper:
             raise ValueError(f"--item {self.item}: --paper must say of which paper")
         from constructions import CATALOGUE
+        from constructions.measurement import parted
         from constructions.runs import construct, fit_family
         from probes.ledger import ledger
         from probes.report import tables
@@ -312,9 +313,11 @@ class Claims:
                     tables.show_progress(row)
                     measured.append(row)
             tables.show_measurements(name, measured)
+            decided, remarks = parted(measured)
             found[name] = {
                 "claims": [row.to_json() for row in rows],
-                "measurements": [row.to_json() for row in measured],
+                "measurements": [row.to_json() for row in decided],
+                "remarks": [row.to_json() for row in remarks],
             }
         if self.paper and not any(rows for one in found.values() for rows in one.values()):
             item = f" --item {self.item}" if self.item else ""

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from constructions.claims import Measurement
 from constructions.core.program import Program
 from constructions.family import Certificate
+from constructions.measurement import Measurement, Remark, parted
 from constructions.runs import Run
 from probes import find
 from probes.foreign import ForeignError
@@ -78,10 +78,20 @@ class Comparison:
     certificate: Certificate
     rows: list[Row]
     sections: dict[str, Result]
-    measurements: list[Measurement]
+    measurements: list[Measurement | Remark]
     reproduce: dict[str, Any]
     omitted: dict[str, str] = field(default_factory=dict)
     program: Program | None = None
+
+    @property
+    def decided(self) -> list[Measurement]:
+        """Numbers that decide a statement."""
+        return parted(self.measurements)[0]
+
+    @property
+    def remarks(self) -> list[Remark]:
+        """Numbers that nothing decides."""
+        return parted(self.measurements)[1]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -164,7 +174,8 @@ class Comparison:
                 "counts": self.counts,
                 "certificate": self.certificate.to_json(),
                 "claims": [row.to_json() for row in self.rows],
-                "measurements": [row.to_json() for row in self.measurements],
+                "measurements": [row.to_json() for row in self.decided],
+                "remarks": [row.to_json() for row in self.remarks],
                 **{name: found.get(name) for name in SECTIONS},
                 "omitted": self.omitted,
                 "reproduce": self.reproduce,
@@ -180,7 +191,7 @@ def compare(
     seed: int = 0,
     batch: int = 2**16,
     commands: Sequence[str] = (),
-    measure: Callable[[], Iterable[Measurement]] = tuple,
+    measure: Callable[[], Iterable[Measurement | Remark]] = tuple,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
     """Compare the trained models of a run with their construction.

@@ -10,15 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from constructions.claims import Measurement
 from constructions.family import Certificate
+from constructions.measurement import LOCAL, Measurement, Remark, parted
 from probes.ledger import CONSTRUCTION, HOLDS, NOT_APPLICABLE, RANDOM, REFUTED, VOID, Row
 from probes.probe import Result
 from probes.report.page import controls, interval, mean
 from probes.style import WIDTH, headed_table, number
 
 MARKS = {HOLDS: "green", REFUTED: "red", VOID: "yellow", NOT_APPLICABLE: "cyan"}
-MARKS |= {"reproduced": "green", "better": "green", "differs": "red", "measured": "cyan"}
+MARKS |= {"reproduced": "green", "better": "green", LOCAL: "green", "differs": "red"}
+MARKS |= {"undecided": "yellow"}
 
 
 def _show(table: Table) -> None:
@@ -87,24 +88,31 @@ def show_ledger(name: str, rows: Sequence[Row]) -> None:
             print(f"note: {row.claim.name}: {row.claim.note}")
 
 
-def show_progress(row: Measurement) -> None:
+def show_progress(row: Measurement | Remark) -> None:
     """Say on stderr that a number has been measured."""
     said = f"{row.name}: {number(row.measured)} ({row.verdict})"
     Console(stderr=True, highlight=False, soft_wrap=True).print(said, markup=False)
 
 
-def show_measurements(name: str, rows: Sequence[Measurement]) -> None:
-    """Print published numbers beside ours, and below them the notes."""
-    if not rows:
-        return
-    columns = ("number", "published", "measured", "standard error", "reproduced within", "")
-    table = headed_table(f"{name}: published numbers", *columns)
-    for row in rows:
-        within = "-" if row.published is None else f"{100 * row.tolerance:g} %"
-        cells = [number(row.published) if row.published is not None else "-"]
-        cells += [number(row.measured), number(row.error) if row.error else "exact", within]
-        table.add_row(row.name, *cells, f"[{MARKS[row.verdict]}]{row.verdict}[/]")
-    _show(table)
+def show_measurements(name: str, rows: Sequence[Measurement | Remark]) -> None:
+    """Print what numbers decide, then remarks, which nothing decides, then the notes."""
+    decided, remarks = parted(rows)
+    if decided:
+        columns = ("number", "published", "measured", "standard error", "decided by", "")
+        table = headed_table(f"{name}: numbers that decide a statement", *columns)
+        for row in decided:
+            cells = [number(row.published) if row.published is not None else "-"]
+            cells += [number(row.measured), number(row.error) if row.error else "exact"]
+            verdict = f"[{MARKS[row.verdict]}]{row.verdict}[/]"
+            table.add_row(row.name, *cells, row.criterion, verdict)
+        _show(table)
+    if remarks:
+        columns = ("number", "measured", "standard error", "what it is")
+        table = headed_table(f"{name}: remarks, which nothing decides", *columns)
+        for row in remarks:
+            error = number(row.error) if row.error else "exact"
+            table.add_row(row.name, number(row.measured), error, escape(row.statement))
+        _show(table)
     for note in dict.fromkeys(row.note for row in rows if row.note):
         print(f"note: {note}")
 

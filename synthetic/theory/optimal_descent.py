@@ -45,12 +45,15 @@ class Descent(NamedTuple):
         loss: on contexts that took no part in the search.
         standard_error: of that loss. Losses far below 1e-4 are made by rare contexts, and theirs
             is then itself uncertain.
+        poorer: losses, on the same contexts, of the next local optima that the search ends in,
+            those that are more than 1 % above the best.
     """
 
     step_sizes: np.ndarray
     curvatures: np.ndarray
     loss: float
     standard_error: float
+    poorer: tuple[float, ...] = ()
 
 
 def optimal_descent(
@@ -96,10 +99,11 @@ def optimal_descent(
         keys = jax.random.split(jax.random.key(seed))
         searched, held_out = (_sample(task, key, contexts, rarest) for key in keys)
         search = _Search(task, searched, shared, curvature, rarest)
-        best = search.run(steps, starts, np.random.default_rng(seed))
-        step_sizes = best[0] * task.num_examples
-        loss = _evaluate(task, held_out, step_sizes, best[1])
-    return Descent(step_sizes, best[1], *loss)
+        optima = search.run(steps, starts, np.random.default_rng(seed))
+        schedules = [(rates * task.num_examples, curvatures) for rates, curvatures in optima]
+        loss, *others = (_evaluate(task, held_out, *schedule) for schedule in schedules)
+    poorer = tuple(other.mean for other in others if other.mean > 1.01 * loss.mean)
+    return Descent(*schedules[0], *loss, poorer)
 
 
 def eigenvalue_density(
@@ -247,8 +251,8 @@ class _Search:
 
         self.coarse, self.fine = data(1e-2), data(1e-3)
 
-    def run(self, steps: int, starts: int, rng: np.random.Generator) -> np.ndarray:
-        """Rates and curvatures `[2, steps]` of the least loss that any start leads to."""
+    def run(self, steps: int, starts: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """Rates and curvatures `[2, steps]` of the few least losses that any start leads to."""
         best = [np.zeros((2, 0))]
         for count in range(1, steps + 1):
             trials = self._starts(best, count)
@@ -257,7 +261,7 @@ class _Search:
                 trials[i % len(trials)] * rng.lognormal(0, 0.5, (2, width)) for i in range(starts)
             ]
             best = _distinct([self._descend(trial, steps, self.coarse) for trial in trials])
-        return min((self._descend(point, steps, self.fine) for point in best), key=_loss)[1]
+        return _distinct([self._descend(point, steps, self.fine) for point in best])
 
     def _starts(self, fewer: list[np.ndarray], count: int) -> list[np.ndarray]:
         # Theorem 5.1: gamma = 1 / (3 lambda_max), which takes lambda_max to 4/9 of itself

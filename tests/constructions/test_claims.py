@@ -4,6 +4,7 @@ import pytest
 
 from constructions.claims import Claim, Measurement, NearMiss
 from constructions.gradient_descent import GradientDescent
+from constructions.measurement import LOCAL, Remark, parted
 
 
 def verdict(measured, published=2.0, **others):
@@ -19,8 +20,41 @@ def test_verdicts():
     assert verdict(2.5, better="<=") == "differs"
     assert verdict(2.01, tolerance=0.0) == "differs"
     assert verdict(-2.05, published=-2.0) == "reproduced"
-    assert verdict(1.0, published=None) == "measured"
     assert verdict(float("nan")) == verdict(float("nan"), better="<=") == "differs"
+
+
+def test_bounds_decide_by_two_standard_errors():
+    at_most = dict(published=None, at_most=1.0)
+    assert verdict(0.9, **at_most) == verdict(1.0, **at_most) == "holds"
+    assert verdict(1.1, **at_most) == "refuted"
+    assert verdict(0.9, error=0.04, **at_most) == "holds"
+    assert verdict(0.9, error=0.06, **at_most) == verdict(1.1, error=0.06, **at_most) == "undecided"
+    assert verdict(1.1, error=0.04, **at_most) == "refuted"
+    assert verdict(-1.1, published=None, at_least=-1.0) == "refuted"
+    both = dict(published=None, at_least=1.0, at_most=2.0)
+    assert [verdict(v, error=0.1, **both) for v in (0.7, 0.9, 1.5, 1.9, 2.3)] == [
+        "refuted", "undecided", "holds", "undecided", "refuted",
+    ]  # fmt: skip
+    assert verdict(float("nan"), **both) == "refuted"
+
+
+def test_a_published_local_optimum_is_told_from_a_loss_that_is_merely_higher():
+    lower = dict(better="<=", published=0.341, tolerance=0.1)
+    assert verdict(0.2677, local=0.3413, **lower) == LOCAL
+    assert verdict(0.2677, local=0.3888, **lower) == verdict(0.2677, **lower) == "better"
+    assert verdict(0.34, local=0.3413, **lower) == "reproduced"
+    assert verdict(0.45, local=0.341, **lower) == "differs"
+
+
+@pytest.mark.parametrize("changes", [{}, {"published": 1.0, "at_least": 0.0}])
+def test_what_nothing_decides_is_no_measurement(changes):
+    fields = {"published": None} | changes
+    with pytest.raises(ValueError, match="measurement 'n': published is .*that nothing decides"):
+        Measurement("n", "s", "fig. 1", measured=1.0, **fields)
+    remark = Remark("n", "s", "fig. 1", 1.0, note="why")
+    assert "verdict" not in remark.to_json() and remark.verdict == "remark"
+    row = Measurement("m", "s", "fig. 1", 2.0, 2.0)
+    assert parted([remark, row]) == ([row], [remark])
 
 
 def test_as_plain_data():

@@ -205,7 +205,7 @@ def test_examples_without_labels_help_and_the_guesses_are_why():
         assert ablated.measured < 2 * ablated.error
         accuracy = rows["accuracy of labelled examples"].measured + gain.measured
         assert abs(accuracy - rows[f"accuracy with {unlabelled} more"].measured) < 0.03
-    assert all(row.verdict == "measured" for row in rows.values())
+    assert {row.verdict for row in rows.values()} == {"remark", "holds"}
 
 
 def tasks():
