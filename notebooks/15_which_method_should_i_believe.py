@@ -23,8 +23,6 @@
 # that has no effect at all (right). In each case a cheaper intervention is right.
 
 # %%
-import os
-
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,10 +30,9 @@ import numpy as np
 from probes.bench.methods import METHODS, Evidence
 from probes.bench.subjects import make_subject
 
-QUICK = bool(os.environ.get("ORRERY_QUICK"))
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 jax.config.update("jax_enable_x64", True)
-BATCH = 64 if QUICK else 256
+BATCH = 256
 
 
 def ask(evidence, method, task):
