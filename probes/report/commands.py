@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from probes.coverage import cites, coverage, minutes
 from probes.options import (
     FAILED,
     OK,
@@ -254,6 +254,9 @@ class Claims:
     """only what is said to be of this paper, such as 2212.07677"""
     item: str = ""
     """and of this figure, table or statement of it, such as fig3 or "Prop. 1" """
+    table: bool = False
+    """only print which rows there are of each paper, item by item, and what is missing; nothing is
+    fitted or measured"""
     seeds: int = 5
     seed: int = 0
     settings: Settings = field(default_factory=list)
@@ -268,6 +271,8 @@ class Claims:
         check_free(self.json, self.overwrite)
         if self.item and not self.paper:
             raise ValueError(f"--item {self.item}: --paper must say of which paper")
+        if self.table:
+            return self.show_table(names)
         from constructions import CATALOGUE
         from constructions.measurement import parted
         from constructions.runs import construct, fit_family
@@ -276,6 +281,7 @@ class Claims:
         from synthetic.fitting.train import print_progress
 
         for name in names:
+            print(f"{name}: {minutes(name, self.quick)}", file=sys.stderr)
             asked = [c for c in construct(name, settings).claims if self.about(c.source)]
             if self.paper and not asked and not cites(CATALOGUE.find(name).source, self.paper):
                 continue
@@ -312,18 +318,24 @@ class Claims:
         write_json(self.json, found, self.overwrite)
         return OK
 
+    def show_table(self, names: Sequence[str]) -> int:
+        """Print what the ledger holds of each paper."""
+        for option, given in (("--quick", self.quick), ("--set", self.settings)):
+            if given:
+                raise ValueError(f"{option} cannot be given with --table, which fits nothing")
+        from probes.report import tables
+
+        lines = coverage(names, self.paper, self.item)
+        if not lines:
+            item = f" --item {self.item}" if self.item else ""
+            raise ValueError(f"--paper {self.paper}{item}: neither row nor item of it is known")
+        tables.show_coverage(lines)
+        write_json(self.json, [line.to_json() for line in lines], self.overwrite)
+        return OK
+
     def about(self, source: str) -> bool:
         """Whether something of this source was asked for."""
         return cites(source, self.paper) and cites(source, self.item)
-
-
-def cites(source: str, words: str) -> bool:
-    """Whether a source has these words: "fig2" is in "figs. 2 and 3" and not in "fig. 21"."""
-
-    def plainly(text: str) -> str:
-        return re.sub(r"[\s.]", "", re.sub(r"\bfigs", "fig", text.lower()))
-
-    return bool(re.search(re.escape(plainly(words)) + r"(?!\d)", plainly(source)))
 
 
 @dataclass

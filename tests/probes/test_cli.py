@@ -24,9 +24,9 @@ from constructions.family import Certificate, Error, verify
 from constructions.runs import construct, load_run, plain_settings
 from probes import PROBES
 from probes.cli import installed_version, main
+from probes.coverage import cites
 from probes.ledger import ledger
 from probes.options import parse_settings
-from probes.report.commands import cites
 from synthetic.grammar.grammar import Grammar
 
 NAME = "gradient-descent"
