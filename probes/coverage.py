@@ -64,7 +64,7 @@ SIZES = {
     "separate-tokens": "d = 3, N = 6",
     "kernel-descent": "paper",
     "noisy-regression": "paper, 2 layers",
-    "inside-outside": "a toy grammar, 8 words",
+    "inside-outside": "a grammar of brackets, 8 words",
     "mesa-ridge": "d = 4, T = 16",
     "mesa-polynomial": "d = 8, T = 40",
     "tint": "width 4",

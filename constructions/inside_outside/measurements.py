@@ -86,12 +86,14 @@ def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement | Remark
     yield from spans.rows(quick, seed)
 
 
-def rival_rows(quick: bool, seed: int, grammar: str = "brackets") -> Iterator[Measurement]:
+def rival_rows(
+    quick: bool, seed: int, grammar: str = "brackets", masking: float = 0.3
+) -> Iterator[Measurement]:
     """How far the best guess from less than the sentence is from the posterior, on the example.
 
     Of five seeds, fewer sentences each if `quick`.
     """
-    c = InsideOutside(grammar, 8)
+    c = InsideOutside(grammar, 8, masking=masking)
     windows = {k: window_posterior(c.grammar, k) for k in range(5)}
     named = {f"a window of {k} words": f for k, f in windows.items()}
     bag = bag_posterior(c.grammar, c.max_length)
@@ -119,7 +121,7 @@ def rival_rows(quick: bool, seed: int, grammar: str = "brackets") -> Iterator[Me
             None,
             float(found.mean()),
             float(found.std(ddof=1) / np.sqrt(len(found))),
-            note=f"Nats a hidden word, {grammar}, 8 words, five seeds.{less}",
+            note=f"Nats a hidden word, {grammar}, 8 words, {masking:.0%} hidden, five seeds.{less}",
             at_least=NEAR,
         )
 
