@@ -26,7 +26,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 #: Pages by hand that teach how to do something, in order.
-HOW_TO = ("using", "your_model", "your_algorithm", "your_tool", "command", "probes")
+HOW_TO = (
+    "using",
+    "your_model",
+    "your_algorithm",
+    "your_tool",
+    "sweep",
+    "figure",
+    "command",
+    "probes",
+)
 #: What the first page shows: the picture of a family, and the first figure of a notebook.
 FIRST, NOTEBOOK = "gradient-descent", "01_gradient_descent.ipynb"
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\\w$])\$([^\s$](?:[^$]*?[^\s$\\])?)\$(?!\w)", re.DOTALL)

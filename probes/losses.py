@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 from constructions.claims import mean_loss, predict
 from constructions.family import Construction
 from constructions.runs import Run
-from probes.probe import Probe, Result, compiled_like, seed_names, table
+from probes.probe import Probe, Result, compiled_like, own_near_misses, seed_names, table
 from probes.style import (
     CONSTRUCTION,
     GREEN,
     GREY,
+    NEAR_MISSES,
     OPTIMUM,
     ORANGE,
     PURPLE,
@@ -66,11 +67,15 @@ class Curves:
 
 @dataclass(frozen=True)
 class ScaleCurve:
-    """Loss on inputs scaled by a factor, of the construction and of every trained model."""
+    """Loss on inputs scaled by a factor, of the construction and of every trained model.
+
+    And of the near-misses by name: what the curve would be of another algorithm.
+    """
 
     scales: list[float]
     construction: list[float]
     trained: list[list[float]]
+    near_misses: dict[str, list[float]] = field(default_factory=dict)
 
 
 def mean_losses(
@@ -87,8 +92,12 @@ def mean_losses(
     return [float(mean_loss(construction, prediction, drawn)) for prediction in predictions]
 
 
-def measure(run: Run, seed: int) -> Result:
-    """Loss along the fit, where it was recorded, and the levels of construction and optimum."""
+def measure(run: Run, seed: int, batch: int = 2**16) -> Result:
+    """Loss along the fit, where it was recorded, and the levels of construction and optimum.
+
+    Each of the levels is the mean over `DRAWS` draws of a quarter of `batch` inputs, or of what the
+    construction has as its `examples` if that is less.
+    """
     first = run.history[0] if run.history else {}
     names = set(first) - {"step", "loss", "gradient_norm", "excess"}
 
@@ -97,7 +106,7 @@ def measure(run: Run, seed: int) -> Result:
         return np.stack(values, axis=1).tolist()
 
     reference = compiled_like(run.construction, run.models[0])
-    inputs = run.construction.examples // 4
+    inputs = max(1, min(batch, run.construction.examples) // 4)
     draws = np.array([
         mean_losses(run.construction, (reference, *run.models), seed + n, inputs)
         for n in range(DRAWS)
@@ -128,16 +137,20 @@ def measure(run: Run, seed: int) -> Result:
 def measure_scaled(run: Run, seed: int, batch: int = 1024) -> Result:
     """Loss on inputs that are larger or smaller than those of the task."""
     construction = run.construction
-    models = (compiled_like(construction, run.models[0]), *run.models)
+    reference = compiled_like(construction, run.models[0])
+    near = own_near_misses(construction)
+    models = (reference, *run.models, *near.values())
     scaled = construction.task.scaled_inputs  # type: ignore[attr-defined]
     losses = np.array(
         [mean_losses(construction, models, seed, batch, task=scaled(f)) for f in SCALES]
     )
-    found = ScaleCurve(list(SCALES), losses[:, 0].tolist(), losses[:, 1:].T.tolist())
+    own, *trained = losses.T.tolist()
+    missed = dict(zip(near, trained[len(run.models) :], strict=True))
+    found = ScaleCurve(list(SCALES), own, trained[: len(run.models)], missed)
     return table(
         "loss on inputs scaled by a factor",
         [f"{factor:g} times" for factor in SCALES],
-        ("construction", *seed_names(run)),
+        ("construction", *seed_names(run), *(f"near-miss: {name}" for name in near)),
         losses.T,
         data=found,
         picture=partial(figure_scaled, found),
@@ -211,6 +224,10 @@ def figure_scaled(curve: ScaleCurve) -> Picture:
     drawing, (axis,) = figure_of(6.4, 3.2)
     band(axis, curve.scales, curve.trained, TRAINED, "trained (mean, range of seeds)")
     axis.plot(curve.scales, curve.construction, color=CONSTRUCTION, ls="--", label="construction")
+    for n, losses in enumerate(curve.near_misses.values()):
+        axis.plot(
+            curve.scales, losses, color=GREY, lw=0.8, zorder=1, label=None if n else NEAR_MISSES
+        )
     axis.axvline(1, color=GREY, lw=0.8, ls=":")
     axis.set(xlabel="scale of the inputs (1: as in training)", ylabel="loss", yscale="log")
     axis.legend()
@@ -224,7 +241,16 @@ def figure_scaled(curve: ScaleCurve) -> Picture:
         f"{span(trained[:, worst].tolist(), four)}): a shared failure is evidence of a shared "
         "algorithm."
     )
-    alt = "Loss against the scale of the inputs, construction and trained."
+    if curve.near_misses:
+        far = {
+            n: float(np.abs(np.array(v) / built - 1).max()) for n, v in curve.near_misses.items()
+        }
+        nearest = min(far, key=lambda name: far[name])
+        caption += (
+            f" If the claim were false: of {len(far)} near-misses, in grey, the closest "
+            f"({nearest}) is {percent(far[nearest])} away."
+        )
+    alt = "Loss against the scale of the inputs, construction, trained and near-misses."
     title = "Does it fail where the algorithm fails?"
     return Picture("scale", title, caption, alt, png(drawing))
 

@@ -110,7 +110,8 @@ class Result:
 
         shown, text = self.__rich__(), io.StringIO()
         shown.box = box.ASCII2
-        Console(file=text, highlight=False, width=WIDTH).print(shown)
+        console = Console(file=text, highlight=False, width=10 * WIDTH)
+        console.print(shown, width=max(WIDTH, console.measure(shown).maximum), crop=False)
         lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
         return "\n".join([*lines, *filter(None, [self.note])])
 
@@ -201,6 +202,20 @@ def compiled_like(construction: Construction, model: Any) -> Transformer:
     if found.config.max_heads > reference.config.max_heads and one_mask(reference, found):
         return with_masks_of(found, reference)  # heads without weights see what the others do
     return found
+
+
+def own_near_misses(construction: Construction) -> dict[str, Transformer]:
+    """The construction's near-misses, by name, in the shape of its counterpart.
+
+    For figures: what they would look like if the model ran another algorithm.
+    """
+    return {
+        name: model
+        for name, (model, base) in construction.near_misses().items()
+        if isinstance(model, Transformer)
+        and base == construction
+        and model.config == construction.trained_shape
+    }
 
 
 def too_many_weights(run: Run, probe: str, most: int | None = None) -> str:

@@ -8,7 +8,7 @@ one step of it. A layer that only fits the training loss need not go on like tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,11 @@ from constructions.core.transformer import Edit, Transformer
 from constructions.family import Construction
 from constructions.runs import Run
 from probes.foreign import Subject, no_edits
-from probes.probe import Probe, Result, compiled_like, seed_names, table
+from probes.probe import Probe, Result, compiled_like, own_near_misses, seed_names, table
 from probes.style import (
     GREEN,
+    GREY,
+    NEAR_MISSES,
     TRAINED,
     Picture,
     band,
@@ -160,12 +162,14 @@ class RollOut:
         construction: `[damping, step]`, before the first and after every application.
         trained: `[damping, seed, step]`.
         as_trained: whether weights without effect are still there in a trained model.
+        near_misses: name -> `[step]`, of other algorithms, at the last of the dampings.
     """
 
     dampings: list[float]
     construction: list[list[float]]
     trained: list[list[list[float]]]
     as_trained: bool = False
+    near_misses: dict[str, list[float]] = field(default_factory=dict)
 
 
 def measure(run: Run, seed: int, batch: int = 2048, depth: int = 12, bare: bool = True) -> Result:
@@ -196,7 +200,14 @@ def measure(run: Run, seed: int, batch: int = 2048, depth: int = 12, bare: bool 
         for damping in DAMPINGS
     ])  # fmt: skip
     left = any("as trained" in name for name in names)
-    found = RollOut(list(DAMPINGS), losses[:, 0].tolist(), losses[:, 1:].tolist(), left)
+    gauge = construction.gauge()
+    missed = {
+        name: _rolled(
+            construction, without_inert(model, gauge), drawn, depth, DAMPINGS[-1]
+        ).tolist()
+        for name, model in own_near_misses(construction).items()
+    }
+    found = RollOut(list(DAMPINGS), losses[:, 0].tolist(), losses[:, 1:].tolist(), left, missed)
     rows = [f"{name}, damping {damping:g}" for damping in DAMPINGS for name in names]
     note = "as trained: weights without effect, which a second application reads, were not removed"
     return table(
@@ -280,6 +291,8 @@ def figure(data: RollOut) -> Picture:
         axis.plot(
             steps, own, color=color, ls="--", label=f"construction, damping {number(damping)}"
         )
+    for n, losses in enumerate(data.near_misses.values()):
+        axis.plot(steps, losses, color=GREY, lw=0.8, zorder=1, label=None if n else NEAR_MISSES)
     axis.set(xlabel="times the layer is applied", ylabel="loss", yscale="log")
     axis.set_ylim(0.5 * np.nanmin(built), top)
     axis.legend(fontsize=8)
@@ -302,7 +315,23 @@ def figure(data: RollOut) -> Picture:
             f"; the trained models' follow it within {percent(float(close.max()))} up to there"
         )
         caption += f", and {lost} of {len(theirs)} diverge." if lost else "."
-    alt = "Loss against the number of applications, construction and trained, two dampings."
+    if data.near_misses:
+        last = built[-1]
+        end = int(np.nanargmin(last)) + 1
+        far = {
+            name: float(np.abs(np.array(losses[:end]) / last[:end] - 1).max())
+            for name, losses in data.near_misses.items()
+        }
+        nearest = min(far, key=lambda name: far[name])
+        caption += (
+            f" If the claim were false: of {len(far)} near-misses, in grey at damping "
+            f"{number(data.dampings[-1])}, the closest ({nearest}) is {percent(far[nearest])} "
+            "away."
+        )
+    alt = (
+        "Loss against the number of applications, construction and trained at two dampings, and "
+        "near-misses."
+    )
     title = "Does the layer go on as the algorithm would?"
     return Picture("roll-out", title, caption, alt, png(drawing))
 

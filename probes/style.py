@@ -94,6 +94,10 @@ def figure_of(width: float, height: float, columns: int = 1, **options: Any) -> 
     return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
+#: Their lines in a figure are grey and thin.
+NEAR_MISSES = "near-misses (another algorithm)"
+
+
 def band(axis: Any, x: Any, curves: Any, color: str, label: str) -> None:
     """The mean over seeds, and the range of all seeds as a band."""
     curves = np.asarray(curves, float)

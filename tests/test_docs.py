@@ -127,9 +127,18 @@ def test_the_package_on_your_algorithm_is_the_tested_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["index", "using"])
-def test_lines_on_other_pages(page: str) -> None:
+@pytest.mark.parametrize("page", ["index", "using", "figure"])
+def test_lines_on_other_pages(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert run_blocks(DOCS / f"{page}.md")["c"]
+
+
+@pytest.mark.slow
+def test_lines_on_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = run_blocks(DOCS / "sweep.md")["rows"]
+    assert len(rows) == 12 and not any(row["failed"] for row in rows)
+    assert (tmp_path / "sweep" / "table.csv").is_file()
 
 
 @pytest.mark.slow

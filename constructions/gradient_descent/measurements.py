@@ -52,9 +52,10 @@ _SEARCHES = 3
 def measure(quick: bool, seed: int) -> Iterator[Measurement]:
     """All rows: of theory, then, unless `quick`, of other layers, then of later papers."""
     yield from measure_theory(quick, seed)
-    if not quick:
-        yield from measure_variants(seed)
-        yield from modifications.rows(seed)
+    if quick:
+        return
+    yield from measure_variants(seed)
+    yield from modifications.rows(seed)
     for experiment in (mirror_flow, local_sgd, relu_optimum, facts):
         yield from experiment.measure(quick, seed)
 

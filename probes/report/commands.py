@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +29,15 @@ from probes.options import (
     seed_list,
     write_json,
 )
-from probes.report.index import Index, claim_directories, claim_directory, sources
+from probes.report.index import (
+    PAGE,
+    Entry,
+    Index,
+    claim_directories,
+    claim_directory,
+    sources,
+)
+from synthetic.compilation import keep_programs
 
 #: Inputs per statistic of the ledger where time is short.
 FEWER = 2**14
@@ -115,8 +126,13 @@ class Compare:
         name: str,
         settings: Mapping[str, Any],
         progress: Callable[[str], object] = lambda _: None,
+        step: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> Any:
-        """The comparison of a saved or a fresh run; `progress` is called with each part of it."""
+        """The comparison of a saved or a fresh run.
+
+        `progress` is called with the name of each part, `step` with each record of a fit; without
+        it they are printed.
+        """
         from constructions.runs import fit_family, load_run
         from synthetic.fitting.train import print_progress
 
@@ -147,7 +163,7 @@ class Compare:
                 settings,
                 quick=self.quick,
                 seeds=seed_list(self.seed, self.seeds),
-                progress=print_progress,
+                progress=step or print_progress,
                 **steps,
             )
             quick = " --quick" if self.quick else ""
@@ -349,12 +365,16 @@ class Demo:
     out: Path = Path("reports")
     seed: int = 0
     seeds: int = 3
+    workers: int = 0
+    """families at a time, each in a process of its own; 0: one a core, at most 4"""
     overwrite: bool = False
     """make all reports anew"""
 
     def run(self) -> int:
         """Run the command; the exit status."""
         seed_list(self.seed, self.seeds)
+        if self.workers < 0:
+            raise ValueError(f"--workers {self.workers}: must be at least 1, or 0 for one a core")
         names = family_names(())
         # an earlier demonstration may be replaced, anything else is left alone
         claim_directories(self.out, names)
@@ -363,44 +383,88 @@ class Demo:
         index = Index(self.out, described, settings)
         if not self.overwrite:
             index.read()
-        print(f"{index.write(next(iter(index.missing), ''))} lists the reports")
-        if index.found and index.missing:
+        missing = index.missing
+        workers = min(self.workers or min(cores(), 4), len(missing))
+        print(f"{index.write(missing[:workers])} lists the reports", flush=True)
+        if index.found and missing:
             print(f"{len(index.found)} of {len(names)} are there already: {', '.join(index.found)}")
-        elif not index.missing:
+        elif not missing:
             print("All of them are there; --overwrite makes them anew.")
         try:
-            self.fill(index)
+            if workers > 1:
+                self.share_out(index, workers)
+            else:
+                self.fill(index)
         finally:
             index.write()
         return OK if all(entry.certified for entry in index.found.values()) else FAILED
 
     def fill(self, index: Index) -> None:
         """Make the reports that are missing, one after the other."""
-        missing, began = index.missing, time.perf_counter()
-        if not missing:
-            return
+        began, missing = time.perf_counter(), index.missing
+        for name in missing:
+            index.write([name])
+            self.keep(index, name, self.report(index, name), began, len(missing))
+
+    def share_out(self, index: Index, workers: int) -> None:
+        """Make the reports that are missing, so many at a time."""
+        began, missing = time.perf_counter(), index.missing
+        waiting = list(reversed(missing))
+        # one XLA in each: two programs that run at once in one process may wait for ever
+        pool = ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=keep_programs
+        )
+        running: dict[Future[Entry], str] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    name = waiting.pop()
+                    running[pool.submit(self.report, index, name)] = name
+                index.write(list(running.values()))
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    self.keep(index, running.pop(done), done.result(), began, len(missing))
+        except BaseException:
+            for process in active_children():
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def report(self, index: Index, name: str) -> Entry:
+        """Write the report of a family; what the index says of it."""
         import jax
 
         from probes.report.page import entry, write_report
+        from synthetic.fitting.train import progress_line
 
-        for done, name in enumerate(missing):
-            index.write(name)
-            start = time.perf_counter()
-            where = f"[{len(index.found) + 1}/{len(index.families)}] {name}"
-            print(f"{where}: fitting {self.seeds} counterparts", file=sys.stderr)
-            command = Compare(name, self.out / name, seeds=self.seeds, seed=self.seed, quick=True)
-            comparison = command.comparison(
-                name, {}, lambda part, at=where: print(f"{at}: {part}", file=sys.stderr)
-            )
-            page = write_report(comparison, command.out, overwrite=True)
-            now = time.perf_counter()
-            index.found[name] = entry(comparison, now - start)
-            del comparison, command
-            jax.clear_caches()  # the next family has other programs
-            print(f"{name}: {index.found[name].verdict}.\n  {page}", flush=True)
-            left = (now - began) / (done + 1) * (len(missing) - done - 1)
-            after = f"about {duration(left)} to go" if left else "done"
-            print(f"{where}: {duration(now - start)}; {after}", file=sys.stderr)
+        start = time.perf_counter()
+        where = f"[{list(index.families).index(name) + 1}/{len(index.families)}] {name}"
+
+        def say(what: str) -> None:
+            print(f"{where}: {what}", file=sys.stderr, flush=True)
+
+        say(f"fitting {self.seeds} counterparts")
+        command = Compare(name, self.out / name, seeds=self.seeds, seed=self.seed, quick=True)
+        comparison = command.comparison(name, {}, say, lambda step: say(progress_line(step)))
+        write_report(comparison, command.out, overwrite=True)
+        jax.clear_caches()  # the next family has other programs
+        return entry(comparison, time.perf_counter() - start)
+
+    def keep(self, index: Index, name: str, made: Entry, began: float, missing: int) -> None:
+        """Enter a report that is finished, and say how long the others will take."""
+        index.found[name] = made
+        print(f"{name}: {made.verdict}.\n  {self.out / name / PAGE}", flush=True)
+        left = len(index.missing)
+        seconds = (time.perf_counter() - began) / (missing - left) * left
+        after = f"about {duration(seconds)} to go" if left else "done"
+        there = f"{len(index.found)} of {len(index.families)} are there"
+        print(f"{name}: {duration(made.seconds)}; {there}, {after}", file=sys.stderr)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _described(name: str) -> tuple[str, str]:

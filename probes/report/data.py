@@ -39,16 +39,17 @@ from synthetic.display import Mark, Table, Text, shown
 
 
 class Section(NamedTuple):
-    """A probe on the page, and the options that it is asked with."""
+    """A probe on the page, the options that it is asked with, and whether it takes the `batch`."""
 
     probe: str
     options: Mapping[str, Any] = {}
+    batch: bool = False
 
 
 #: The page's sections, by their names in the data; in the order of the page. Values that the
 #: construction keeps in its stream are probed for, in one trained model.
 SECTIONS = {
-    "curves": Section("losses"),
+    "curves": Section("losses", batch=True),
     "weights": Section("weights"),
     "probes": Section("linear", {"placed": True, "models": 1}),
     "patches": Section("interchange"),
@@ -198,7 +199,7 @@ def compare(
         run: a fit of one or several seeds.
         about, source: of the family, for the heading.
         seed: of all inputs and controls.
-        batch: inputs per statistic of the ledger.
+        batch: inputs per statistic of the ledger, and for the levels of loss.
         commands: what to type to make this comparison again.
         measure: gives the published numbers that are measured apart from these models.
         progress: called with the name of each part.
@@ -209,8 +210,10 @@ def compare(
 
     def section(name: str) -> Result | None:
         progress(name)
+        asked = SECTIONS[name]
+        options = {**asked.options, "batch": batch} if asked.batch else asked.options
         try:
-            return find(SECTIONS[name].probe)(run, seed, **SECTIONS[name].options)
+            return find(asked.probe)(run, seed, **options)
         except (NotApplicable, ForeignError) as missing:
             omitted[name] = str(missing)
             return None

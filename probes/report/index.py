@@ -93,8 +93,8 @@ class Index:
             if name in entries and (self.out / name / PAGE).is_file()
         }
 
-    def write(self, now: str = "") -> Path:
-        """Write the page and its numbers; `now` is the family that is worked on."""
+    def write(self, now: Sequence[str] = ()) -> Path:
+        """Write the page and its numbers; `now` are the families that are worked on."""
         known = {name: asdict(self.found[name]) for name in self.families if name in self.found}
         content = {"format": FORMAT, "families": known, "settings": dict(self.settings)}
         write_json(self.out / DATA, content)

@@ -225,12 +225,18 @@ def fit(
 
 
 def print_progress(record: Mapping[str, Any]) -> None:
-    """Prints a record of `fit` as one line on stderr: loss, distance to the optimum, speed.
+    """Prints a record of `fit` as one line on stderr: that of `progress_line`."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(progress_line(record))
+
+
+def progress_line(record: Mapping[str, Any]) -> str:
+    """A record of `fit` as one line: loss, distance to the optimum, speed, what is left.
 
     The excess is that of the chunk's batches, which scatter around the optimum; metrics, where
     there are some, say more and are shown in its place. Several seeds are shown as a range.
     """
-    from rich.console import Console
 
     def shown(name: str) -> str:
         value = record[name]
@@ -247,7 +253,7 @@ def print_progress(record: Mapping[str, Any]) -> None:
     parts.append(f"{record['steps_per_second']:.0f} steps/s")
     if left := record["steps"] - record["step"]:
         parts.append(f"{left / max(record['steps_per_second'], 1e-9):.0f} s left")
-    Console(stderr=True, highlight=False, soft_wrap=True).print("  ".join(parts))
+    return "  ".join(parts)
 
 
 def _record(

@@ -74,6 +74,7 @@ MISTAKES_AT_ONCE = {
     "compare tint --out x --seeds 0": "--seeds 0: must be at least 1",
     "compare tint --out x --run /no/run": "/no/run/config.json: missing",
     "demo --seeds 0": "--seeds 0: must be at least 1",
+    "demo --workers -1": "--workers -1: must be at least 1, or 0 for one a core",
 }
 
 

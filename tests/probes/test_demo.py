@@ -1,5 +1,8 @@
-"""The demonstration: a page at once, one report after the other, and going on after a stop."""
+"""The demonstration: a page at once, reports one by one or side by side, and going on."""
 
+import os
+import time
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,10 @@ import pytest
 from constructions.certificate import Error
 from constructions.family import Certificate
 from probes.cli import main
+from probes.report.commands import Demo
 from probes.report.data import Comparison
-from probes.report.index import is_report
+from probes.report.index import Entry, Index, is_report
+from probes.report.page import write_report
 
 NAMES = ["gradient-descent", "tint", "mesa-ridge"]
 
@@ -42,7 +47,7 @@ def test_the_page_is_first_grows_and_is_gone_on_with(
     made: list[str] = []
     stop = {"tint"}
 
-    def compare(_: Any, name: str, settings: Any, progress: Any) -> Comparison:
+    def compare(_: Any, name: str, settings: Any, progress: Any, _step: Any) -> Comparison:
         page = said(out)  # there before anything is computed
         assert f"Now: {name}; this page" in page and 'http-equiv="refresh"' in page
         assert [f'href="{n}/report.html"' in page for n in NAMES] == [n in made for n in NAMES]
@@ -54,7 +59,7 @@ def test_the_page_is_first_grows_and_is_gone_on_with(
 
     monkeypatch.setattr("probes.report.commands.Compare.comparison", compare)
     monkeypatch.setattr("probes.report.commands.family_names", lambda _: NAMES)
-    assert main(["demo", "--out", str(out)]) == 130
+    assert main(["demo", "--workers", "1", "--out", str(out)]) == 130
     written, progress = capsys.readouterr()
     assert written.splitlines()[0] == f"{out / 'report.html'} lists the reports"
     assert str(out / "gradient-descent" / "report.html") in written
@@ -65,7 +70,7 @@ def test_the_page_is_first_grows_and_is_gone_on_with(
     assert 'href="gradient-descent/report.html"' in page and page.count("Not there yet") == 2
 
     stop.clear()
-    assert main(["demo", "--out", str(out)]) == 1  # one of them is not certified
+    assert main(["demo", "--workers", "1", "--out", str(out)]) == 1  # one of them is not certified
     assert made == NAMES
     assert "1 of 3 are there already: gradient-descent" in capsys.readouterr().out
     page = said(out)
@@ -73,15 +78,40 @@ def test_the_page_is_first_grows_and_is_gone_on_with(
     assert "Missing" not in page and "http-equiv" not in page and "http://" not in page
     assert all(is_report(folder) for folder in (out, *(out / name for name in NAMES)))
 
-    assert main(["demo", "--out", str(out)]) == 1
+    assert main(["demo", "--workers", "1", "--out", str(out)]) == 1
     assert made == NAMES and "--overwrite makes them anew" in capsys.readouterr().out
     (out / "tint" / "report.html").unlink()
     made.remove("tint")
-    assert main(["demo", "--out", str(out)]) == 1
+    assert main(["demo", "--workers", "1", "--out", str(out)]) == 1
     assert made == ["gradient-descent", "mesa-ridge", "tint"]
     made.clear()
-    assert main(["demo", "--out", str(out), "--overwrite"]) == 1
+    assert main(["demo", "--workers", "1", "--out", str(out), "--overwrite"]) == 1
     assert made == NAMES
+
+
+class InOtherProcesses(Demo):
+    """A demonstration whose reports cost nothing, but for one that cannot be made."""
+
+    def report(self, index: Index, name: str) -> Entry:
+        time.sleep(0.2)  # so that no process takes all of them
+        if name == str(self.seed):
+            raise ValueError(f"{name}: cannot be made")
+        page = write_report(comparison(name), self.out / name, overwrite=True)
+        return Entry(f"made by {os.getpid()}", "good", {}, page.is_file(), 0.2)
+
+
+def test_reports_are_shared_out_to_processes(tmp_path: Path, capsys: Any) -> None:
+    names = ["1", "2", "3", "4"]
+    index = Index(tmp_path, {name: ("", "") for name in names}, {})
+    InOtherProcesses(tmp_path, workers=2).share_out(index, 2)
+    assert index.missing == [] and all((tmp_path / n / "report.html").is_file() for n in names)
+    made_by = {entry.verdict for entry in index.found.values()}
+    assert len(made_by) == 2 and f"made by {os.getpid()}" not in made_by
+    assert "4 of 4 are there, done" in capsys.readouterr().err
+    index.found.clear()
+    with pytest.raises(ValueError, match="2: cannot be made"):
+        InOtherProcesses(tmp_path, seed=2, workers=2).share_out(index, 2)
+    assert not active_children()
 
 
 @pytest.mark.parametrize("change", ["seed", "seeds", "sources", "damaged"])
@@ -96,7 +126,7 @@ def test_what_was_made_otherwise_is_made_anew(
 
     monkeypatch.setattr("probes.report.commands.Compare.comparison", compare)
     monkeypatch.setattr("probes.report.commands.family_names", lambda _: NAMES[:1])
-    argv = ["demo", "--out", str(tmp_path / "reports")]
+    argv = ["demo", "--workers", "1", "--out", str(tmp_path / "reports")]
     assert main(argv) == main(argv) == 0 and len(made) == 1
     if change == "sources":
         monkeypatch.setattr("probes.report.commands.sources", lambda: "another version")

@@ -55,6 +55,20 @@ def drawn(construction: Any, seed: int, batch: int = 4) -> tuple[Any, ...]:
     return construction.sample(jax.random.key(seed), batch)
 
 
+def test_near_misses_stand_beside_losses_at_other_scales(pair: Any) -> None:
+    construction, _, subject = pair
+    found = find("scale")(foreign_run(NAME, [subject], SMALL), 5).data
+    name, factor = "step size + 10 %", 2.0
+    larger = replace(construction, step_size=1.1 * construction.step_size)
+    drawn = construction.task.scaled_inputs(factor).sample(jax.random.key(5), 1024)
+    exact = larger.trace(*drawn.inputs)["prediction"]
+    expected = construction.task.loss(exact, drawn).mean()
+    at = found.scales.index(factor)
+    np.testing.assert_allclose(found.near_misses[name][at], expected, rtol=1e-4)
+    assert abs(found.construction[at] / expected - 1) > 0.05
+    assert set(found.near_misses) < set(construction.near_misses())
+
+
 def test_patches_and_roll_outs_are_those_of_the_weights(pair: Any) -> None:
     construction, model, subject = pair
     base, source = drawn(construction, 0), drawn(construction, 1)

@@ -273,7 +273,7 @@ def test_demo_makes_an_index_and_may_be_repeated(
     monkeypatch.setattr("probes.report.commands.Compare.comparison", lambda *_: comparison)
     monkeypatch.setattr("probes.report.commands.family_names", lambda _: [comparison.family])
     for _ in range(2):
-        assert main(["demo", "--out", str(tmp_path / "reports")]) == 0
+        assert main(["demo", "--workers", "1", "--out", str(tmp_path / "reports")]) == 0
         assert str(tmp_path / "reports" / "report.html") in capsys.readouterr().out
     index = (tmp_path / "reports" / "report.html").read_text()
     assert f'href="{comparison.family}/report.html"' in index
