@@ -201,6 +201,10 @@ STATED: Mapping[str, Sequence[Stated]] = {
         Stated("probe for *", f"{_MESA}, section 4, probing", False),
         Stated("the same, (H *", f"{_MESA}, section 4, probing"),
     ),
+    "tint": (
+        Stated("parameters by the formula, *", f"{_TINT}, parameter table"),
+        Stated("numbers that our simulator *", f"{_TINT}, parameter table"),
+    ),
     "hyper-semi-supervised": (
         Stated("accuracy *", "after Zhmoginov et al. 2022, arXiv 2201.04182", False, "own"),
         Stated("gain from *", "after Zhmoginov et al. 2022, arXiv 2201.04182", size="own"),
@@ -282,7 +286,7 @@ ITEMS: Mapping[str, Sequence[Item]] = {
     "2307.01189": (
         Item("construction", "", "certificate and tests: every parameter against autograd"),
         Item("Theorem 2.5", elsewhere="tests and certificate of softened constructions"),
-        Item("parameter table", "the published counts are not at hand", "notebook 06"),
+        Item("parameter table", "", "notebook 06"),
         Item("WikiText-103", "a benchmark on exchanged words"),
         Item("classification", "a benchmark on synthetic labels"),
         Item("public code", "its defects (bias of the second matrix, last position, masks)"),

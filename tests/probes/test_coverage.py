@@ -86,7 +86,7 @@ def test_the_kept_table_has_the_names_that_are_stated():
 
 def test_the_command_measures_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("constructions.runs.fit_family", None)
-    monkeypatch.setattr("probes.report.commands.measurements", None)
+    monkeypatch.setattr("probes.report.claims.measurements", None)
     file = tmp_path / "t.json"
     words = ["claims", "gradient-descent", "--table", "--paper", "2212.07677"]
     assert main([*words, "--json", str(file)]) == 0
