@@ -141,7 +141,9 @@ def test_claims_can_fail(construction):
     inputs = construction.sample(jax.random.key(3), 2)
     expected = jax.eval_shape(construction.trace, *inputs)["prediction"].shape
     for name, (model, base) in near_misses.items():
-        apply = model if is_function(model) else partial(base.apply, model)
-        assert jax.eval_shape(apply, *inputs).shape == expected, name
+        if is_function(model):
+            assert np.shape(model(*inputs)) == expected, name
+        else:
+            assert jax.eval_shape(partial(base.apply, model), *inputs).shape == expected, name
     for row in ledger(construction, batch=min(2**13, construction.examples // 8)):
         assert row.verdict == "holds", f"{row.claim.name}: {row.reason}"
