@@ -227,7 +227,7 @@ ITEMS: Mapping[str, Sequence[Item]] = {
         Item("Prop. 3", elsewhere="certificate and tests of separate-tokens"),
         Item("fig. 1", "damping .875"),
         Item("fig. 2", "the sweep over N = N_x"),
-        Item("fig. 3", "five layers with a gamma for each: gd-plus-plus claims nothing there"),
+        Item("fig. 3", "the gamma of each of five layers: claims there are on functions alone"),
         Item("fig. 4", "the meta-learned MLP beside it"),
         Item("fig. 5", "when in training the copy appears"),
         Item("fig. 6", "other laws of the inputs than another scale"),

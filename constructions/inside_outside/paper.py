@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -94,8 +94,14 @@ def window_posterior(grammar: Grammar, words: int) -> Callable[..., Array]:
     Returns:
         (tokens, lengths, mask) -> `[batch, time, word]`, as `word_posterior` has them.
     """
+    return partial(_seen(grammar), jnp.int32(words))
 
-    def guess(tokens: Array, lengths: Array, mask: Array) -> Array:
+
+@lru_cache(maxsize=8)
+def _seen(grammar: Grammar) -> Callable[..., Array]:
+    """`window_posterior` as a function of the number of words too, compiled once for all."""
+
+    def guess(words: Array, tokens: Array, lengths: Array, mask: Array) -> Array:
         times = jnp.arange(tokens.shape[1])
 
         def at(time: Array) -> Array:
