@@ -48,6 +48,7 @@ PROBES: dict[str, str] = {
     "similarity": "probes.similarity:SIMILARITY",
     "training": "probes.similarity:TRAINING",
     "weights": "probes.weights:WEIGHTS",
+    "paths": "probes.paths:PATHS",
     "interpolation": "probes.interpolation:INTERPOLATION",
     "roll-out": "probes.roll_out:ROLL_OUT",
     "linear": "probes.linear:LINEAR",

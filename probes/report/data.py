@@ -51,6 +51,7 @@ class Section(NamedTuple):
 SECTIONS = {
     "curves": Section("losses", batch=True),
     "weights": Section("weights"),
+    "paths": Section("paths"),
     "probes": Section("linear", {"placed": True, "models": 1}),
     "patches": Section("interchange"),
     "scale_curve": Section("scale"),
