@@ -37,8 +37,8 @@ class Claims:
     item: str = ""
     """and of this figure, table or statement of it, such as fig3 or "Prop. 1" """
     table: bool = False
-    """only print which rows there are of each paper, item by item, and what is missing; nothing is
-    fitted or measured"""
+    """only print which rows there are of each paper, item by item, and what is missing: seconds, in
+    which JAX is loaded and constructions are made, and nothing is fitted or measured"""
     seeds: int = 5
     seed: int = 0
     settings: Settings = field(default_factory=list)
