@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from constructions.claims import Measurement, predict
+from constructions.claims import Measurement, Remark, predict
 from constructions.core.compile import compile_program, config_of
 from constructions.core.config import NormConfig
 from constructions.core.program import Layer
@@ -49,7 +49,7 @@ _DRAWS = 6
 _SEARCHES = 3
 
 
-def measure(quick: bool, seed: int) -> Iterator[Measurement]:
+def measure(quick: bool, seed: int) -> Iterator[Measurement | Remark]:
     """All rows: of theory, then, unless `quick`, of other layers, then of later papers."""
     yield from measure_theory(quick, seed)
     if quick:

@@ -185,7 +185,8 @@ def tags_posterior(grammar: Grammar) -> Callable[..., Array]:
     """The best guess from the neighbours' tags: P(word at t | tags at t - 1 and t + 1, length, t).
 
     A visible neighbour has the tag that is most likely for its word, place and length; a hidden one
-    has none. The chart of the same rules over tags in the place of words.
+    has none. The chart of the same rules over tags in the place of words. Where every word has a
+    tag of its own, as in `brackets`, this is a window of one word.
     """
     rest = grammar.nonterminals, grammar.preterminals, grammar.preterminals
     tagged = Grammar(*rest, grammar.root, grammar.rules, np.eye(len(grammar.preterminals)))
