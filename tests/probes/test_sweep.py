@@ -319,6 +319,26 @@ def test_lines_of_errors() -> None:
     assert engines.one_line(ZeroDivisionError("a\nb")) == "ZeroDivisionError: a b"
 
 
+def test_families_and_summary_of_the_kept_sweeps(monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sweeps
+
+    assert sweeps.AsManyExamples(dim_x=3).task.num_examples == 3
+    x = sweeps.Stretched(smallest=0.25).task.sample(jax.random.key(0), 4096).inputs[0]
+    deviations = np.asarray(x).std(axis=(0, 1))
+    assert deviations == pytest.approx([0.25, 0.354, 0.5, 0.707, 1], rel=0.03)
+    sweep = Sweep("gradient-descent", {"dim_x": (2, 3)}, seeds=(0, 1))
+    rows = [
+        {"point": 0, "dim_x": 2, "seed": 0, "loss": 1.1, "construction": 1.0, "failed": None},
+        {"point": 0, "dim_x": 2, "seed": 1, "loss": 1.3, "construction": 1.0, "failed": None},
+        {"point": 1, "dim_x": 3, "seed": 0, "loss": None, "construction": None, "failed": "NaN"},
+    ]
+    (line,) = sweeps.summary(sweep, rows)
+    assert line["dim_x"] == 2 and line["seeds"] == 2
+    # half the interval of two values: t(.975, 1) = 12.71 times half their distance
+    assert line["excess"] == [pytest.approx(0.2), pytest.approx(1.271, rel=1e-3)]
+
+
 def test_the_two_estimators_of_a_pool_of_tasks(monkeypatch: Any, x64: None) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import task_diversity as diversity
