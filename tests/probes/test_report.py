@@ -107,7 +107,7 @@ def test_figures_have_words_beside_them(out: Path) -> None:
     assert all(len(a["alt"] or "") > 20 for a in images)
     assert page(out).text.count("Gauge-fixed weights") == 1
     files = sorted(p.name for p in (out / "figures").glob("*.png"))
-    assert len(files) == 7
+    assert len(files) == 8
     assert all((out / "figures" / f).read_bytes().startswith(b"\x89PNG") for f in files)
 
 
