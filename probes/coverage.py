@@ -87,7 +87,7 @@ STATED: Mapping[str, Sequence[Stated]] = {
         Stated("softmax, * head*", f"{_OSWALD}, fig. 12 and appendix A.9"),
         Stated("LayerNorm", f"{_OSWALD}, fig. 14 and appendix A.9"),
         Stated("* training tasks*", f"{_OSWALD}, fig. 16"),
-        Stated("modification: another seed", _NARANG, size="d = 3, N = 6"),
+        Stated("modification: none", _NARANG, size="d = 3, N = 6"),
         Stated("modification: *", _NARANG, decided=False, size="d = 3, N = 6"),
         Stated("share of modifications that matter", _NARANG, size="d = 3, N = 6"),
         Stated("another seed is found to matter", "permutation test; 12 of 252 splits"),
@@ -144,8 +144,8 @@ STATED: Mapping[str, Sequence[Stated]] = {
         Stated("divergence of what is kept, *", f"the identity is ours; setting of {_PRUNED}"),
         *(
             Stated(
-                f"{kept} kept, {text}",
-                f"{_PRUNED} (which perplexities to keep depends on what the text is made of)",
+                f"{kept} kept, {text}, *",
+                f"{_PRUNED} (which perplexities to keep depends on the text)",
                 decided,
                 "all strings of 6 words",
             )
@@ -160,11 +160,11 @@ STATED: Mapping[str, Sequence[Stated]] = {
             "posterior of the width*", f"{_SPANS}, section 3.3; the posterior is ours", size="own"
         ),
         Stated("cost of the wrong width", f"control of ours to {_SPANS}", size="own"),
+        Stated("missing of what can be learnt, *", f"{_SPANS}, section 3.3.4", False, "8 words"),
         Stated(
-            "loss above the least, *",
+            "missing with spans less *",
             f"{_SPANS}, section 3.3.4 (spans do slightly better than single words)",
-            False,
-            "8 words",
+            size="8 words",
         ),
     ),
     "mesa-ridge": (

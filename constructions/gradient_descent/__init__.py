@@ -54,7 +54,7 @@ HEDGE = Family(
     about="heads descend with step sizes of their own, and a softmax over their validation losses "
     "mixes them: Hedge, with its regret bound",
     source="after Lu et al. 2022, arXiv 2203.01400",
-    measure="constructions.gradient_descent.hedge:measure",
+    measure="constructions.gradient_descent.measurements:measure_regrets",
 )
 
 __getattr__ = lazily(

@@ -10,12 +10,12 @@ are Hedge's weights (Freund and Schapire 1997): whatever the losses, sum_t p_t .
 sqrt(T log n / 2) more than the best expert's sum. One token for each expert holds its code, so that
 softmax attention to these tokens, by what each has lost, is p; queries see all T losses. Lu et al.
 2022, arXiv 2203.01400 (SAMUEL) mix preconditioners so, with experts that sleep outside of intervals
-(`sleeping`), which have low regret on each; they look at their own losses, and so take T layers.
+(`sleeping` in `synthetic.theory.experts`), which have low regret on each; they look at their own
+losses, and so take T layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from constructions.claims import Evidence, Measurement, Remark, predict
+from constructions.claims import Evidence, predict
 from constructions.core.program import Head, Layer, Mlp, Program
 from constructions.core.slots import Slots, constant
 from constructions.family import Claim, Construction, Counterpart, NearMiss, Place, Tokens
@@ -33,7 +33,6 @@ from constructions.inputs import Input, number
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.mixed import ScaledTasks
 from synthetic.tasks.regression import RegressionTask
-from synthetic.theory.experts import hedge, hedge_bound, regret, sleeping, sleeping_bound
 from synthetic.theory.one_layer import optimal_step_size
 
 _PAPER, _CONTROLS = "Lu et al. 2022, arXiv 2203.01400", ("one step size", "shuffled labels")
@@ -191,40 +190,3 @@ _CLAIMS = (
         added_loss, 0.1, "<=", "here", catches=_CONTROLS,
     ),
 )  # fmt: skip
-
-
-def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement | Remark]:
-    """Regrets on the losses of the construction's experts, also where the curvature changes."""
-    c, half, keys = Hedge(), 32 if quick else 128, jax.random.split(jax.random.key(seed), 3)
-
-    def losses(key: Array, length: int, scales: tuple[float, ...]) -> np.ndarray:
-        changed = replace(c, validation=length, scales=scales)
-        return 1 - np.asarray(jax.jit(changed.trace)(*changed.sample(key, 500))["gain"])
-
-    drawn = losses(keys[0], c.validation, c.scales)
-    slow, fast = losses(keys[1], half, c.scales[:1]), losses(keys[2], half, c.scales[-1:])
-    stream, n = np.concatenate([slow, fast], axis=1), len(c.step_sizes)
-    plain = hedge(stream, np.sqrt(8 * np.log(n) / (2 * half)))
-    after = f"On the second {half} of {2 * half} losses, after a change of curvature by 16."
-    found = regret(hedge(drawn, c.rate), drawn)
-    yield Measurement(
-        "largest regret of Hedge", "Mixing loses at most sqrt(T log n / 2) more than the best.",
-        f"{_PAPER}; the bound is Freund and Schapire's", None, float(found.max()),
-        note=f"Of {len(found)} contexts; their mean is {found.mean():.3f}.",
-        at_most=hedge_bound(c.validation, n),
-    )  # fmt: skip
-    # a bound on every interval is not less regret: where losses differ little, Hedge has less
-    found = regret(plain, stream, half)
-    yield Remark(
-        "regret after a change, Hedge", "Regret on the interval that follows a change of "
-        "curvature, which no bound of Hedge is about.", _PAPER, float(found.mean()),
-        float(found.std(ddof=1) / np.sqrt(len(found))), after,
-    )  # fmt: skip
-    found = regret(sleeping(stream), stream, half)
-    yield Measurement(
-        "regret after a change, sleeping experts",
-        "Their largest regret on that interval is within the bound for any interval.",
-        f"{_PAPER}; the bound is that of synthetic.theory.experts", None, float(found.max()),
-        note=f"{after} Of {len(found)} contexts; their mean is {found.mean():.3f}.",
-        at_most=sleeping_bound(half, 2 * half, n),
-    )  # fmt: skip

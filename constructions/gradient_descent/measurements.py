@@ -3,7 +3,8 @@
 Theory gives the losses of one and two steps, the curvature of GD++ and the eigenvalues of contexts.
 The other rows are fits of one layer with softmax, with LayerNorm, or on few tasks: each is a fit of
 its own on the paper's task, N = d = 10, and its number is the loss on fresh contexts over that of
-the best gradient step, less 1, or how far its sensitivities are aligned with the step's.
+the best gradient step, less 1, or how far its sensitivities are aligned with the step's. Last are
+agents that teach one another, and the regrets of Hedge.
 """
 
 from collections.abc import Iterator
@@ -29,13 +30,17 @@ from constructions.gradient_descent import (
     relu_optimum,
 )
 from constructions.gradient_descent.construction import GradientDescent
+from constructions.gradient_descent.hedge import Hedge
+from synthetic.fitting.distillation import agents
 from synthetic.fitting.train import fit
 from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform
 from synthetic.tasks.task import Batch, Task
 from synthetic.theory import one_layer as theory
+from synthetic.theory.experts import hedge, hedge_bound, regret, sleeping, sleeping_bound
 from synthetic.theory.optimal_descent import optimal_descent
 from synthetic.theory.spectral import context_eigenvalues, estimate
 
+_HEDGE = "Lu et al. 2022, arXiv 2203.01400"
 _PAPER = "von Oswald et al. 2022, arXiv 2212.07677"
 _SEEDS, _EXAMPLES, _FEW = 3, 2**16, 2**12
 _INPUTS = "Inputs U(-1/2, 1/2), as the public code draws them, not the U(-1, 1) of the text."
@@ -58,6 +63,7 @@ def measure(quick: bool, seed: int) -> Iterator[Measurement | Remark]:
     yield from modifications.rows(seed)
     for experiment in (mirror_flow, local_sgd, relu_optimum, facts):
         yield from experiment.measure(quick, seed)
+    yield from measure_agents(seed)
 
 
 def measure_theory(
@@ -332,3 +338,64 @@ def measure_variants(seed: int = 0) -> Iterator[Measurement]:
             "Aligned: the threshold of the claim of that name. The figure has it from 2048 on.",
             **({"at_least": 0.99} if aligned else {"at_most": 0.99}),
         )
+
+
+def measure_agents(seed: int, count: int = 4, dim: int = 5) -> Iterator[Measurement]:
+    """The excess loss of linear agents, fitted to data of their own, that teach one another."""
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(1000):
+        x, noise = rng.normal(size=(count, 20, dim)), rng.normal(size=(count, 20, 1))
+        errors = np.swapaxes(np.linalg.pinv(x) @ noise, 1, 2)  # of least squares, W = 0
+        after = np.asarray(agents(errors, rng.normal(size=(50, dim)), 0.5, 200))
+        ratios.append([np.square(after).sum(), np.square(errors).sum()])
+    after, before = np.array(ratios).T
+    ratio = after.mean() / before.mean()
+    error = np.std(after - ratio * before, ddof=1) / before.mean() / np.sqrt(len(before))
+    yield Measurement(
+        f"excess loss of {count} agents that teach one another",
+        "Linear agents that distil from one another become the mean of their ensemble.",
+        "after Zhmoginov et al. 2022, arXiv 2211.15774; the linear case is ours",
+        1 / count,
+        float(ratio),
+        float(error),
+        tolerance=0.0,
+        note="Over what it is before. Published: one over their number, for independent errors.",
+    )
+
+
+def measure_regrets(quick: bool = False, seed: int = 0) -> Iterator[Measurement | Remark]:
+    """Regrets on the losses of the construction's experts, also where the curvature changes."""
+    c, half, keys = Hedge(), 32 if quick else 128, jax.random.split(jax.random.key(seed), 3)
+
+    def losses(key: Array, length: int, scales: tuple[float, ...]) -> np.ndarray:
+        changed = replace(c, validation=length, scales=scales)
+        return 1 - np.asarray(jax.jit(changed.trace)(*changed.sample(key, 500))["gain"])
+
+    drawn = losses(keys[0], c.validation, c.scales)
+    slow, fast = losses(keys[1], half, c.scales[:1]), losses(keys[2], half, c.scales[-1:])
+    stream, n = np.concatenate([slow, fast], axis=1), len(c.step_sizes)
+    plain = hedge(stream, np.sqrt(8 * np.log(n) / (2 * half)))
+    after = f"On the second {half} of {2 * half} losses, after a change of curvature by 16."
+    found = regret(hedge(drawn, c.rate), drawn)
+    yield Measurement(
+        "largest regret of Hedge", "Mixing loses at most sqrt(T log n / 2) more than the best.",
+        f"{_HEDGE}; the bound is Freund and Schapire's", None, float(found.max()),
+        note=f"Of {len(found)} contexts; their mean is {found.mean():.3f}.",
+        at_most=hedge_bound(c.validation, n),
+    )  # fmt: skip
+    # a bound on every interval is not less regret: where losses differ little, Hedge has less
+    found = regret(plain, stream, half)
+    yield Remark(
+        "regret after a change, Hedge", "Regret on the interval that follows a change of "
+        "curvature, which no bound of Hedge is about.", _HEDGE, float(found.mean()),
+        float(found.std(ddof=1) / np.sqrt(len(found))), after,
+    )  # fmt: skip
+    found = regret(sleeping(stream), stream, half)
+    yield Measurement(
+        "regret after a change, sleeping experts",
+        "Their largest regret on that interval is within the bound for any interval.",
+        f"{_HEDGE}; the bound is that of synthetic.theory.experts", None, float(found.max()),
+        note=f"{after} Of {len(found)} contexts; their mean is {found.mean():.3f}.",
+        at_most=sleeping_bound(half, 2 * half, n),
+    )  # fmt: skip

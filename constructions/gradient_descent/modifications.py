@@ -2,8 +2,14 @@ r"""Which modification of the transformer matters? A grid of shapes, one task, o
 
 One layer of linear attention, trained on in-context regression, is a gradient step: its loss is the
 least that such a layer has, which is known. Every entry of `GRID` changes one thing about the layer
-(Narang et al. 2021, arXiv 2102.11972), is trained by the same recipe, and is asked two questions:
-by how much its loss differs from that of the step, and how far its predictions are from the step's.
+(Narang et al. 2021, arXiv 2102.11972) and is trained by the same recipe. `Modified` has the claims
+of the step, so that a ledger says which of them live, and the grid is a sweep:
+
+    orrery sweep constructions.gradient_descent.modifications:Modified --seeds 5 --out sweep
+        --grid modification=none,bias,softmax,mesa
+
+Two numbers are asked of all of them: by how much the loss differs from that of the step, and how
+far predictions are from the step's (`outcomes`).
 
 Whether a difference is more than that of seeds is decided by an exact permutation test: of the
 C(2 n, n) ways to call n of the 2 n values "modified", those whose means are at least as far apart
@@ -18,8 +24,8 @@ another seed must be found to matter at the nominal rate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from math import comb
@@ -38,13 +44,14 @@ from constructions.core.config import (
 )
 from constructions.core.program import CAUSAL, EVERYWHERE
 from constructions.core.transformer import Transformer, randomise
+from constructions.family import Counterpart
 from constructions.gradient_descent.construction import GradientDescent
-from synthetic.fitting.train import fit
+from synthetic.fitting.recipe import Recipe
 
 _PAPER = "Narang et al. 2021, arXiv 2102.11972"
 #: Name -> changes of the layer ("heads": of its heads), or of how layers follow one another.
 GRID: dict[str, dict[str, Any]] = {
-    "another seed": {},
+    "none": {},
     "bias": {"heads": {"bias": True}},
     "two heads": {"heads": {"heads": 2}},
     "softmax": {"heads": {"mixer": "softmax"}},
@@ -75,25 +82,49 @@ def modified(base: Config, changes: Mapping[str, Any]) -> Transformer:
     return untrained(config, window, keys=("context",))
 
 
-def outcomes(
-    c: GradientDescent, changes: Mapping[str, Any], seeds: range, steps: int = _STEPS
-) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Modified(GradientDescent):
+    """One step of gradient descent, whose trained counterpart is a modified layer.
+
+    Attributes:
+        modification: an entry of `GRID`.
+
+    Raises:
+        ValueError: another modification; with a counterpart, more than one step.
+    """
+
+    dim_x: int = 3
+    num_examples: int = 6
+    modification: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modification not in GRID:
+            raise ValueError(f"modification is {self.modification!r}, must be one of {[*GRID]}")
+
+    def counterpart(self) -> Counterpart:
+        """All of them by one recipe, with which every seed of the plain layer finds the step."""
+        if self.steps != 1:
+            raise ValueError(f"steps is {self.steps}, must be 1: it is one layer that is modified")
+        base = modified(self.in_trained_shape().config, GRID[self.modification])
+        recipe = Recipe(
+            _STEPS, 256, learning_rate=1e-2, schedule="linear", clip=1.0, average_tail=0.6,
+            chunk=_STEPS,
+        )  # fmt: skip
+        init, quick = partial(randomise, base, std=0.4), replace(recipe, steps=_STEPS // 4)
+        return Counterpart(init, self.task, recipe, self.optimal_loss, quick=quick)
+
+
+def outcomes(c: Modified, models: Sequence[Any]) -> dict[str, np.ndarray]:
     """Of trained models, `[seed]`: "loss", over the step's and less 1, and "distance".
 
     The distance is the root mean square difference of predictions over that of the step's.
     """
-    base = modified(c.in_trained_shape().config, changes)
-    recipe = replace(
-        c.counterpart().recipe, steps=steps, batch=64, learning_rate=5e-3, schedule="cosine",
-        clip=1.0, chunk=steps,
-    )  # fmt: skip
-    init = partial(randomise, base, std=0.4)
-    found = fit(init, c.task, recipe, predict=c.apply, seeds=seeds)
     batch = c.task.sample(jax.random.key(10**6), _EXAMPLES)
-    predict = jax.jit(c.apply)
     step = jax.jit(c.trace)(*batch.inputs)["prediction"]
     least = float(c.task.loss(step, batch).mean())
-    predictions = [predict(model, *batch.inputs) for model in found.models]
+    predict = jax.jit(c.apply)
+    predictions = [predict(model, *batch.inputs) for model in models]
     losses = np.array([float(c.task.loss(p, batch).mean()) for p in predictions])
     distances = [
         float(jnp.sqrt(jnp.mean((p - step) ** 2) / jnp.mean(step**2))) for p in predictions
@@ -141,42 +172,43 @@ def false_positives(values: np.ndarray, size: int, alpha: float, seed: int) -> n
     return np.array(rates)
 
 
-def rows(seed: int, seeds: int = _SEEDS, steps: int = _STEPS) -> Iterator[Measurement | Remark]:
+def rows(seed: int, seeds: int = _SEEDS) -> Iterator[Measurement | Remark]:
     """The grid, one row a modification, then how often another seed is found to matter."""
-    c = GradientDescent(dim_x=3, dim_y=1, num_examples=6)
-    base = outcomes(c, {}, range(seed, seed + seeds), steps)
-    found = {
-        name: outcomes(c, changes, range(seed + seeds, seed + 2 * seeds), steps)
-        for name, changes in GRID.items()
-    }
-    p = {name: float(permutation_test(f["loss"], base["loss"])) for name, f in found.items()}
-    matters = holm({name: value for name, value in p.items() if name != "another seed"})
-    for name, values in found.items():
+
+    def found(name: str, seeds: range, **options: Any) -> dict[str, np.ndarray]:
+        c = Modified(modification=name)
+        return outcomes(c, c.fit(seeds=seeds, **options).models)
+
+    base = found("none", range(seed, seed + seeds))
+    after = {name: found(name, range(seed + seeds, seed + 2 * seeds)) for name in GRID}
+    p = {name: float(permutation_test(f["loss"], base["loss"])) for name, f in after.items()}
+    matters = holm({name: value for name, value in p.items() if name != "none"})
+    for name, values in after.items():
         gap = values["loss"].mean() - base["loss"].mean()
         spread = np.sqrt((values["loss"].var(ddof=1) + base["loss"].var(ddof=1)) / seeds)
-        said = {
+        said: dict[str, Any] = {
             "name": f"modification: {name}",
-            "statement": "What one change of the layer adds to the loss over that of a gradient "
-            "step.",
+            "statement": "What a change of the layer adds to the loss of a gradient step.",
             "source": f"{_PAPER} (most modifications change little)",
             "measured": float(gap),
             "error": float(spread),
             "note": f"p = {p[name]:.2g}, {'matters' if matters.get(name) else 'does not matter'} "
             f"by Holm's rule at 5 %; predictions are {values['distance'].mean():.2f} from the "
-            f"step's, of the layer as it is {base['distance'].mean():.2f}; {seeds} seeds each.",
+            f"step's, of the layer as it is {base['distance'].mean():.2f}; {seeds} seeds each."
+            + (" Other seeds of the same layer." if name == "none" else ""),
         }
-        yield Measurement(**said, published=0.0) if name == "another seed" else Remark(**said)
+        yield Measurement(published=0.0, **said) if name == "none" else Remark(**said)
     yield Measurement(
         "share of modifications that matter",
         "Most modifications change little: at most half of them matter by Holm's rule at 5 %.",
         f"{_PAPER} (most modifications change little)",
         None,
-        float(np.mean([matters[name] for name in matters])),
-        note=f"Of {len(matters)}: " + ", ".join(n for n in matters if matters[n]),
+        float(np.mean([*matters.values()])),
+        note=f"Of {len(matters)}: {', '.join(name for name in matters if matters[name])}.",
         at_most=0.5,
     )
-    many = outcomes(c, {}, range(seed + 100, seed + 100 + 320), steps // 4)["loss"]
-    rates = false_positives(many, 5, 0.05, seed)
+    many = found("none", range(seed + 100, seed + 420), recipe=Modified().counterpart().quick)
+    rates = false_positives(many["loss"], 5, 0.05, seed)
     yield Measurement(
         "another seed is found to matter",
         "At p <= 5 % five seeds against five other ones differ as often as they should.",

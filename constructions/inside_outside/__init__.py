@@ -8,6 +8,7 @@ paper           the paper's statements about masked language models, the counter
 measurements    its statements about sizes beside ours
 pruning         text of which a small model's perplexity decides what is kept
 spans           corrupted spans, and the exact posterior of what they were
+training_data   what is learnt from pruned text and from spans, beside exact optima
 """
 
 from typing import TYPE_CHECKING

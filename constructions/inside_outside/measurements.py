@@ -10,7 +10,7 @@ import numpy as np
 
 from constructions.claims import Measurement, Remark
 from constructions.core.inventory import counts
-from constructions.inside_outside import pruning, spans
+from constructions.inside_outside import training_data
 from constructions.inside_outside.construction import InsideOutside
 from constructions.inside_outside.paper import (
     NEAR,
@@ -82,8 +82,7 @@ def measure(quick: bool = False, seed: int = 0) -> Iterator[Measurement | Remark
         note="In nats, against the posterior of the chart on the same sentences, in float32.",
     )
     yield from rival_rows(quick, seed)
-    yield from pruning.rows(quick, seed)
-    yield from spans.rows(quick, seed)
+    yield from training_data.rows(quick, seed)
 
 
 def rival_rows(

@@ -10,27 +10,29 @@ are kept (Ankner et al. 2024, arXiv 2405.20541). What is kept has the distributi
 whatever the model and whichever end is kept: how far pruning moves the text depends on the share
 alone, and only where it moves it to on the model.
 
-What is learnt from it is asked of a larger grammar, re-estimated on as many documents of each kind:
-its cross-entropy on the text without noise, exact by the table.
+What is learnt from it is asked on the text without noise, of two kinds of models: larger grammars,
+re-estimated on as many documents of each kind, and masked language models after as many steps on
+fresh documents of each kind. The latter tend to p(word | visible words, kept), whose loss on the
+wanted text is exact by the table, as is the least one, that of the wanted text itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from scipy import stats
+from jax import Array
 
-from constructions.claims import Measurement, Remark
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar, Weights
+from synthetic.tasks.masked_language import MaskedLanguageTask
+from synthetic.tasks.task import Batch
 
-_PAPER = "Ankner et al. 2024, arXiv 2405.20541"
 KEPT = ("low", "middle", "high", "random")
 LENGTH = 6
 #: Three pairs of a noun and a verb one after the other; and pairs of brackets, one in another.
@@ -95,15 +97,25 @@ def parts() -> np.ndarray:
         return np.stack([table(_CLAUSES), table(_NESTED), np.full(n := len(strings()), 1 / n)])
 
 
+@jax.jit
+@jax.vmap
+def _em(start: Weights, tokens: Array) -> tuple[Weights, Array]:
+    found = chart.em(start, tokens, jnp.full(len(tokens), LENGTH, jnp.int32), steps=20)
+    return found.weights, found.log_likelihood[-1]
+
+
 def fitted(tokens: np.ndarray, symbols: int, seed: int, trust: float = 0.99) -> np.ndarray:
     """log q of every string, `[string]`, by a grammar re-estimated on documents.
 
-    It has so many nonterminals and as many pre-terminals, starts from random rules, and is mixed
-    with 1 - trust of random words.
+    It has so many nonterminals and as many pre-terminals, is the likeliest of those from eight
+    random starts, and is mixed with 1 - trust of random words.
     """
-    start = Grammar.random(seed, symbols, symbols, len(_CLAUSES.vocabulary))
-    found = chart.em(start, tokens, np.full(len(tokens), LENGTH, np.int32), steps=20).weights
-    return np.log(trust * table(found) + (1 - trust) * parts()[2])
+    sizes = symbols, symbols, len(_CLAUSES.vocabulary)
+    starts = [Grammar.random(8 * seed + n, *sizes).weights() for n in range(8)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    found, likelihood = _em(stacked, np.broadcast_to(tokens, (8, *tokens.shape)))
+    best = jax.tree.map(lambda leaf: leaf[likelihood.argmax()], found)
+    return np.log(trust * table(best) + (1 - trust) * parts()[2])
 
 
 def keep(probability: np.ndarray, perplexity: np.ndarray, which: str, share: float) -> np.ndarray:
@@ -125,42 +137,52 @@ def keep(probability: np.ndarray, perplexity: np.ndarray, which: str, share: flo
     return found
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What a way to prune keeps, exactly, and what is learnt from it; `[seed]` each.
+def ways(
+    text: Text, seed: int, share: float, rng: np.random.Generator, documents: int = 128
+) -> dict[str, np.ndarray]:
+    """How much of each string every way to prune keeps, `[string]`, and none of them ("all").
 
-    Attributes:
-        share: p(kept).
-        divergence: KL(p(. | kept) || p).
-        noise: share of random words among what is kept.
-        loss: cross-entropy of fitted grammars on what is asked, in nats a string.
+    By the perplexity of a grammar of two symbols that is fitted to documents of the text.
+    """
+    p = text.probability
+    perplexity = -fitted(strings()[rng.choice(len(p), documents, p=p)], 2, seed)
+    kept = {which: keep(p, perplexity, which, share) for which in KEPT}
+    return {"all": np.ones(len(p)), **kept}
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(MaskedLanguageTask):
+    """Strings with hidden words, drawn by one row of `chances`, `[row, string]`.
+
+    Fits of several rows run in one program.
     """
 
-    share: np.ndarray
-    divergence: np.ndarray
-    noise: np.ndarray
-    loss: np.ndarray
+    grammar: Grammar = _CLAUSES
+    max_length: int = LENGTH
+    rate: float = 0.3
+    chances: np.ndarray = field(default_factory=lambda: parts())
+    row: float = 0.0
 
+    NUMBERS: ClassVar[tuple[str, ...]] = ("row",)
 
-def experiment(
-    text: Text, seeds: int, seed: int = 0, share: float = 0.6, documents: int = 128
-) -> dict[str, Pruned]:
-    """Every way to prune, and none ("all"), with grammars fitted to as many documents each."""
-    p, tokens = text.probability, strings()
-    results: dict[str, list[tuple[float, ...]]] = {name: [] for name in ("all", *KEPT)}
-    for number in range(seeds):
-        rng = np.random.default_rng([seed, number])
-        sample = rng.choice(len(p), documents, p=p)
-        perplexity = -fitted(tokens[sample], 2, seed + number)
-        for name, found in results.items():
-            kept = p * (1.0 if name == "all" else keep(p, perplexity, name, share))
-            after, inside = kept / kept.sum(), kept > 0
-            moved = (after[inside] * np.log(after[inside] / p[inside])).sum()
-            noise = (after[inside] * text.noise * parts()[2][inside] / p[inside]).sum()
-            sample = rng.choice(len(p), documents, p=after)
-            loss = -(text.wanted * fitted(tokens[sample], 5, seed + number)).sum()
-            found.append((kept.sum(), moved, noise, loss))
-    return {name: Pruned(*np.array(found).T) for name, found in results.items()}
+    def sample_during(self, key: Array, batch: int, progress: Array) -> Batch:
+        """Draw documents; tokens, lengths and mask, and tokens and mask as the target."""
+        del progress
+        words, hidden = jax.random.split(key)
+        total = jnp.asarray(np.cumsum(self.chances, -1))[jnp.asarray(self.row, int)]
+        drawn = jnp.searchsorted(total / total[-1], jax.random.uniform(words, (batch,)), "right")
+        tokens = jnp.asarray(strings())[jnp.minimum(drawn, len(total) - 1)]
+        mask = jax.random.bernoulli(hidden, self.rate, tokens.shape)
+        return Batch((tokens, jnp.full(batch, LENGTH), mask), (tokens, mask))
+
+    def posterior(self, tokens: Array, lengths: Array, mask: Array) -> Array:
+        """P(word | visible words) where documents are drawn by the row, `[batch, time, word]`."""
+        del lengths
+        agree = (mask[:, None] | (tokens[:, None] == strings())).all(-1)
+        words = jax.nn.one_hot(strings(), len(self.grammar.vocabulary))
+        both = agree * jnp.asarray(self.chances)[jnp.asarray(self.row, int)]
+        found = jnp.einsum("bs,stw->btw", both, words, precision="highest")
+        return found / found.sum(-1, keepdims=True)
 
 
 #: Texts, by what they are made of, and what is asked of models of them.
@@ -169,53 +191,3 @@ TEXTS = {
     "clean": Text(),
     "a rare domain": Text(0.8, 0.2, 0.0, asked=0.5),
 }
-
-
-#: What the paper's statement comes to here: noise is improbable, and so is a rare domain.
-EXPECTED = {
-    ("low", "noisy"): "at_most",
-    ("high", "noisy"): "at_least",
-    ("low", "a rare domain"): "at_least",
-    ("high", "a rare domain"): "at_most",
-}
-
-
-def rows(quick: bool, seed: int, seeds: int = 5) -> Iterator[Measurement | Remark]:
-    """What is kept of each text, and what each way to prune adds to the loss; not if `quick`."""
-    for name, text in () if quick else TEXTS.items():
-        found = experiment(text, seeds, seed)
-        low = found["low"]
-        yield Measurement(
-            f"divergence of what is kept, {name}",
-            "Pruning moves the text by minus the logarithm of the share that it keeps.",
-            f"the identity is ours; setting of {_PAPER}",
-            float(-np.log(low.share).mean()),
-            float(low.divergence.mean()),
-            tolerance=1e-9,
-            note=f"Noise {text.noise:g}; "
-            + ", ".join(f"{which} {found[which].noise.mean():.3f}" for which in KEPT),
-        )
-        for which in KEPT:
-            gain = found[which].loss - found["all"].loss
-            half = stats.sem(gain) * stats.t.ppf(0.975, len(gain) - 1)
-            said: dict[str, Any] = {
-                "name": f"{which} kept, {name}",
-                "source": f"{_PAPER} (which perplexities to keep depends on what the text is made "
-                "of)",
-                "measured": float(gain.mean()),
-                "error": float(stats.sem(gain)),
-                "note": f"In nats a string; 95 % interval {gain.mean() - half:.3f} to "
-                f"{gain.mean() + half:.3f} over {len(gain)} seeds.",
-            }
-            what = (
-                "What pruning adds to the loss on the text without noise, at equally many documents"
-            )
-            if which == "random":
-                yield Measurement(statement=f"{what}: nothing.", published=0.0, **said)
-            elif side := EXPECTED.get((which, name)):
-                end = "less than nothing" if side == "at_most" else "something"
-                yield Measurement(
-                    statement=f"{what}: {end}.", published=None, **{side: 0.0}, **said
-                )
-            else:
-                yield Remark(statement=f"{what}.", **said)

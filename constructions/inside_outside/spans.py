@@ -19,8 +19,7 @@ which no such model surpasses. Of single hidden words the optimum is the posteri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -28,17 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy import stats
 
-from constructions.claims import Measurement, Remark
 from constructions.inside_outside.construction import InsideOutside
-from synthetic.fitting.train import fit
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
 from synthetic.grammar.sentences import sample
 from synthetic.tasks.task import Batch, Outcome
-
-_PAPER = "Raffel et al. 2019, arXiv 1910.10683"
 
 
 @dataclass(frozen=True)
@@ -138,66 +132,3 @@ class SpanTask:
         emission = np.pad(g.emission, ((0, 0), (0, 1)))
         more = Grammar(g.nonterminals, g.preterminals, words, g.root, g.rules, emission)
         return InsideOutside(more, self.room, layers=2, heads=2, width=32)
-
-
-def above_optimum(task: SpanTask, seeds: range, steps: int) -> np.ndarray:
-    """Loss of trained masked language models over the least, in nats a slot, `[seed]`."""
-    c = task.reader
-    recipe = replace(c.counterpart().recipe, steps=steps, chunk=steps)
-    found = fit(c.counterpart().init, task, recipe, predict=c.apply, seeds=seeds)
-    batch = task.sample(jax.random.key(2**20), 2048)
-    least = task.loss(task.posterior(*batch.inputs)[1], batch).mean()
-    losses = [task.loss(jax.jit(c.apply)(m, *batch.inputs), batch).mean() for m in found.models]
-    return np.array(losses, float) - float(least)
-
-
-def rows(
-    quick: bool, seed: int, grammar: str = "brackets", seeds: int = 5
-) -> Iterator[Measurement | Remark]:
-    """The least loss of spans, what a wrong width costs, and how near training comes."""
-    from synthetic.grammar.examples import named
-
-    task = SpanTask(named(grammar))
-    batch = task.sample(jax.random.key(seed), 512 if quick else 4096)
-    chance, marginal = task.posterior(*batch.inputs)
-    tokens, mask = batch.target
-    width = (mask & (tokens != task.empty)).sum(1)
-    told = np.asarray(jnp.take_along_axis(chance, width[:, None] - 1, 1)[:, 0], float)
-    gap = told - np.asarray((chance**2).sum(1), float)
-    yield Measurement(
-        "posterior of the width, less what it expects of itself",
-        "The posterior gives the true width of a span the probability that it says it does.",
-        f"{_PAPER}, section 3.3; the posterior is ours",
-        0.0,
-        float(gap.mean()),
-        float(gap.std() / np.sqrt(len(gap))),
-        note=f"Mean probability of the true width {told.mean():.3f}, by guessing 0.333.",
-    )
-    wrong = width % task.widest + 1
-    both = marginal, task.posterior(*batch.inputs, assumed=wrong)[1]
-    right, other = (task.loss(0.99 * p + 0.01 / (task.empty + 1), batch) for p in both)
-    cost = np.asarray(other - right, float)
-    yield Measurement(
-        "cost of the wrong width",
-        "A chart that is given the wrong width of the fill is far from the posterior.",
-        f"control of ours to {_PAPER}",
-        None,
-        float(cost.mean()),
-        float(cost.std() / np.sqrt(len(cost))),
-        note=f"Nats a slot; the least loss is {float(right.mean()):.3f}. Both with 1 % of chance.",
-        at_least=0.0,
-    )
-    if quick:
-        return
-    for name, widest in (("spans", 3), ("single words", 1)):
-        one = replace(task, widest=widest)
-        found = above_optimum(one, range(seed, seed + seeds), 1500)
-        half = stats.sem(found) * stats.t.ppf(0.975, seeds - 1)
-        yield Remark(
-            f"loss above the least, {name}",
-            "What a masked language model lacks of its own objective's optimum at equal steps.",
-            f"{_PAPER}, section 3.3.4 (spans do slightly better than single words)",
-            float(found.mean()),
-            float(stats.sem(found)),
-            note=f"Nats a slot after 1,500 steps; 95 % interval +- {half:.3f} over {seeds} seeds.",
-        )

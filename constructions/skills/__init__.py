@@ -1,6 +1,7 @@
 """Composition of skills (Yu et al. 2023, arXiv 2310.17567; Arora and Goyal 2023, arXiv 2307.15936).
 
-construction    the algorithm, its looped layer, the trained counterpart, claims and rows
+construction    the algorithm, its looped layer, the trained counterpart, rows
+paper           what is stated of trained ones, as claims
 """
 
 from typing import TYPE_CHECKING

@@ -7,6 +7,10 @@ r"""Learning from a teacher first: its predictions take the place of the targets
 around what can be known of it: a teacher that returns E[target | inputs], as an exact posterior
 does, leaves the expected gradient as it is and takes the noise away. Any other teacher is a bias,
 which the second part of the fit has to undo.
+
+Agents may teach one another, on inputs that all of them see, what each has learnt from data of its
+own (Zhmoginov et al. 2022, arXiv 2211.15774). Where they are linear, `agents` says what comes of
+it: their mean.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from synthetic.tasks.task import Batch, Curriculum, Outcome, Task, outcome
 
@@ -119,6 +124,35 @@ def teacher_loss(task: Task, prediction: Array, taught: Array, batch: Batch) -> 
         logs = jnp.log(jnp.maximum(prediction, jnp.finfo(prediction.dtype).tiny))
     nats = -weight * jnp.where(taught > 0, taught * logs, 0).sum(-1)
     return nats.reshape(len(nats), -1).sum(1)
+
+
+def agents(weights: ArrayLike, inputs: ArrayLike, step: float, steps: int) -> Array:
+    """Linear agents W_m after steps of gradient descent on what their mean predicts.
+
+    Each descends 1/2 E |W_m x - V x|^2 on public inputs, V the mean of all of them at the time,
+    which stays what it is:
+
+        W_m(t)  =  V + (W_m - V) (I - step C)^t,    C = E[x x^T].
+
+    On the span of the inputs all become V, the ensemble: of M independent errors its excess loss
+    has 1 / M. What the public inputs do not reach each agent keeps.
+
+    Args:
+        weights: `[agent, out, in]`.
+        inputs: `[point, in]`.
+        step, steps: of gradient descent; each is taken by all agents at once.
+
+    Raises:
+        ValueError: the step is not in (0, 2 / largest eigenvalue of C), where agents diverge.
+    """
+    weights, inputs = jnp.asarray(weights), jnp.asarray(inputs)
+    values, vectors = jnp.linalg.eigh(inputs.T @ inputs / len(inputs))
+    if not 0 < step * float(values[-1]) < 2:
+        raise ValueError(f"step is {step}, must be in (0, {2 / float(values[-1]):.4g})")
+    mean, shrink = weights.mean(0), (1 - step * values) ** steps
+    apart = jnp.einsum("moi,ik,k,jk->moj", weights - mean, vectors, shrink, vectors,
+                       precision="highest")  # fmt: skip
+    return mean + apart
 
 
 def _weights(task: Task, prediction: Array, batch: Batch) -> Array:

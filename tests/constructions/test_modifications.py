@@ -11,11 +11,14 @@ from constructions.core.transformer import randomise
 from constructions.gradient_descent import GradientDescent
 from constructions.gradient_descent.modifications import (
     GRID,
+    Modified,
     false_positives,
     holm,
     modified,
     permutation_test,
 )
+from probes.sweep import Sweep
+from probes.sweep.work import layout
 
 
 def difference(a, b, axis=-1):
@@ -69,8 +72,8 @@ def test_every_shape_of_the_grid_predicts_and_only_that_which_is_said_changes():
     seen = {base}
     for name, changes in GRID.items():
         model = modified(base, changes)
-        assert (model.config == base) == (name == "another seed")
-        assert name == "another seed" or model.config not in seen
+        assert (model.config == base) == (name == "none")
+        assert name == "none" or model.config not in seen
         seen.add(model.config)
         random = randomise(model, jax.random.key(1), 0.2)
         shape = jax.eval_shape(c.apply, random, *inputs).shape
@@ -80,3 +83,20 @@ def test_every_shape_of_the_grid_predicts_and_only_that_which_is_said_changes():
 def test_too_many_values_are_refused():
     with pytest.raises(ValueError, match="there are 11 and 10 values"):
         permutation_test(np.zeros(11), np.zeros(10))
+
+
+def test_the_grid_is_a_sweep_of_constructions_with_the_claims_of_the_step():
+    name = "constructions.gradient_descent.modifications:Modified"
+    blocks = layout(Sweep(name, {"modification": [*GRID]}, seeds=range(5)))
+    assert [p.values["modification"] for block in blocks for p in block] == [*GRID]
+    plain, other = Modified(), Modified(modification="two layers, tied")
+    assert plain.claims == other.claims == GradientDescent(3, 1, 6).claims
+    assert other.counterpart().untrained(jax.random.key(0)).config.depth == 2
+    assert plain.counterpart().untrained(jax.random.key(0)).config == plain.trained_shape
+
+
+def test_other_modifications_are_refused():
+    with pytest.raises(ValueError, match="modification is 'more', must be one of"):
+        Modified(modification="more")
+    with pytest.raises(ValueError, match="steps is 2, must be 1"):
+        Modified(steps=2, step_size=1.0).counterpart()

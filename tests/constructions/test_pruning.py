@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from constructions.inside_outside import pruning
-from constructions.inside_outside.pruning import TEXTS, Text, experiment, keep, parts, strings
+from constructions.inside_outside.pruning import TEXTS, Documents, Text, keep, parts, strings
+from constructions.inside_outside.training_data import experiment, limits
 
 WORDS = ("a", "b", "c", "d")
 
@@ -61,7 +62,9 @@ def test_random_pruning_keeps_the_distribution_and_low_perplexity_the_clean_text
         assert np.abs(one.divergence + np.log(one.share)).max() < 1e-10
     np.testing.assert_allclose(random.noise, 0.4, atol=1e-12)
     assert low.noise.max() < 0.2 < 0.5 < high.noise.min()
-    assert (low.loss < found["all"].loss).all() and (high.loss > found["all"].loss).all()
+    assert (low.grammar < found["all"].grammar).all() and (
+        high.grammar > found["all"].grammar
+    ).all()
     with jax.enable_x64(True):  # a perplexity that is exact is one that noise cannot have
         exact = -np.log(np.maximum(parts()[0], 1e-30))
     p = TEXTS["noisy"].probability
@@ -69,6 +72,31 @@ def test_random_pruning_keeps_the_distribution_and_low_perplexity_the_clean_text
     # noise that happens to be a clause stays
     same = 0.4 * parts()[2][parts()[0] > 0].sum()
     assert (kept * 0.4 * parts()[2] / p).sum() <= same + 1e-12
+
+
+def test_documents_are_drawn_by_their_row_and_their_posterior_is_that_of_enumeration(x64):
+    chances = np.stack([parts()[1], TEXTS["noisy"].probability])
+    task = Documents(chances=chances, row=1.0)
+    tokens, _, mask = map(np.asarray, (batch := task.sample(jax.random.key(0), 20_000)).inputs)
+    drawn = np.bincount(tokens @ 4 ** np.arange(6)[::-1], minlength=4096) / 20_000
+    frequent = chances[1] > 2e-3
+    errors = np.sqrt(chances[1] / 20_000)
+    assert (abs(drawn - chances[1])[frequent] < 5 * errors[frequent]).all()
+    assert abs(mask.mean() - task.rate) < 0.01
+    few = [a[:8] for a in batch.inputs]
+    found = np.asarray(task.posterior(*few))
+    for row in range(8):
+        words = np.zeros((6, 4))
+        for string, p in zip(strings(), chances[1], strict=True):
+            if all(m or a == b for m, a, b in zip(mask[row], tokens[row], string, strict=True)):
+                words[range(6), string] += p
+        np.testing.assert_allclose(found[row], words / words.sum(1, keepdims=True), atol=1e-12)
+
+
+def test_what_models_tend_to_is_least_on_what_they_were_shown():
+    clean, other = parts()[:2]
+    own, uniform, wrong = limits(np.stack([clean, parts()[2], other]), clean)
+    assert 0 < own < 0.05 < uniform < wrong
 
 
 def test_bad_settings_are_named():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.inside_outside.spans import SpanTask, rows
+from constructions.inside_outside.spans import SpanTask
+from constructions.inside_outside.training_data import rows
 from synthetic.grammar import chart
 from synthetic.grammar.examples import named
 from synthetic.grammar.grammar import Grammar

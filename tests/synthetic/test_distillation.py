@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from synthetic.fitting.distillation import Distilled, Taught, teacher_loss
+from synthetic.fitting.distillation import Distilled, Taught, agents, teacher_loss
 from synthetic.fitting.train import Recipe, fit
 from synthetic.grammar import chart
 from synthetic.grammar.examples import named
@@ -175,3 +175,41 @@ def test_an_exact_posterior_keeps_the_gradient_and_takes_the_noise() -> None:
 def test_bad_share_is_named() -> None:
     with pytest.raises(ValueError, match=r"share is 1.5, must be 0 to 1"):
         Distilled(REGRESSION, mean_label, 1.5)
+
+
+def test_linear_agents_that_teach_one_another_become_their_mean(x64: None) -> None:
+    # against gradient descent by autodiff, on inputs of a plane in three dimensions
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(20, 2)) @ rng.normal(size=(2, 3)))
+    start = rng.normal(size=(4, 2, 3))
+    batch = Batch((inputs,), None)
+
+    def loss(own: Array, said: Array) -> Array:
+        return teacher_loss(Linear(), inputs @ own.T, said, batch).mean()
+
+    moved = jnp.asarray(start)
+    for _ in range(30):
+        said = jax.lax.stop_gradient(inputs @ moved.mean(0).T)
+        moved = moved - 0.1 * jax.vmap(jax.grad(loss), (0, None))(moved, said)
+    np.testing.assert_allclose(agents(start, inputs, 0.1, 30), moved, atol=1e-10)
+    last = agents(start, inputs, 0.1, 10**6)
+    ensemble = inputs @ start.mean(0).T
+    np.testing.assert_allclose(inputs @ jnp.swapaxes(last, 1, 2), [ensemble] * 4, atol=1e-10)
+    # off the plane everyone keeps its own
+    normal = np.linalg.svd(inputs)[2][2]
+    np.testing.assert_allclose(last @ normal, start @ normal, atol=1e-10)
+    with pytest.raises(ValueError, match="step is 9.0, must be in"):
+        agents(start, inputs, 9.0, 1)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Values, with the loss of regression."""
+
+    outcome: ClassVar[str] = "values"
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        return Batch((jax.random.normal(key, (batch, 3)),), jnp.zeros((batch, 2)))
+
+    def loss(self, prediction: Array, batch: Batch) -> Array:
+        return 0.5 * ((prediction - batch.target) ** 2).sum(-1)
