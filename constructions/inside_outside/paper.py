@@ -263,7 +263,7 @@ def claims(grammar: Grammar, max_length: int) -> tuple[Claim, ...]:
             ">=",
             f"{_PAPER}, section 3",
             catches=("left children only", *windows),
-            note="Of words that are equally probable one counts, so that a tie can be a miss. A model "
+            note="Of equally probable words one counts, so that a tie can be a miss. A model "
             "of one seed, trained in full, has 0.84 where 30 % of the words are hidden.",
         ),
     )
