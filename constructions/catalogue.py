@@ -67,6 +67,8 @@ class Family:
         measure: (quick, seed) -> the published numbers that need no counterpart of the example,
             beside ours, one after the other; or "module:attribute" of that; None where there are
             none.
+        claims: "module:attribute" of the claims at the example settings, where making the
+            construction would take long.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Family:
     about: str = ""
     source: str = ""
     measure: str | Callable[[bool, int], Iterator[Any]] | None = None
+    claims: str | None = None
 
     @property
     def constructor(self) -> Callable[..., Any]:

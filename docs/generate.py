@@ -3,9 +3,10 @@
     python docs/generate.py FOLDER
 
 FOLDER then holds mkdocs.yml and pages/: the hand-written pages of this folder, one page for every
-family of the catalogue (picture, equations, claims), the table of all claims, the notebooks as they
-were executed, and the reference. Where `make demo` has left its reports, the verdicts are in the
-table and the reports lie beside the pages of the families.
+family of the catalogue (picture, equations, claims), the tables of all claims and of what they
+cover of each paper, the notebooks as they were executed, and the reference. Where `make demo` has
+left its reports, the verdicts are in the table and the reports lie beside the pages of the
+families.
 
 It is also the hook of mkdocs that keeps the address of a script server out of the pages.
 """
@@ -57,6 +58,7 @@ def generate(out: Path, reports: Path = ROOT / "reports") -> Path:
             shutil.copytree(reports / name, pages / "reports" / name)
     constructions = {name: construct(name) for name in CATALOGUE}
     (pages / "claims.md").write_text(claims_page(constructions, found))
+    (pages / "papers.md").write_text(papers_page())
     notebooks = write_notebooks(pages / "notebooks")
     shutil.copy(pages / "families" / f"{FIRST}.png", pages)
     (pages / "first.png").write_bytes(first_figure(ROOT / "notebooks" / NOTEBOOK))
@@ -69,6 +71,7 @@ def generate(out: Path, reports: Path = ROOT / "reports") -> Path:
         {"How to": [f"{name}.md" for name in HOW_TO]},
         {"Families": [{name: f"families/{name}.md"} for name in CATALOGUE]},
         {"Claims": "claims.md"},
+        {"Papers": "papers.md"},
         {"Notebooks": [{title: f"notebooks/{stem}.ipynb"} for stem, title in notebooks.items()]},
         {"Reference": "reference.md"},
     ]
@@ -179,6 +182,29 @@ def claims_page(
         found = claims_table(construction, reports.get(name))
         lines += [f"## {name}", "", f"[The construction](families/{name}.md).", ""]
         lines += [found or "Nothing is claimed at the example settings.", ""]
+    return "\n".join(lines)
+
+
+def papers_page() -> str:
+    """What the ledger holds of each paper, item by item, and what it does not."""
+    from constructions import CATALOGUE
+    from probes.coverage import coverage
+    from probes.report.tables import coverage_cells
+
+    lines = [
+        "# Papers",
+        "",
+        "What the ledger holds of each paper, at what size, and whether it can fail: a claim must "
+        "reject a random model and its near-misses, a number must come out or lie within bounds, "
+        "and a remark decides nothing. `orrery claims --table` prints this.",
+        "",
+    ]
+    found = coverage([*CATALOGUE])
+    for paper in dict.fromkeys(line.paper for line in found):
+        lines += [f"## {source_link(paper) or 'Of no paper'}", ""]
+        rows = [coverage_cells(line) for line in found if line.paper == paper]
+        columns = ("item", "rows", "size", "can fail", "missing")
+        lines += [table(columns, [tuple(" ".join(c.split("\n")) for c in row) for row in rows]), ""]
     return "\n".join(lines)
 
 

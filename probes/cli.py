@@ -42,7 +42,8 @@ from probes.options import (
     write_file,
     write_json,
 )
-from probes.report.commands import Claims, Compare, Demo, Import, Models, check_subject
+from probes.report.claims import Claims
+from probes.report.commands import Compare, Demo, Import, Models, check_subject
 from probes.sweep.command import Sweep
 from synthetic.compilation import forget_programs, keep_programs
 

@@ -26,7 +26,7 @@ M_k the product of these factors, from W_0 = 0 it is gradient descent preconditi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -37,7 +37,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from constructions.core.canonical import canonical_distance, layer_tensors
-from constructions.core.compile import config_of
+from constructions.core.compile import compile_program, config_of
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, concatenate
 from constructions.core.transformer import Transformer
@@ -48,6 +48,9 @@ from constructions.gradient_descent.paper import (
     PUBLISHED_LOSS,
     STEPS_CLAIMS,
     TWO_STEP_CLAIMS,
+    kernel_smoother,
+    least_squares,
+    step_on_the_mean,
 )
 from constructions.inputs import number
 from constructions.regression import Inputs, LinearRegression, Outputs, Queries
@@ -335,7 +338,10 @@ class GradientDescent(LinearRegression):
         return replace(self, steps=self.steps + 1, **sizes)
 
     def near_misses(self) -> dict[str, NearMiss]:
-        """Wrong step sizes, N + 2 for N, a step too many, centred attention, the query as a key."""
+        """Wrong step sizes, N + 2 for N, a step too many, centred attention, the query as a key.
+
+        And rivals, as functions: see `paper.least_squares` and those after it.
+        """
 
         def of(construction: GradientDescent, **changes: Any) -> NearMiss:
             program = construction._program(**({"mixer": "linear", "keys": "context"} | changes))
@@ -358,6 +364,21 @@ class GradientDescent(LinearRegression):
         return {name: NearMiss(of(other).model, self) for name, other in others.items()} | {
             "centred attention": of(self, mixer="centred"),
             "query among the keys, W_0 != 0": of(elsewhere, keys=None),
+            "clipped stream": NearMiss(self._clipped(), self),
+            **{name: NearMiss(rival, self) for name, rival in self._rivals().items()},
+        }
+
+    def _clipped(self) -> Transformer:
+        """The construction's weights, in a stream that keeps no number beyond 1/2."""
+        model = compile_program(self.program, config=config_of(self.program).wide)
+        return Transformer(replace(model.config, clip=0.5), model.arrays())
+
+    def _rivals(self) -> dict[str, Callable[..., Any]]:
+        eta = float(self.step_sizes[0])
+        return {
+            "least squares": least_squares,
+            "kernel smoother": partial(kernel_smoother, scale=eta),
+            "step on the mean": partial(step_on_the_mean, size=eta),
         }
 
     @property

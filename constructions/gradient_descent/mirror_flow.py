@@ -206,5 +206,5 @@ def _measure(seed: int) -> Iterator[Measurement]:
         error = float(np.std(values, ddof=1) / np.sqrt(5))
         yield Measurement(
             name, statement, _PAPER, measured=float(np.mean(values)), error=error, note=note,
-            **decided,
+            **dict[str, Any](decided),
         )  # fmt: skip

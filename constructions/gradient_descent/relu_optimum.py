@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import combinations_with_replacement
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ def _measure(tries: int, seed: int) -> Iterator[Measurement | Remark]:
     rng = np.random.default_rng(seed)
 
     def row(
-        name: str, statement: str, values: list[float], note: str, **bounds: float
+        name: str, statement: str, values: list[float], note: str, **bounds: Any
     ) -> Measurement | Remark:
         error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
         number = float(np.mean(values))

@@ -38,7 +38,7 @@ def measure(quick: bool = False, seed: int = 0, tasks: int = 300) -> Iterator[Me
     """Accuracies, and gains in pairs over the exact posterior of the labelled examples."""
     del quick  # seconds either way
 
-    def row(name: str, statement: str, values: np.ndarray, **bounds: float) -> Measurement | Remark:
+    def row(name: str, statement: str, values: np.ndarray, **bounds: Any) -> Measurement | Remark:
         number, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(tasks))
         if not bounds:
             return Remark(name, statement, _PAPER, number, error)

@@ -435,7 +435,7 @@ class InsideOutside(Construction):
     @property
     def claims(self) -> tuple[Claim, ...]:
         """The paper's statements about masked language models that can be decided exactly."""
-        return claims(self.max_length)
+        return claims(self.grammar, self.max_length)
 
     def tolerance(self, dtype: str) -> float:
         """Every value is a sum of products of non-negative numbers: nothing cancels."""

@@ -2,15 +2,18 @@
 
 The trained counterpart is a masked language model in the shape of BERT. Near-misses, which the
 claims must tell from the construction, parse by another grammar, with half of the outside pass, or
-not at all: they have the exact posterior, but of a window of neighbouring words. On grammars of
-short sentences, such as `toy`, a window of two words on either side is within 0.04 nats of the
-posterior, and what satisfies a claim there need not parse; on `brackets` windows lose.
+not at all: they have the exact posterior, but of a window of neighbouring words, of the bag of
+words, or of the neighbours' tags. On grammars of short sentences, such as `toy`, a window of two
+words on either side is within 0.04 nats of the posterior, and what satisfies a claim there need not
+parse; on `brackets` all of these lose, if 30 % of the words are hidden: of 15 % the bag of words is
+within 0.06 to 0.10 nats, as the bracket that is missing tells which one it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -91,8 +94,14 @@ def window_posterior(grammar: Grammar, words: int) -> Callable[..., Array]:
     Returns:
         (tokens, lengths, mask) -> `[batch, time, word]`, as `word_posterior` has them.
     """
+    return partial(_seen(grammar), jnp.int32(words))
 
-    def guess(tokens: Array, lengths: Array, mask: Array) -> Array:
+
+@lru_cache(maxsize=8)
+def _seen(grammar: Grammar) -> Callable[..., Array]:
+    """`window_posterior` as a function of the number of words too, compiled once for all."""
+
+    def guess(words: Array, tokens: Array, lengths: Array, mask: Array) -> Array:
         times = jnp.arange(tokens.shape[1])
 
         def at(time: Array) -> Array:
@@ -104,24 +113,138 @@ def window_posterior(grammar: Grammar, words: int) -> Callable[..., Array]:
     return compile_once(guess, often=True)
 
 
-def claims(max_length: int) -> tuple[Claim, ...]:
-    """Statements about trained models, on sentences of up to so many words.
+#: The claim "the posterior": so many nats from it.
+NEAR = 0.1
+_WINDOWS = (2, 4)
+#: A bag of words is looked up in all sentences, where they are at most so many.
+MOST_SENTENCES = 2**15
 
-    They must catch the best guess from two words on either side, and from four in sentences of ten
-    words or more, which windows of nine leave something of.
+
+@lru_cache(maxsize=8)
+def all_sentences(
+    grammar: Grammar, max_length: int, most: int = MOST_SENTENCES
+) -> tuple[tuple[int, ...], ...] | None:
+    """Every sentence of at most `max_length` words; None where there are more than `most`."""
+    first = len(grammar.nonterminals)
+    spans: list[dict[int, set[tuple[int, ...]]]] = [{}, {}]
+    for tag, words in enumerate(grammar.emission, start=first):
+        spans[1][tag] = {(int(w),) for w in np.flatnonzero(words)}
+    rules = [tuple(map(int, rule)) for rule in np.argwhere(grammar.rules)]
+    for length in range(2, max_length + 1):
+        spans.append({})
+        for parent, left, right in rules:
+            for split in range(1, length):
+                both = [spans[split].get(left), spans[length - split].get(right)]
+                if both[0] and both[1]:
+                    found = spans[length].setdefault(parent, set())
+                    found |= {a + b for a in both[0] for b in both[1]}
+                    if len(found) > most:
+                        return None
+    roots = np.flatnonzero(grammar.root).tolist()
+    every = {words for span in spans for symbol in roots for words in span.get(symbol, ())}
+    return tuple(sorted(every)) if len(every) <= most else None
+
+
+def bag_posterior(grammar: Grammar, max_length: int) -> Callable[..., Array] | None:
+    """The best guess from the bag of words: P(word at t | which words are seen, length, time).
+
+    Nothing of the order of the visible words is known, but for the places that are hidden. A sum
+    over all sentences, each as probable as the chart has it.
+
+    Returns:
+        (tokens, lengths, mask) -> `[batch, time, word]`, right where words are hidden; None where
+        there are more than `MOST_SENTENCES` sentences.
     """
-    windows = [f"window of {k} words" for k in (2, 4) if max_length >= 2 * k + 2]
+    sentences = all_sentences(grammar, max_length)
+    if sentences is None:
+        return None
+    sizes = np.array([len(words) for words in sentences], np.int32)
+    table = np.zeros((len(sentences), max_length), np.int32)
+    for row, words in zip(table, sentences, strict=True):
+        row[: len(words)] = words
+    chance = jnp.exp(chart.log_z(grammar, table, sizes))
+    hot = jax.nn.one_hot(table, len(grammar.vocabulary), dtype=chance.dtype)
+
+    def one(example: tuple[Array, Array, Array]) -> Array:
+        tokens, length, mask = example
+        time = tokens.shape[0]
+        seen = ((jnp.arange(time) < length) & ~mask).astype(chance.dtype)
+        bag = seen @ jax.nn.one_hot(tokens, hot.shape[-1], dtype=chance.dtype)
+        same = (jnp.einsum("stw,t->sw", hot[:, :time], seen) == bag).all(-1)
+        weight = jnp.where(same & (sizes == length), chance, 0)
+        weight = weight / jnp.maximum(weight.sum(), jnp.finfo(chance.dtype).tiny)
+        return jnp.einsum("s,stw->tw", weight, hot[:, :time])
+
+    def guess(tokens: Array, lengths: Array, mask: Array) -> Array:
+        return jax.lax.map(one, (tokens, lengths, mask))
+
+    return compile_once(guess, often=True)
+
+
+def tags_posterior(grammar: Grammar) -> Callable[..., Array]:
+    """The best guess from the neighbours' tags: P(word at t | tags at t - 1 and t + 1, length, t).
+
+    A visible neighbour has the tag that is most likely for its word, place and length; a hidden one
+    has none. The chart of the same rules over tags in the place of words. Where every word has a
+    tag of its own, as in `brackets`, this is a window of one word.
+    """
+    rest = grammar.nonterminals, grammar.preterminals, grammar.preterminals
+    tagged = Grammar(*rest, grammar.root, grammar.rules, np.eye(len(grammar.preterminals)))
+    emission = jnp.asarray(grammar.emission)
+
+    def guess(tokens: Array, lengths: Array, mask: Array) -> Array:
+        times = jnp.arange(tokens.shape[1])
+
+        def tag(time: Array) -> Array:
+            alone = mask | (times != time)
+            return chart.inside_outside(grammar, tokens, lengths, alone).tag_marginals[:, time]
+
+        tags = jnp.moveaxis(jax.lax.map(tag, times), 0, 1).argmax(-1).astype(tokens.dtype)
+
+        def at(time: Array) -> Array:
+            hidden = mask | (jnp.abs(times - time) != 1)
+            found = chart.inside_outside(tagged, tags, lengths, hidden).word_posterior[:, time]
+            share = emission / jnp.maximum(emission.sum(1, keepdims=True), 1e-30)
+            return found @ share.astype(found.dtype)
+
+        return jnp.moveaxis(jax.lax.map(at, times), 0, 1)
+
+    return compile_once(guess, often=True)
+
+
+def rivals(grammar: Grammar, max_length: int) -> dict[str, Callable[..., Array]]:
+    """Whatever predicts masked words exactly as well as its part of the sentence allows.
+
+    Windows of two words on either side, and of four in sentences that may be twice as long.
+    """
+    found = {
+        f"window of {k} words": window_posterior(grammar, k)
+        for k in _WINDOWS
+        if max_length >= 2 * k
+    }
+    bag = bag_posterior(grammar, max_length)
+    found |= {} if bag is None else {"bag of words": bag}
+    return found | {"neighbours' tags": tags_posterior(grammar)}
+
+
+def claims(grammar: Grammar, max_length: int) -> tuple[Claim, ...]:
+    """Statements about trained models, on sentences of up to so many words, against `rivals`."""
+    windows = [f"window of {k} words" for k in _WINDOWS if max_length >= 2 * k]
+    windows += ["bag of words"] if all_sentences(grammar, max_length) is not None else []
+    windows += ["neighbours' tags"]
     return (
         Claim(
             "the posterior",
             "At hidden words the model is within 0.1 nats of the inside-outside posterior.",
             from_posterior,
-            0.1,
+            NEAR,
             "<=",
             f"{_PAPER}, section 3 (the posterior is the optimum of masked language modelling)",
             catches=("left children only", "uniform words", *windows),
             note="The least loss has this predictor alone; what computes it is another question. "
-            "Rules of equal probability do nearly as well.",
+            "Rules of equal probability do nearly as well. The example hides 30 % of the words, "
+            "since the bag of words became a control, which at 15 % passed; no threshold was "
+            "moved.",
         ),
         Claim(
             "the least loss",
@@ -140,6 +263,8 @@ def claims(max_length: int) -> tuple[Claim, ...]:
             ">=",
             f"{_PAPER}, section 3",
             catches=("left children only", *windows),
+            note="Of equally probable words one counts, so that a tie can be a miss. A model "
+            "of one seed, trained in full, has 0.84 where 30 % of the words are hidden.",
         ),
     )
 
@@ -244,5 +369,5 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
         "every rule alike": with_grammar(rules=alike),
         "uniform words": with_grammar(emission=words),
         "left children only": of(replace(c.program, layers=layers)),
-        **{f"window of {k} words": NearMiss(window_posterior(c.grammar, k), c) for k in (2, 4)},
+        **{name: NearMiss(f, c) for name, f in rivals(c.grammar, c.max_length).items()},
     }

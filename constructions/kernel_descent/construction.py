@@ -44,7 +44,11 @@ from constructions.core.transformer import Transformer, randomise
 from constructions.core.weights import Part
 from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
 from constructions.inputs import number
-from constructions.kernel_descent.paper import FROM_PRIOR_MEAN_CLAIMS, FROM_ZERO_CLAIMS
+from constructions.kernel_descent.paper import (
+    FROM_PRIOR_MEAN_CLAIMS,
+    FROM_ZERO_CLAIMS,
+    waves_by_least_squares,
+)
 from constructions.regression import Inputs, LinearRegression, Outputs, Queries
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.regression import RegressionTask
@@ -395,7 +399,10 @@ class KernelDescent(LinearRegression):
             "shifted features": self._program(shift=0.2),
             "keys that read y": self._program(leak=0.5),
         }
-        return {name: self.near_miss(other) for name, other in near.items()}
+        found = {name: self.near_miss(other) for name, other in near.items()}
+        if isinstance(self.task, SineTask) and self.features is None:
+            found["least squares"] = NearMiss(waves_by_least_squares, self)
+        return found
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -34,7 +34,7 @@ from constructions.core.config import Config
 from constructions.core.program import CAUSAL, Head, Layer, Program
 from constructions.family import Counterpart, Place, Tokens
 from constructions.inputs import number
-from constructions.mesa.paper import DEEP_CLAIMS, ONE_LAW, ONE_STEP_CLAIMS
+from constructions.mesa.paper import COPY, DEEP_CLAIMS, ONE_LAW, ONE_STEP_CLAIMS, last_state
 from constructions.mesa.tokens import (
     CLIP,
     GROUPS,
@@ -206,6 +206,7 @@ class MesaPolynomial(NextState):
             "pairs a state with itself": of(self._program(key="state")),
             "values turned": of(self._program(turn=turn)),
             ONE_LAW: self.one_law(),
+            COPY: NearMiss(last_state, self),
         }
 
     @property

@@ -37,7 +37,7 @@ from constructions.claims import Claim, NearMiss
 from constructions.core.program import CAUSAL, Head, Layer, Mlp, Norm, Program
 from constructions.core.slots import Slots
 from constructions.family import Counterpart, Place
-from constructions.mesa.paper import ONE_LAW, RIDGE_CLAIMS
+from constructions.mesa.paper import COPY, ONE_LAW, RIDGE_CLAIMS, last_state
 from constructions.mesa.polynomial import best_coefficients
 from constructions.mesa.tokens import (
     CODE,
@@ -129,6 +129,7 @@ class MesaRidge(NextState):
             "one gradient step": self.near_miss(self._program(step=step)),
             "pairs a state with itself": self.near_miss(self._program(key="state"), wide),
             ONE_LAW: self.one_law(),
+            COPY: NearMiss(last_state, self),
         }
         if self.tokens == "raw":
             found["no BOS"] = self.near_miss(self._program(bos=False), wide)

@@ -27,7 +27,7 @@ from synthetic.theory.ridge import (
 )
 from synthetic.theory.spectral import Estimate, estimate
 
-SOURCE = "Vladymyrov et al. 2024, Table 1"
+SOURCE = "Vladymyrov et al. 2024, arXiv 2402.14180, Table 1"
 
 COLUMNS: dict[str, NoisyRegressionTask] = {
     **{f"max {s}": NoisyRegressionTask(max_noise=s) for s in range(8)},

@@ -43,6 +43,8 @@ TINT = Family(
     },
     about="A transformer trains another on its input, by gradient descent within one forward pass.",
     source="Panigrahi, Malladi, Xia, Arora 2023, arXiv 2307.01189",
+    measure="constructions.tint.experiments:measure",
+    claims="constructions.tint.paper:CLAIMS",
 )
 
 __getattr__ = lazily(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from tyro.conf import Positional, UseAppendAction, arg
 from probes.options import (
     FAILED,
     OK,
-    Names,
     Settings,
     check_free,
     check_run,
@@ -253,93 +251,6 @@ class Import:
         checked = "as expected" if self.expect else "not checked: --expect would"
         print(f"{self.out}: {count} of {name}, predictions {checked}")
         return OK
-
-
-@dataclass
-class Claims:
-    """Decide the claims of the papers on freshly trained models, with every control.
-
-    Then measure the published numbers that the family's theory and fits of its own give.
-    """
-
-    names: Names = ()
-    """families; all of them if none is named"""
-    quick: bool = False
-    """demonstration settings: a short fit, fewer inputs"""
-    paper: str = ""
-    """only what is said to be of this paper, such as 2212.07677"""
-    item: str = ""
-    """and of this figure, table or statement of it, such as fig3 or "Prop. 1" """
-    seeds: int = 5
-    seed: int = 0
-    settings: Settings = field(default_factory=list)
-    json: Path | None = None
-    """write the ledger as JSON"""
-    overwrite: bool = False
-
-    def run(self) -> int:
-        """Run the command; the exit status."""
-        names, settings = family_names(self.names), parse_settings(self.settings)
-        seeds, found = seed_list(self.seed, self.seeds), {}
-        check_free(self.json, self.overwrite)
-        if self.item and not self.paper:
-            raise ValueError(f"--item {self.item}: --paper must say of which paper")
-        from constructions import CATALOGUE
-        from constructions.measurement import parted
-        from constructions.runs import construct, fit_family
-        from probes.ledger import ledger
-        from probes.report import tables
-        from synthetic.fitting.train import print_progress
-
-        for name in names:
-            asked = [c for c in construct(name, settings).claims if self.about(c.source)]
-            if self.paper and not asked and not cites(CATALOGUE.find(name).source, self.paper):
-                continue
-            rows, measured = [], []
-            if asked or not self.paper:
-                run = fit_family(
-                    name, settings, quick=self.quick, seeds=seeds, progress=print_progress
-                )
-                rows = ledger(
-                    run.construction,
-                    run.models,
-                    seed=self.seed,
-                    batch=FEWER if self.quick else 2**16,
-                    claims=asked if self.paper else None,
-                )
-                tables.show_ledger(name, rows)
-            for row in measurements(name, self.quick, self.seed):
-                if self.about(row.source):
-                    tables.show_progress(row)
-                    measured.append(row)
-            tables.show_measurements(name, measured)
-            decided, remarks = parted(measured)
-            found[name] = {
-                "claims": [row.to_json() for row in rows],
-                "measurements": [row.to_json() for row in decided],
-                "remarks": [row.to_json() for row in remarks],
-            }
-        if self.paper and not any(rows for one in found.values() for rows in one.values()):
-            item = f" --item {self.item}" if self.item else ""
-            raise ValueError(
-                f"--paper {self.paper}{item}: no claim and no measurement of "
-                f"{', '.join(names)} has it in its source"
-            )
-        write_json(self.json, found, self.overwrite)
-        return OK
-
-    def about(self, source: str) -> bool:
-        """Whether something of this source was asked for."""
-        return cites(source, self.paper) and cites(source, self.item)
-
-
-def cites(source: str, words: str) -> bool:
-    """Whether a source has these words: "fig2" is in "figs. 2 and 3" and not in "fig. 21"."""
-
-    def plainly(text: str) -> str:
-        return re.sub(r"[\s.]", "", re.sub(r"\bfigs", "fig", text.lower()))
-
-    return bool(re.search(re.escape(plainly(words)) + r"(?!\d)", plainly(source)))
 
 
 @dataclass

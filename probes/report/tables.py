@@ -12,6 +12,7 @@ from rich.table import Table
 
 from constructions.family import Certificate
 from constructions.measurement import LOCAL, Measurement, Remark, parted
+from probes.coverage import Line
 from probes.ledger import CONSTRUCTION, HOLDS, NOT_APPLICABLE, RANDOM, REFUTED, VOID, Row
 from probes.probe import Result
 from probes.report.page import controls, interval, mean
@@ -115,6 +116,32 @@ def show_measurements(name: str, rows: Sequence[Measurement | Remark]) -> None:
         _show(table)
     for note in dict.fromkeys(row.note for row in rows if row.note):
         print(f"note: {note}")
+
+
+def show_coverage(lines: Sequence[Line]) -> None:
+    """Print what the ledger holds of each paper, a table a paper."""
+    for paper in dict.fromkeys(line.paper for line in lines):
+        title = f"arXiv {paper}" if paper else "of no paper"
+        table = headed_table(title, "item", "rows", "size", "can fail", "missing")
+        for line in lines:
+            if line.paper == paper:
+                table.add_row(*map(escape, coverage_cells(line)))
+        _show(table)
+
+
+def coverage_cells(line: Line) -> tuple[str, str, str, str, str]:
+    """Item; its rows by family; their sizes; whether they can fail; what is missing."""
+    families = dict.fromkeys(row.family for row in line.rows)
+    named = [
+        f"{family}: " + "; ".join(row.name for row in line.rows if row.family == family)
+        for family in families
+    ]
+    named += [f"elsewhere: {line.elsewhere}"] if line.elsewhere else []
+    sizes = "; ".join(dict.fromkeys(row.size for row in line.rows))
+    able = [bool(row.fails) for row in line.rows]
+    fails = "-" if not able else "yes" if all(able) else "some" if any(able) else "remarks only"
+    missing = line.missing or ("" if named else "nothing of it is decided")
+    return line.item, "\n".join(named) or "-", sizes or "-", fails, missing
 
 
 def show_result(result: Result) -> None:

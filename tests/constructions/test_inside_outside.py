@@ -15,7 +15,12 @@ from constructions.core.inventory import counts
 from constructions.inside_outside import InsideOutside
 from constructions.inside_outside.exactness import known
 from constructions.inside_outside.low_rank import LowRank
-from constructions.inside_outside.paper import window_posterior
+from constructions.inside_outside.paper import (
+    all_sentences,
+    bag_posterior,
+    tags_posterior,
+    window_posterior,
+)
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
 
@@ -443,3 +448,50 @@ def test_a_window_knows_what_stands_in_it(words):
         wanted = (1, 0) if words >= distance else (0.3, 0.7)
         np.testing.assert_allclose(row[first], wanted, atol=1e-6)
         np.testing.assert_allclose(row.sum(), 1, atol=1e-6)
+
+
+#: Every word has one tag.
+_AGREE = """
+S -> D X [0.6] | N V [0.4]
+X -> N V [0.5] | N S [0.5]
+D -> 'a' [0.3] | 'the' [0.7]
+N -> 'dog' [0.2] | 'cat' [0.8]
+V -> 'runs' [0.9] | 'sits' [0.1]
+"""
+
+
+@pytest.mark.parametrize("what", ["bag", "tags"])
+def test_less_than_the_sentence_is_known_exactly(what):
+    """Against sums over all strings of words, with their probabilities by the chart, one by one."""
+    g, longest = Grammar.from_text(_AGREE), 5
+    tokens, lengths = g.encode([["a", "dog", "dog", "sits"], ["the", "cat", "runs"]] * 2)
+    tokens = np.pad(tokens, [(0, 0), (0, longest - tokens.shape[1])])
+    hidden = np.zeros(tokens.shape, bool)
+    hidden[0, [0, 3]] = hidden[1, 1] = hidden[2, 1] = hidden[3, [0, 1]] = True
+    rival = bag_posterior(g, longest) if what == "bag" else tags_posterior(g)
+    found = np.asarray(rival(*(jnp.asarray(a) for a in (tokens, lengths, hidden))))
+    kind = g.emission.argmax(0)
+    for row, size in enumerate(lengths):
+        strings = np.array([*product(range(len(g.vocabulary)), repeat=int(size))])
+        chance = np.exp(chart.log_z(g, strings, np.full(len(strings), size)))
+        seen = [t for t in range(size) if not hidden[row, t]]
+        for t in np.flatnonzero(hidden[row]):
+            if what == "bag":
+                kept = [sorted(s[seen]) == sorted(tokens[row, seen]) for s in strings]
+            else:
+                near = [n for n in seen if abs(n - t) == 1]
+                kept = [(kind[s[near]] == kind[tokens[row, near]]).all() for s in strings]
+            wanted = np.bincount(strings[:, t], chance * kept, len(g.vocabulary))
+            np.testing.assert_allclose(found[row, t], wanted / wanted.sum(), atol=1e-6)
+
+
+def test_all_sentences_are_those_with_a_parse():
+    g = Grammar.from_text(_AGREE)
+    found = all_sentences(g, 4)
+    assert found is not None and all_sentences(g, 4, most=len(found) - 1) is None
+    wanted = []
+    for size in range(1, 5):
+        strings = np.array([*product(range(len(g.vocabulary)), repeat=size)])
+        some = np.isfinite(chart.log_z(g, strings, np.full(len(strings), size)))
+        wanted += [tuple(s) for s in strings[some].tolist()]
+    assert sorted(wanted) == list(found)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from constructions.claims import predict
 from constructions.core.evaluate import evaluate
 from constructions.family import verify
 from constructions.kernel_descent import KERNEL_DESCENT, KernelDescent
@@ -175,7 +176,7 @@ def test_near_misses_differ_and_claims_name_them(start):
     reference = apply(c.compile().model, *batch.inputs)
     for name, (model, base) in near.items():
         assert base == c
-        prediction = apply(model, *batch.inputs)
+        prediction = predict(c, model, *batch.inputs)
         assert prediction.shape == reference.shape
         assert relative(prediction, np.asarray(reference)) > 0.05, name
     assert len({claim.name for claim in c.claims}) == len(c.claims) > 2

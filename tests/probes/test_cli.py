@@ -19,14 +19,14 @@ import jax
 import pytest
 
 from constructions import CATALOGUE
-from constructions.claims import Measurement
 from constructions.family import Certificate, Error, verify
+from constructions.measurement import Measurement, Remark
 from constructions.runs import construct, load_run, plain_settings
 from probes import PROBES
 from probes.cli import installed_version, main
+from probes.coverage import cites
 from probes.ledger import ledger
 from probes.options import parse_settings
-from probes.report.commands import cites
 from synthetic.grammar.grammar import Grammar
 
 NAME = "gradient-descent"
@@ -230,7 +230,8 @@ def test_claims_are_the_ledgers(monkeypatch: Any, tmp_path: Path, run: Path, cap
         Measurement("another", "It is 3.", "fig. 2", 3.0, 2.0, tolerance=0.1, better="<="),
         Measurement("a third", "It is 4.", "fig. 3", 4.0, 5.0, note="why it differs"),
     ]
-    family = replace(CATALOGUE[NAME], measure=lambda quick, seed: iter(measurements))
+    remark = Remark("aside", "It is 5.", "fig. 4", 5.0)
+    family = replace(CATALOGUE[NAME], measure=lambda quick, seed: iter([*measurements, remark]))
     monkeypatch.setitem(CATALOGUE, NAME, family)
     file = tmp_path / "c.json"
     assert main(["claims", NAME, "--quick", "--seeds", "2", "--json", str(file)]) == 0
@@ -238,13 +239,14 @@ def test_claims_are_the_ledgers(monkeypatch: Any, tmp_path: Path, run: Path, cap
     written = json.loads(file.read_text())[NAME]
     found, measured = written["claims"], written["measurements"]
     assert measured == [m.to_json() for m in measurements]
+    assert written["remarks"] == [remark.to_json()]
     assert [r["verdict"] for r in found] == [row.verdict for row in expected]
     assert [r["claim"]["name"] for r in found] == [row.claim.name for row in expected]
     out = capsys.readouterr().out
     assert all(row.claim.name in out for row in expected)
     # 20 steps teach nothing: a ledger that cannot refute would be no ledger
     assert "refuted" in {r["verdict"] for r in found}
-    for said in ("one number", "reproduced", "better", "differs", "note: why it differs"):
+    for said in ("one number", "reproduced", "better", "differs", "note: why it differs", "aside"):
         assert said in out
 
 

@@ -106,7 +106,13 @@ def test_every_near_miss_fails_the_claims_that_must_catch_it(rows):
             assert not row.claim.holds(row.values[name]), (row.claim.name, name)
             caught.setdefault(name, []).append(row.claim.name)
     assert set(caught) == set(small().near_misses())
+    # these tell "equal predictions", "equal weights" and "every subset" apart
+    telling = {"clipped stream": ["equal predictions"], "step on the mean": ["every subset"]}
+    assert {name: caught.pop(name) for name in telling} == telling
     assert all(len(claims) >= 3 for claims in caught.values()), caught
+    apart = {"step on the mean": "equal predictions", "clipped stream": "equal weights"}
+    apart["query among the keys, W_0 != 0"] = "every subset"
+    assert all(rows[claim].claim.holds(rows[claim].values[n]) for n, claim in apart.items())
 
 
 def test_a_cosine_cannot_see_a_scale(rows):

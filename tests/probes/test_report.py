@@ -102,12 +102,12 @@ def test_nothing_outside_is_asked_for(out: Path) -> None:
 
 def test_figures_have_words_beside_them(out: Path) -> None:
     images = [a for tag, a in page(out).tags if tag == "img"]
-    assert len(images) == 7
+    assert len(images) == 8
     assert "yⱼ" in (images[0]["alt"] or ""), "the program comes first, as equations"
     assert all(len(a["alt"] or "") > 20 for a in images)
     assert page(out).text.count("Gauge-fixed weights") == 1
     files = sorted(p.name for p in (out / "figures").glob("*.png"))
-    assert len(files) == 7
+    assert len(files) == 8
     assert all((out / "figures" / f).read_bytes().startswith(b"\x89PNG") for f in files)
 
 

@@ -220,6 +220,15 @@ def test_every_step_helps_and_deep_descent_converges():
 
 
 @pytest.mark.slow
+def test_the_published_loss_of_two_layers_is_a_poorer_optimum():
+    """Table 1 of arXiv 2402.14180 has .341 for GD++, where the least loss is .268."""
+    found = optimal_descent(LAYERS_20, 2, shared=False, curvature=True, contexts=40_000)
+    assert found.loss == pytest.approx(0.2677, rel=0.02)
+    assert min(abs(loss / 0.3413 - 1) for loss in found.poorer) < 0.02
+    assert min(found.poorer) > 1.01 * found.loss
+
+
+@pytest.mark.slow
 def test_noise_bounds_descent_by_ridge():
     task = RegressionTask(10, 20, inputs=Gaussian(), noise=3 / 3**0.5)
     found = optimal_descent(task, 3, shared=False, curvature=True, contexts=10_000, starts=2)
