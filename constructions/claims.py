@@ -24,8 +24,6 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike
 
 from constructions.core.transformer import Transformer
-from constructions.measurement import Measurement as Measurement
-from constructions.measurement import Remark as Remark
 from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 

@@ -22,7 +22,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from constructions.certificate import Certificate, Error, assert_exact, check_settings, verify
-from constructions.claims import Claim, Measurement, NearMiss
+from constructions.claims import Claim, NearMiss
 from constructions.core.compile import compile_program, config_of
 from constructions.core.config import Config
 from constructions.core.embedding import Gauge, Place, Stream, Tokens, make_stream
@@ -51,7 +51,6 @@ __all__ = [
     "Counterpart",
     "Error",
     "Gauge",
-    "Measurement",
     "NearMiss",
     "Place",
     "Stream",

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from constructions.claims import Measurement
+from constructions.measurement import Measurement
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
 

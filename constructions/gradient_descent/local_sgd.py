@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from constructions.claims import Measurement
+from constructions.measurement import Measurement
 from synthetic.tasks.regression import RegressionTask
 from synthetic.theory.one_layer import gradient_descent_loss, optimal_step_size
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from constructions.claims import Measurement, Remark, predict
+from constructions.claims import predict
 from constructions.core.compile import compile_program, config_of
 from constructions.core.config import NormConfig
 from constructions.core.program import Layer
@@ -31,6 +31,7 @@ from constructions.gradient_descent import (
 )
 from constructions.gradient_descent.construction import GradientDescent
 from constructions.gradient_descent.hedge import Hedge
+from constructions.measurement import Measurement, Remark
 from synthetic.fitting.distillation import agents
 from synthetic.fitting.train import fit
 from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 from scipy.optimize import linprog
 
-from constructions.claims import Measurement
+from constructions.measurement import Measurement
 from synthetic.tasks.regression import Gaussian, RegressionTask
 from synthetic.theory.one_layer import gram_tensor, one_layer_excess
 

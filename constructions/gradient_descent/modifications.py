@@ -35,7 +35,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from constructions.claims import Measurement, Remark
 from constructions.core.compile import untrained
 from constructions.core.config import (
     Config,
@@ -46,6 +45,7 @@ from constructions.core.program import CAUSAL, EVERYWHERE
 from constructions.core.transformer import Transformer, randomise
 from constructions.family import Counterpart
 from constructions.gradient_descent.construction import GradientDescent
+from constructions.measurement import Measurement, Remark
 from synthetic.fitting.recipe import Recipe
 
 _PAPER = "Narang et al. 2021, arXiv 2102.11972"

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike
 from scipy.optimize import nnls
 
-from constructions.claims import Measurement, Remark
+from constructions.measurement import Measurement, Remark
 
 _PAPER = "Matena and Raffel 2022, arXiv 2210.00176"
 

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from constructions.claims import Measurement, Remark, predict
+from constructions.claims import predict
 from constructions.hyper_transformer.prototypes import HyperPrototypes
+from constructions.measurement import Measurement, Remark
 
 _PAPER = "after Zhmoginov et al. 2022, arXiv 2201.04182"
 _SIZES: dict[str, Any] = {"dim": 20, "classes": 5, "shots": 1, "queries": 20, "spread": 0.7}

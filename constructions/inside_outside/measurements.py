@@ -8,7 +8,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from constructions.claims import Measurement, Remark
 from constructions.core.inventory import counts
 from constructions.inside_outside import training_data
 from constructions.inside_outside.construction import InsideOutside
@@ -19,6 +18,7 @@ from constructions.inside_outside.paper import (
     tags_posterior,
     window_posterior,
 )
+from constructions.measurement import Measurement, Remark
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
 

@@ -18,7 +18,6 @@ import numpy as np
 from jax import Array
 from scipy import stats
 
-from constructions.claims import Measurement, Remark
 from constructions.core.transformer import Transformer
 from constructions.inside_outside.construction import InsideOutside
 from constructions.inside_outside.pruning import (
@@ -33,6 +32,7 @@ from constructions.inside_outside.pruning import (
     ways,
 )
 from constructions.inside_outside.spans import SpanTask
+from constructions.measurement import Measurement, Remark
 from synthetic.fitting.recipe import Recipe
 from synthetic.fitting.train import fit
 from synthetic.grammar.examples import named

@@ -37,7 +37,7 @@ import numpy as np
 import optax
 from scipy import stats
 
-from constructions.claims import Measurement
+from constructions.measurement import Measurement
 
 _PAPER = "Saunshi et al. 2022, arXiv 2202.14037"
 _SCALES = np.array([1.0, 1 / 3])

@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike
 
-from constructions.claims import Measurement, Remark
 from constructions.core.transformer import Transformer
+from constructions.measurement import Measurement, Remark
 from constructions.mesa.polynomial import best_coefficients, predictions
 from constructions.mesa.ridge import ridge_predictions
 from constructions.mesa.tokens import NextState, shifted

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from constructions.claims import Measurement, Remark
 from constructions.core.transformer import Transformer, randomise
+from constructions.measurement import Measurement, Remark
 from constructions.mesa.models import (
     between,
     compressed,

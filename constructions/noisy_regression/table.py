@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from constructions.claims import Measurement, Remark
+from constructions.measurement import Measurement, Remark
 from constructions.noisy_regression.fitting import Layers, fit, held_out_loss
 from constructions.noisy_regression.full import fit_full
 from synthetic.tasks.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts

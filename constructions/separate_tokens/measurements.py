@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from constructions.claims import Measurement, predict
+from constructions.claims import predict
+from constructions.measurement import Measurement
 from constructions.separate_tokens.construction import SeparateTokens
 
 _PAPER = "von Oswald et al. 2022, arXiv 2212.07677, fig. 5"

@@ -24,11 +24,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from constructions.claims import Claim, Measurement, NearMiss
+from constructions.claims import Claim, NearMiss
 from constructions.core.program import Head, Layer, Mlp, Program, erase
 from constructions.core.slots import Slots, constant
 from constructions.family import Construction, Counterpart, Place, Tokens
 from constructions.inputs import INTEGERS, Input
+from constructions.measurement import Measurement
 from constructions.skills.paper import CLAIMS, MIX
 from synthetic.fitting.recipe import Recipe
 from synthetic.tasks.skills import SkillTask

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from probes.style import BLUE, GREY, ORANGE, VERMILION, Picture, in_style, plain, png
-from synthetic.files import atomic
+from synthetic.files import atomic, parse_json
 
 #: Of the records on disk; one of another version is made anew.
 VERSION = 1
@@ -115,7 +115,7 @@ def run(
 def read_record(path: Path) -> Record:
     """A record on disk; ValueError where it is none."""
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_bytes())
         if not {"version", "batch", "methods", "truth"} <= set(found):
             raise ValueError("fields are missing")
     except (ValueError, TypeError) as error:

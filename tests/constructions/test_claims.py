@@ -2,9 +2,9 @@
 
 import pytest
 
-from constructions.claims import Claim, Measurement, NearMiss
+from constructions.claims import Claim, NearMiss
 from constructions.gradient_descent import GradientDescent
-from constructions.measurement import LOCAL, Remark, parted
+from constructions.measurement import LOCAL, Measurement, Remark, parted
 
 
 def verdict(measured, published=2.0, **others):

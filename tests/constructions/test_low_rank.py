@@ -262,5 +262,6 @@ def test_settings_as_plain_data(parts):
     """The settings of a run are JSON: a reduced construction is rebuilt from them."""
     c, low = parts
     data = {"grammar": c.grammar.to_json(), "max_length": 5, "reduction": low.reduction.to_json()}
+    data["masking"] = c.masking
     again = construct("inside-outside", plain_settings("inside-outside", data))
     assert again == low and hash(again) == hash(low)

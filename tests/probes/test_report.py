@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.claims import Measurement
 from constructions.core.canonical import canonical
+from constructions.measurement import Measurement
 from constructions.runs import fit_family
 from probes.cli import main
 from probes.ledger import decide

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from constructions.certificate import Certificate, Error
-from constructions.claims import Claim, Measurement
+from constructions.claims import Claim
 from constructions.core.config import Config
 from constructions.core.inventory import Components, Part
+from constructions.measurement import Measurement
 from probes.ledger import decide
 from probes.probe import table
 from probes.report.data import Comparison
