@@ -26,6 +26,7 @@ from constructions.interchange.export import export
 from probes.bench.methods import Found
 from probes.bench.scores import score, truth_of
 from probes.bench.subjects import Subject, make_subject, supports
+from synthetic.files import parse_json
 
 README = """# Which heads have a job, and which values are used from where?
 
@@ -137,7 +138,7 @@ def score_answers(path: Path) -> list[dict[str, Any]]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     except ValueError as error:
