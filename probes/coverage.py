@@ -226,7 +226,7 @@ ITEMS: Mapping[str, Sequence[Item]] = {
         Item("Prop. 2", elsewhere="certificate and tests of kernel-descent"),
         Item("Prop. 3", elsewhere="certificate and tests of separate-tokens"),
         Item("fig. 1", "damping .875"),
-        Item("fig. 2", "the sweep over N = N_x"),
+        Item("fig. 2", elsewhere="benchmarks/sweeps.py: the sweep over N = N_x, kept"),
         Item("fig. 3", "the gamma of each of five layers: claims there are on functions alone"),
         Item("fig. 4", "the meta-learned MLP beside it"),
         Item("fig. 5", "when in training the copy appears"),

@@ -250,7 +250,8 @@ def figure_scaled(curve: ScaleCurve) -> Picture:
             f" If the claim were false: of {len(far)} near-misses, in grey, the closest "
             f"({nearest}) is {percent(far[nearest])} away."
         )
-    alt = "Loss against the scale of the inputs, construction, trained and near-misses."
+    others = ", trained and near-misses." if curve.near_misses else " and trained."
+    alt = f"Loss against the scale of the inputs, construction{others}"
     title = "Does it fail where the algorithm fails?"
     return Picture("scale", title, caption, alt, png(drawing))
 

@@ -65,10 +65,11 @@ class Path:
 
 @dataclass(frozen=True)
 class Paths:
-    """The heads of the construction and of every trained model."""
+    """The heads of the construction, of a model with random weights, and of every trained model."""
 
     lanes: list[str]
     construction: list[Path]
+    random: list[Path]
     trained: list[list[Path]]
 
 
@@ -85,7 +86,9 @@ def lanes_of(construction: Any) -> dict[str, np.ndarray]:
     return {name: np.array(columns) for name, columns in found.items()}
 
 
-def shares(vectors: np.ndarray, sizes: np.ndarray, lanes: Mapping[str, np.ndarray]) -> dict:
+def shares(
+    vectors: np.ndarray, sizes: np.ndarray, lanes: Mapping[str, np.ndarray]
+) -> dict[str, float]:
     """Lane -> share of singular vectors `[column, k]` that count by their sizes `[k]`."""
     columns = (vectors**2 @ sizes) / max(sizes.sum(), np.finfo(float).tiny)
     found = {name: float(columns[own].sum()) for name, own in lanes.items()}
@@ -132,12 +135,16 @@ def measure(run: Run, seed: int, batch: int = 256) -> Result:
     """Shares of every head, of construction and trained models, on `batch` inputs."""
     construction = run.construction
     reference = compiled_like(construction, run.models[0])
-    inputs = construction.sample(jax.random.key(seed), batch)
-    built, *trained = (paths(construction, m, inputs) for m in (reference, *run.models))
+    key, random_key = jax.random.split(jax.random.key(seed))
+    inputs = construction.sample(key, batch)
+    random = construction.random_weights(1.0, run.models[0])(random_key)
+    models = (reference, random, *run.models)
+    built, unfitted, *trained = (paths(construction, m, inputs) for m in models)
     lanes = list(lanes_of(construction))
-    found = Paths(lanes, built, trained)
+    found = Paths(lanes, built, unfitted, trained)
     rows, values = [], []
-    for who, heads in zip(("construction", *seed_names(run)), (built, *trained), strict=True):
+    names = ("construction", "random init", *seed_names(run))
+    for who, heads in zip(names, (built, unfitted, *trained), strict=True):
         for head in heads:
             for role in ROLES:
                 rows.append(f"{who}, layer {head.layer}, head {head.head + 1}: {role}")
@@ -153,8 +160,8 @@ def measure(run: Run, seed: int, batch: int = 256) -> Result:
     )
 
 
-def agreement(found: Paths) -> list[float]:
-    """Of every trained model: the share that lies in slots where the construction has some.
+def agreement(found: Paths, models: Sequence[Sequence[Path]]) -> list[float]:
+    """Of every model's heads: the share that lies in slots where the construction has some.
 
     The mean over layers and roles, heads by their size.
     """
@@ -169,7 +176,7 @@ def agreement(found: Paths) -> list[float]:
 
     layers = sorted({head.layer for head in found.construction})
     result = []
-    for heads in found.trained:
+    for heads in models:
         each = []
         for layer in layers:
             for role in ROLES:
@@ -194,14 +201,13 @@ def figure(found: Paths) -> Picture:
         _draw(axis, lanes, own, colour)
         axis.set_title(title)
     axes[1].set_yticklabels([])
-    close = agreement(found)
+    (chance,), close = agreement(found, [found.random]), agreement(found, found.trained)
     caption = (
         "What every head reads as query (q), key (k) and value (v), and where it writes: a line is "
         "as wide as the slot's share in the head's products, and shares below "
         f"{percent(FAINT)} are left out. Circles are as large as the head's part in its layer. Of "
-        f"the trained models' shares {span(close, percent)} lie where the construction has some. A "
-        "model that computed something else, from other slots, would have lines where the "
-        "construction has none."
+        f"the trained models' shares {span(close, percent)} lie where the construction has some, "
+        f"of a model with random weights {percent(chance)}."
     )
     alt = "Slots as lanes, heads as circles, lines between them; construction and trained model."
     title = "Do heads read and write the same slots?"

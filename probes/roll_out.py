@@ -328,9 +328,10 @@ def figure(data: RollOut) -> Picture:
             f"{number(data.dampings[-1])}, the closest ({nearest}) is {percent(far[nearest])} "
             "away."
         )
+    others = ", and near-misses" if data.near_misses else ""
     alt = (
-        "Loss against the number of applications, construction and trained at two dampings, and "
-        "near-misses."
+        "Loss against the number of applications, construction and trained at two dampings"
+        f"{others}."
     )
     title = "Does the layer go on as the algorithm would?"
     return Picture("roll-out", title, caption, alt, png(drawing))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from probes.style import BLUE, GREY, ORANGE, VERMILION, Picture, in_style, plain, png
-from synthetic.files import atomic, parse_json
+from probes.report.index import sources, templates, write_json
+from probes.style import BLUE, VERMILION, Picture, in_style, plain, png
+from synthetic.files import parse_json
 
-#: Of the records on disk; one of another version is made anew.
-VERSION = 1
 TASKS = {
     "heads": "Which heads have a job? Average precision over all heads",
     "sites": "Which values are used from where? Average precision over values, layers and kinds",
@@ -63,7 +59,7 @@ def record_of(family: str, disguise: str, seed: int, methods: Sequence[str], bat
         },
     }
     about = {
-        "version": VERSION,
+        "made by": sources(),
         "family": family,
         "disguise": disguise,
         "seed": seed,
@@ -81,7 +77,7 @@ def run(
     out: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Record]:
-    """The records of all subjects; with a folder, those that lie there already are not made again.
+    """The records of all subjects; with a folder, those that these sources left are not made again.
 
     ValueError where a file of the folder is no record.
     """
@@ -93,7 +89,7 @@ def run(
     for number, (family, disguise, seed) in enumerate(wanted, start=1):
         path = None if out is None else out / "subjects" / f"{family}.{disguise}.{seed}.json"
         known = read_record(path) if path is not None and path.exists() else None
-        if known is not None and (known["version"], known["batch"]) != (VERSION, batch):
+        if known is not None and (known["made by"], known["batch"]) != (sources(), batch):
             known = None
         missing = [name for name in methods if known is None or name not in known["methods"]]
         if missing:
@@ -104,8 +100,7 @@ def run(
             known = found
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic(path) as partial:
-                    partial.write_text(json.dumps(found, allow_nan=False))
+                write_json(path, found)
         assert known is not None
         kept = {name: known["methods"][name] for name in methods}
         records.append(known | {"methods": kept})
@@ -116,7 +111,7 @@ def read_record(path: Path) -> Record:
     """A record on disk; ValueError where it is none."""
     try:
         found = parse_json(path.read_bytes())
-        if not {"version", "batch", "methods", "truth"} <= set(found):
+        if not {"made by", "batch", "methods", "truth"} <= set(found):
             raise ValueError("fields are missing")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: no record of a subject ({error}); remove it") from None
@@ -277,6 +272,7 @@ def to_json(card: dict[str, Any]) -> dict[str, Any]:
     return plain(value(card))
 
 
+STYLES = {"good": "green", "fair": "yellow", "poor": "red"}
 MORE = ("distracted", "missed", "angle", "runs", "seconds")
 
 
@@ -296,19 +292,22 @@ def show(card: dict[str, Any]) -> None:
         table = headed_table(title, "method", *card["disguises"], "other basis", *MORE)
         for method, row in card["tables"][task].items():
             cells = [
-                Text(str(row[d]), style=_tone(row[d])) if row.get(d) else Text("")
+                Text(str(row[d]), style=STYLES[_tone(row[d])]) if row.get(d) else Text("")
                 for d in card["disguises"]
             ]
             basis = row.get("other basis")
             cells.append(Text(_moves(basis)))
             for name in MORE:
                 entry = row.get(name)
-                digits = 0 if name in ("angle", "runs") else 2
-                cells.append(Text("" if entry is None else f"{entry.mean:.{digits}f}"))
+                cells.append(Text("" if entry is None else _cost(name, entry)))
             table.add_row(method, *cells)
         console.print(table)
     for title, text in card["findings"]:
         console.print(f"{title}: {text}", markup=False)
+
+
+def _cost(name: str, entry: Cell) -> str:
+    return f"{entry.mean:.{0 if name in ('angle', 'runs') else 2}f}"
 
 
 def _moves(basis: float | None) -> str:
@@ -316,7 +315,7 @@ def _moves(basis: float | None) -> str:
 
 
 def _tone(entry: Cell) -> str:
-    return "green" if entry.mean >= 0.95 else "yellow" if entry.mean >= 0.75 else "red"
+    return "good" if entry.mean >= 0.95 else "fair" if entry.mean >= 0.75 else "poor"
 
 
 def worst(records: Sequence[Record], method: str, task: str) -> Record | None:
@@ -362,69 +361,32 @@ def page(card: dict[str, Any], records: Sequence[Record]) -> str:
     from probes.bench.disguises import DISGUISES
     from probes.bench.methods import METHODS
 
-    parts = [_HEAD, "<h1>How well do methods find mechanisms that are known?</h1>"]
-    parts.append(
-        "<p>{subjects} hand-written transformers of {families} families, disguised; {seeds} seeds. "
-        "Numbers are average precisions with 95 % intervals over seeds; 1 is a perfect order. "
-        "Other basis: how far answers move with the basis, in units of the largest. "
-        "Distracted: the share of planted parts among as many at the top as are true. "
-        "Missed: the share of true parts that score below 1 % of the largest. "
-        "Angle: degrees between found and true subspaces. "
-        "Runs: of the model over the batch.</p>".format(**card)
-    )
-    for task, title in TASKS.items():
-        head = "".join(
-            f"<th>{html.escape(c)}</th>"
-            for c in ("method", *card["disguises"], "other basis", *MORE)
-        )
-        parts.append(f"<h2>{html.escape(title)}</h2><div class=wide><table><tr>{head}</tr>")
-        for method, row in card["tables"][task].items():
-            cells = [f"<th scope=row>{html.escape(method)}</th>"]
-            for disguise in card["disguises"]:
-                entry = row.get(disguise)
-                colour = _COLOURS[_tone(entry)] if entry else "none"
-                cells.append(f"<td style='background:{colour}'>{entry or ''}</td>")
-            basis = row.get("other basis")
-            cells.append(f"<td>{_moves(basis)}</td>")
-            for name in MORE:
-                digits = 0 if name in ("angle", "runs") else 2
-                cells.append(f"<td>{f'{row[name].mean:.{digits}f}' if row.get(name) else ''}</td>")
-            parts.append(f"<tr>{''.join(cells)}</tr>")
-        parts.append("</table></div>")
-    parts.append("<h2>Known findings</h2><ul>")
-    parts += [
-        f"<li><b>{html.escape(t)}</b>: {html.escape(text)}</li>" for t, text in card["findings"]
+    def shown(row: dict[str, Any]) -> list[tuple[str, str]]:
+        """Text and tone of every cell but the first."""
+        scores = [(str(c), _tone(c)) if (c := row.get(d)) else ("", "") for d in card["disguises"]]
+        costs = [("" if row.get(n) is None else _cost(n, row[n]), "") for n in MORE]
+        return [*scores, (_moves(row.get("other basis")), ""), *costs]
+
+    tables = [
+        (title, [(method, shown(row)) for method, row in card["tables"][task].items()])
+        for task, title in TASKS.items()
     ]
-    parts.append("</ul><h2>Disguises</h2><dl>")
-    shown = [d for d in DISGUISES if d in card["disguises"]]
-    parts += [f"<dt>{d}</dt><dd>{html.escape(DISGUISES[d])}</dd>" for d in shown]
-    parts.append("</dl><h2>Where each method fails</h2><div class=figures>")
-    for method in METHODS:
-        for task in TASKS:
-            record = worst(records, method, task)
-            if record is None or method in ("chance", "true subspace"):
-                continue
-            picture = failure(record, method, task)
-            image = base64.b64encode(picture.png).decode()
-            why = html.escape(METHODS[method].fails)
-            parts.append(
-                f"<figure><img src='data:image/png;base64,{image}' "
-                f"alt='{html.escape(picture.alt)}'>"
-                f"<figcaption><b>{html.escape(picture.title)}</b>. {picture.caption} {why}"
-                "</figcaption></figure>"
-            )
-    parts.append("</div></body></html>")
-    return "\n".join(parts)
-
-
-_COLOURS = {"green": "#b7e1cd", "yellow": "#fce8b2", "red": "#f4c7c3"}
-_HEAD = f"""<!doctype html><html lang=en><head><meta charset=utf-8>
-<meta name=viewport content="width=device-width"><title>orrery bench</title><style>
-body {{font: 15px/1.45 sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em}}
-table {{border-collapse: collapse; font-size: 13px}} .wide {{overflow-x: auto}}
-td, th {{padding: .25em .5em; border-bottom: 1px solid {GREY}; text-align: right}}
-th:first-child {{text-align: left}} dt {{font-weight: bold; border-left: 3px solid {ORANGE};
-padding-left: .4em}} .figures {{display: grid; gap: 1em;
-grid-template-columns: repeat(auto-fill, minmax(420px, 1fr))}} figure {{margin: 0}}
-img {{max-width: 100%}} figcaption {{font-size: 13px}}
-</style></head><body>"""
+    failures = [
+        (failure(record, method, task), METHODS[method].fails)
+        for method in METHODS
+        for task in TASKS
+        if method not in ("chance", "true subspace")
+        and (record := worst(records, method, task)) is not None
+    ]
+    return (
+        templates()
+        .get_template("bench.html.j2")
+        .render(
+            title="orrery bench",
+            card=card,
+            columns=("method", *card["disguises"], "other basis", *MORE),
+            tables=tables,
+            disguises={name: DISGUISES[name] for name in DISGUISES if name in card["disguises"]},
+            failures=failures,
+        )
+    )

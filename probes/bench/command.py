@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from probes.options import OK, check_seed, duration, seed_list, write_file, write_json
+from probes.report.index import PAGE
 from synthetic.files import check_writable
 
 #: What --quick asks: families of linear, centred and softmax heads, disguises that tell most apart.
@@ -40,7 +41,7 @@ class Bench:
     quick: bool = False
     """three families, four disguises, one seed"""
     out: Path | None = None
-    """keep scores of every subject, card.json and index.html in this folder"""
+    """keep scores of every subject, card.json and report.html in this folder"""
     export: Path | None = None
     """write the subjects as Hugging Face folders for methods of others, and ask nothing"""
     score: Path | None = None
@@ -95,8 +96,8 @@ class Bench:
             if self.out is not None:
                 self.out.mkdir(parents=True, exist_ok=True)
                 write_json(self.out / "card.json", to_json(card), True)
-                write_file(self.out / "index.html", page(card, records).encode())
-                _say(f"{self.out / 'index.html'}")
+                write_file(self.out / PAGE, page(card, records).encode())
+                print(self.out / PAGE)
         return OK
 
 

@@ -253,6 +253,12 @@ def test_a_card_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch) -> None:
     assert table["zero ablation"]["backup"].mean < 1
     html = card.page(card.card_of(again), again)
     assert html.count("<figure>") == 2 and "zero ablation" in html
+    assert html.count('class="poor"') >= 1 and "prefers-color-scheme: dark" in html
+    said: list[str] = []
+    monkeypatch.setattr(card, "record_of", lambda *_: first[0])
+    monkeypatch.setattr(card, "sources", lambda: "another version")
+    card.run(*asked, said.append)
+    assert len(said) == len(first)  # what other sources made is made anew
     (tmp_path / "subjects" / f"{FAMILY}.bare.0.json").write_text("{")
     with pytest.raises(ValueError, match="no record of a subject"):
         card.run(*asked)
