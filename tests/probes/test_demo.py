@@ -93,7 +93,8 @@ class InOtherProcesses(Demo):
     """A demonstration whose reports cost nothing, but for one that cannot be made."""
 
     def report(self, index: Index, name: str) -> Entry:
-        time.sleep(0.2)  # so that no process takes all of them
+        # so that no process takes all of them; and so that one is at work when another fails
+        time.sleep(4 if self.seed and name == "1" else 0.2)
         if name == str(self.seed):
             raise ValueError(f"{name}: cannot be made")
         page = write_report(comparison(name), self.out / name, overwrite=True)
@@ -109,9 +110,10 @@ def test_reports_are_shared_out_to_processes(tmp_path: Path, capsys: Any) -> Non
     assert len(made_by) == 2 and f"made by {os.getpid()}" not in made_by
     assert "4 of 4 are there, done" in capsys.readouterr().err
     index.found.clear()
+    out = tmp_path / "ended"
     with pytest.raises(ValueError, match="2: cannot be made"):
-        InOtherProcesses(tmp_path, seed=2, workers=2).share_out(index, 2)
-    assert not active_children()
+        InOtherProcesses(out, seed=2, workers=2).share_out(index, 2)
+    assert not active_children() and not (out / "1").exists()  # the others are ended
 
 
 @pytest.mark.parametrize("change", ["seed", "seeds", "sources", "damaged"])

@@ -42,6 +42,10 @@ def test_shares_are_the_same_in_every_basis() -> None:
     construction = construct("separate-tokens", {"dim_x": 2, "num_examples": 3, "queries": 2})
     base = construction.in_trained_shape()
     model = construction.random_weights(0.5, base)(jax.random.key(1))
+    first = paths(construction, model, construction.sample(jax.random.key(5), 8))[0].shares
+    # every weight of the layer is drawn, and the buffer is empty before it
+    for role, empty in (("query", True), ("key", True), ("value", True), ("write", False)):
+        assert (first[role]["buffer"] < 1e-12) == empty
     other = change_value_basis(change_key_basis(model, jax.random.key(2)), jax.random.key(4))
     inputs = construction.sample(jax.random.key(3), 8)
     for one, two in zip(

@@ -329,8 +329,8 @@ def test_families_and_summary_of_the_kept_sweeps(monkeypatch: Any) -> None:
     assert deviations == pytest.approx([0.25, 0.354, 0.5, 0.707, 1], rel=0.03)
     sweep = Sweep("gradient-descent", {"dim_x": (2, 3)}, seeds=(0, 1))
     rows = [
-        {"point": 0, "dim_x": 2, "seed": 0, "loss": 1.1, "construction": 1.0, "failed": None},
-        {"point": 0, "dim_x": 2, "seed": 1, "loss": 1.3, "construction": 1.0, "failed": None},
+        {"point": 0, "dim_x": 2, "seed": 0, "loss": 2.2, "construction": 2.0, "failed": None},
+        {"point": 0, "dim_x": 2, "seed": 1, "loss": 2.6, "construction": 2.0, "failed": None},
         {"point": 1, "dim_x": 3, "seed": 0, "loss": None, "construction": None, "failed": "NaN"},
     ]
     (line,) = sweeps.summary(sweep, rows)
