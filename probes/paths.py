@@ -11,7 +11,8 @@ have singular values that no basis changes, and slot s has the share
     query  sum_k S_k |U_sk|^2 / sum_k S_k,   key the same of W,   write of Y and value of Z with T.
 
 Shares of a role add up to 1. A head of the construction that reads one slot as query has 1 there.
-Of linear attention alone, weights without effect are removed first (`without_inert`).
+Of linear attention alone, weights without effect are removed first (`without_inert`), but not of a
+layer that is applied again and again.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ def paths(construction: Any, model: Transformer, inputs: Sequence[Any]) -> list[
         inputs: of the construction's task, on which the stream's columns are measured.
     """
     lanes, found = lanes_of(construction), []
-    if not obstacle(model.config) and all(len(own) == 1 for own in masks(model)):
+    last = model.config.segments[-1]
+    again = last.tied and last.repeats > 1  # stored once for all, and only the last has inert parts
+    if not again and not obstacle(model.config) and all(len(own) == 1 for own in masks(model)):
         model = without_inert(model, construction.gauge())
     stream = np.asarray(read_sites(construction, model, tuple(inputs))["residual"], float)
     for layer in range(1, model.config.depth + 1):

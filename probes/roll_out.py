@@ -317,16 +317,16 @@ def figure(data: RollOut) -> Picture:
         caption += f", and {lost} of {len(theirs)} diverge." if lost else "."
     if data.near_misses:
         last = built[-1]
-        end = int(np.nanargmin(last)) + 1
+        end = int(np.argmin(np.append(last < top, False)))  # as far as it is in the frame
         far = {
-            name: float(np.abs(np.array(losses[:end]) / last[:end] - 1).max())
-            for name, losses in data.near_misses.items()
+            name: float(np.nan_to_num(np.abs(np.array(v[:end]) / last[:end] - 1), nan=np.inf).max())
+            for name, v in data.near_misses.items()
         }
         nearest = min(far, key=lambda name: far[name])
         caption += (
             f" If the claim were false: of {len(far)} near-misses, in grey at damping "
             f"{number(data.dampings[-1])}, the closest ({nearest}) is {percent(far[nearest])} "
-            "away."
+            "away at most."
         )
     others = ", and near-misses" if data.near_misses else ""
     alt = (

@@ -56,6 +56,14 @@ def test_shares_are_the_same_in_every_basis() -> None:
                 assert two.shares[role][lane] == pytest.approx(share, abs=1e-5)
 
 
+def test_a_layer_that_is_applied_again_has_its_own_heads() -> None:
+    found = find("paths")(run_of("gd-plus-plus", {}), 0).data
+    assert [(p.layer, p.head) for p in found.construction] == [(1, 0), (2, 0)]
+    for path in found.construction:
+        assert path.shares["key"]["x"] == path.shares["query"]["x"] == pytest.approx(1)
+        assert 0 < path.shares["write"]["x"] < 1  # both curvature and gradient
+
+
 def test_shares_by_hand() -> None:
     lanes = {"a": np.array([0]), "b": np.array([1, 2])}
     vectors = np.array([[0.6, 0.8], [0.8, -0.6], [0.0, 0.0]])
