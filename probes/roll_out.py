@@ -325,9 +325,10 @@ def figure(data: RollOut) -> Picture:
         nearest = min(far, key=lambda name: far[name])
         caption += (
             f" If the claim were false: of {len(far)} near-misses, in grey at damping "
-            f"{number(data.dampings[-1])}, the closest ({nearest}) is {percent(far[nearest])} "
-            "away at most."
+            f"{number(data.dampings[-1])}, the closest ({nearest}) is at most "
+            f"{percent(far[nearest])} away"
         )
+        caption += ": this figure cannot see it." if far[nearest] < SAME else "."
     others = ", and near-misses" if data.near_misses else ""
     alt = (
         "Loss against the number of applications, construction and trained at two dampings"
