@@ -197,14 +197,16 @@ def figure(curves: Curves) -> Picture:
         axes[1].set(xlabel="optimiser steps", ylabel="fraction", title=title, yscale="log")
         axes[1].legend()
     level = curves.construction
-    excess = [loss / level - 1 for loss in curves.trained]
     when = f"After {curves.steps[-1]} steps the" if curves.steps else "The"
     caption = (
         f"{when} trained loss is {span(curves.trained, four)} on "
         f"fresh inputs, and the construction's {four(level)} (standard error "
-        f"{number(curves.standard_error, 2)}); on the same inputs they differ by "
-        f"{span(excess, percent)}."
+        f"{number(curves.standard_error, 2)})"
     )
+    if level:
+        excess = [loss / level - 1 for loss in curves.trained]
+        caption += f"; on the same inputs they differ by {span(excess, percent)}"
+    caption += "."
     if curves.optimum is not None:
         caption += f" The optimum of the class is {four(curves.optimum)}."
     for name, values in metrics.items():

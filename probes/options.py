@@ -152,3 +152,13 @@ def write_json(path: Path | None, content: Any, overwrite: bool) -> None:
 def duration(seconds: float) -> str:
     """Seconds, as one says them."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def one_line(error: BaseException | str) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    said = " ".join(str(error).split())
+    if isinstance(error, str | ValueError | OSError):
+        return said
+    return f"{type(error).__name__}: {said}"[:400]

@@ -37,7 +37,8 @@ def _first(size: int, inputs: Any) -> Any:
 
 def excess_loss(e: Evidence) -> float:
     """|loss of the model / loss of the construction - 1|, on the same examples."""
-    return abs(e.loss(e.prediction) / e.loss(e.expected) - 1)
+    least = e.once("expected loss", lambda: e.loss(e.expected))
+    return abs(e.loss(e.prediction) / least - 1)
 
 
 def prediction_distance(e: Evidence) -> float:
@@ -154,6 +155,12 @@ def degree_distance(e: Evidence) -> float:
     return abs(float(np.log(ours[2:].sum() / ours.sum()) - np.log(theirs[2:].sum() / theirs.sum())))
 
 
+def a_loss(e: Evidence) -> str:
+    """The construction has a loss, of which an excess can be a share."""
+    least = e.once("expected loss", lambda: e.loss(e.expected))
+    return "" if least else "the construction's loss is 0, so that no excess is a share of it"
+
+
 def distributions(e: Evidence) -> str:
     """Predictions are probabilities or logits."""
     task = e.construction.task
@@ -209,6 +216,7 @@ STATISTICS: dict[str, Statistic] = {
 
 #: What each statistic needs, besides what the claim itself does; nothing where it is not named.
 NEEDS: dict[str, tuple[Callable[[Evidence], str], ...]] = {
+    "excess_loss": (a_loss,),
     "divergence": (distributions,),
     "same_outcome": (distributions,),
     "sensitivity_cosine": (differentiable,),

@@ -6,7 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass, field
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -23,6 +29,7 @@ from probes.options import (
     duration,
     family_names,
     importable_here,
+    one_line,
     parse_settings,
     seed_list,
     write_json,
@@ -296,14 +303,20 @@ class Demo:
                 self.fill(index)
         finally:
             index.write()
-        return OK if all(entry.certified for entry in index.found.values()) else FAILED
+        certified = all(entry.certified for entry in index.found.values())
+        return OK if certified and not index.missing else FAILED
 
     def fill(self, index: Index) -> None:
         """Make the reports that are missing, one after the other."""
         began, missing = time.perf_counter(), index.missing
         for name in missing:
             index.write([name])
-            self.keep(index, name, self.report(index, name), began, len(missing))
+            try:
+                made = self.report(index, name)
+            except Exception as error:
+                self.miss(name, error)
+            else:
+                self.keep(index, name, made, began, len(missing))
 
     def share_out(self, index: Index, workers: int) -> None:
         """Make the reports that are missing, so many at a time."""
@@ -321,7 +334,13 @@ class Demo:
                     running[pool.submit(self.report, index, name)] = name
                 index.write(list(running.values()))
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    self.keep(index, running.pop(done), done.result(), began, len(missing))
+                    name, error = running.pop(done), done.exception()
+                    if error is None:
+                        self.keep(index, name, done.result(), began, len(missing))
+                    elif isinstance(error, Exception) and not isinstance(error, BrokenExecutor):
+                        self.miss(name, error)
+                    else:
+                        raise error
         except BaseException:
             for process in active_children():
                 process.terminate()
@@ -348,6 +367,11 @@ class Demo:
         write_report(comparison, command.out, overwrite=True)
         jax.clear_caches()  # the next family has other programs
         return entry(comparison, time.perf_counter() - start)
+
+    def miss(self, name: str, error: Exception) -> None:
+        """Say that a report could not be made; the others are."""
+        again = f"orrery compare {name} --quick --out {self.out / name} --overwrite says where"
+        print(f"orrery: {name}: {one_line(error)}; {again}", file=sys.stderr)
 
     def keep(self, index: Index, name: str, made: Entry, began: float, missing: int) -> None:
         """Enter a report that is finished, and say how long the others will take."""

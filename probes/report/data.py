@@ -34,7 +34,7 @@ from probes.ledger import (
 )
 from probes.probe import NotApplicable, Result
 from probes.report.index import FORMAT, VERSION
-from probes.style import number, plain
+from probes.style import number, plain, span
 from synthetic.display import Mark, Table, Text, shown
 
 
@@ -139,6 +139,8 @@ class Comparison:
         if "curves" not in self.sections:
             return ""
         curves = self.sections["curves"].data
+        if not curves.construction:
+            return f", with losses {span(curves.trained, number)}, the construction's 0"
         apart = [100 * abs(loss / curves.construction - 1) for loss in curves.trained]
         shown = dict.fromkeys(number(a) for a in (min(apart), max(apart)))
         return f", with losses {' to '.join(shown)} % from the construction's"

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from probes.options import duration
+from probes.options import duration, one_line
 from probes.sweep.plan import FORMAT, Point, Sweep
 from synthetic.files import RunError, atomic, claim_folder, json_object, remove
 
@@ -222,16 +222,6 @@ class _Table:
                     each = [row(point, seed, line) for seed in self.sweep.seeds]
                     rows[point.number] = each
         return [row for _, each in sorted(rows.items()) for row in each]
-
-
-def one_line(error: BaseException | str) -> str:
-    """What went wrong, in one line."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    said = " ".join(str(error).split())
-    if isinstance(error, str | ValueError | OSError):
-        return said
-    return f"{type(error).__name__}: {said}"[:400]
 
 
 @contextlib.contextmanager

@@ -96,22 +96,27 @@ class InOtherProcesses(Demo):
         # so that no process takes all of them; and so that one is at work when another fails
         time.sleep(4 if self.seed and name == "1" else 0.2)
         if name == str(self.seed):
-            raise ValueError(f"{name}: cannot be made")
+            raise KeyboardInterrupt
+        if name == "broken":
+            raise ZeroDivisionError("float division\nby zero")
         page = write_report(comparison(name), self.out / name, overwrite=True)
         return Entry(f"made by {os.getpid()}", "good", {}, page.is_file(), 0.2)
 
 
 def test_reports_are_shared_out_to_processes(tmp_path: Path, capsys: Any) -> None:
-    names = ["1", "2", "3", "4"]
+    names = ["1", "broken", "2", "3", "4"]
     index = Index(tmp_path, {name: ("", "") for name in names}, {})
     InOtherProcesses(tmp_path, workers=2).share_out(index, 2)
-    assert index.missing == [] and all((tmp_path / n / "report.html").is_file() for n in names)
+    assert index.missing == ["broken"]  # the others are made
+    assert all((tmp_path / name / "report.html").is_file() for name in index.found)
     made_by = {entry.verdict for entry in index.found.values()}
     assert len(made_by) == 2 and f"made by {os.getpid()}" not in made_by
-    assert "4 of 4 are there, done" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "orrery: broken: ZeroDivisionError: float division by zero; orrery compare" in said
+    assert "4 of 5 are there" in said
     index.found.clear()
     out = tmp_path / "ended"
-    with pytest.raises(ValueError, match="2: cannot be made"):
+    with pytest.raises(KeyboardInterrupt):
         InOtherProcesses(out, seed=2, workers=2).share_out(index, 2)
     assert not active_children() and not (out / "1").exists()  # the others are ended
 

@@ -17,6 +17,7 @@ from probes import PROBES, find
 from probes.cli import main
 from probes.foreign import ForeignError, Subject, foreign_run, named_model, no_edits, no_site
 from probes.interchange import interchange, interchange_agreement, sweep
+from probes.ledger import ledger
 from probes.probe import NotApplicable
 from probes.roll_out import roll_out
 from probes.similarity import cosine_of, finite_differences, insensitive
@@ -67,6 +68,18 @@ def test_near_misses_stand_beside_losses_at_other_scales(pair: Any) -> None:
     np.testing.assert_allclose(found.near_misses[name][at], expected, rtol=1e-4)
     assert abs(found.construction[at] / expected - 1) > 0.05
     assert set(found.near_misses) < set(construction.near_misses())
+
+
+def test_a_construction_without_loss_has_no_excess() -> None:
+    construction = construct("skill-composition")
+    model = construction.random_weights(0.3)(jax.random.key(0))
+    run = Run("skill-composition", {}, construction, (model,), (0,), [], None)
+    found = find("losses")(run, 0, batch=256)
+    assert found.data.construction == 0 < found.data.trained[0]
+    assert "differ by" not in found.picture().caption
+    claim = replace(construction.claims[0], statistic="excess_loss", needs=(), catches=())
+    (row,) = ledger(construction, (model,), batch=64, claims=[claim])
+    assert row.verdict == "not applicable" and "loss is 0" in row.reason
 
 
 def test_patches_and_roll_outs_are_those_of_the_weights(pair: Any) -> None:
