@@ -183,12 +183,16 @@ def figure(curves: Curves) -> Picture:
         )
         ticks(left.xaxis, [str(n) for n in range(seeds)])
         where = "model"
-    left.axhline(curves.construction, color=CONSTRUCTION, ls="--", label="construction")
+    if curves.construction > 0:  # the axis is logarithmic
+        left.axhline(curves.construction, color=CONSTRUCTION, ls="--", label="construction")
     if curves.optimum is not None:
         left.axhline(curves.optimum, color=OPTIMUM, ls=":", label="optimum of the class")
     left.set(xlabel=where, ylabel="loss", title="Loss", yscale="log")
-    for place in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        place(matplotlib.ticker.FormatStrFormatter("%.4g"))  # narrow ranges differ in the fourth
+    digits = matplotlib.ticker.FormatStrFormatter("%.4g")  # narrow ranges differ in the fourth
+    low, high = left.get_ylim()
+    left.yaxis.set_major_formatter(digits)
+    narrow = high < 30 * low  # else the labels of minor ticks would overlap
+    left.yaxis.set_minor_formatter(digits if narrow else matplotlib.ticker.NullFormatter())
     left.legend()
     for (name, values), color in zip(metrics.items(), (GREEN, PURPLE, ORANGE, SKY), strict=False):
         band(axes[1], curves.steps, values, color, names.get(name, name).replace("_", " "))
