@@ -55,7 +55,9 @@ class Path:
     """One head: its layer and number, and role -> lane -> share, "" being columns of no slot.
 
     Attributes:
-        size: product of the norms of its scores and its values, over the layer's heads together.
+        size: product of the norms of its scores and its values, over that of the layer's heads
+            together; of the values alone where no head of the layer has scores of the stream, but
+            looks by biases.
     """
 
     layer: int
@@ -99,8 +101,8 @@ def shares(
 
 def head_shares(
     head: Any, deviation: np.ndarray, lanes: Mapping[str, np.ndarray]
-) -> tuple[dict[str, dict[str, float]], float]:
-    """Role -> lane -> share of one head, and the product of the norms of its scores and values."""
+) -> tuple[dict[str, dict[str, float]], float, float]:
+    """Role -> lane -> share of one head, and the norms of its scores and of its values."""
     query, key, value = (np.asarray(getattr(head, n), float) for n in ("query", "key", "value"))
     output = np.asarray(head.output, float)
     scores = (query * deviation).T @ (key * deviation)
@@ -109,7 +111,7 @@ def head_shares(
     y, t, z = np.linalg.svd(values)
     parts = ((u, s), (w.T, s), (z.T, t), (y, t))
     found = {role: shares(*part, lanes) for role, part in zip(ROLES, parts, strict=True)}
-    return found, float(np.linalg.norm(s) * np.linalg.norm(t))
+    return found, float(np.linalg.norm(s)), float(np.linalg.norm(t))
 
 
 def paths(construction: Any, model: Transformer, inputs: Sequence[Any]) -> list[Path]:
@@ -129,8 +131,11 @@ def paths(construction: Any, model: Transformer, inputs: Sequence[Any]) -> list[
     for layer in range(1, model.config.depth + 1):
         deviation = np.sqrt((stream[layer - 1] ** 2).mean(axis=(0, 1)))
         heads = [head_shares(head, deviation, lanes) for head in model.layer(layer).heads]
-        total = sum(size for _, size in heads) or 1.0
-        found += [Path(layer, n, own, size / total) for n, (own, size) in enumerate(heads)]
+        sizes = np.array([scores * values for _, scores, values in heads])
+        if not sizes.any():
+            sizes = np.array([values for *_, values in heads])
+        sizes = sizes / (sizes.sum() or 1.0)
+        found += [Path(layer, n, head[0], float(sizes[n])) for n, head in enumerate(heads)]
     return found
 
 
@@ -166,7 +171,7 @@ def measure(run: Run, seed: int, batch: int = 256) -> Result:
 def agreement(found: Paths, models: Sequence[Sequence[Path]]) -> list[float]:
     """Of every model's heads: the share that lies in slots where the construction has some.
 
-    The mean over layers and roles, heads by their size.
+    The mean over layers and roles in which the construction has any, heads by their size.
     """
 
     def of(heads: Sequence[Path], layer: int, role: str) -> dict[str, float]:
@@ -184,7 +189,8 @@ def agreement(found: Paths, models: Sequence[Sequence[Path]]) -> list[float]:
         for layer in layers:
             for role in ROLES:
                 used = {n for n, v in of(found.construction, layer, role).items() if v > FAINT}
-                each.append(sum(v for n, v in of(heads, layer, role).items() if n in used))
+                if used:
+                    each.append(sum(v for n, v in of(heads, layer, role).items() if n in used))
         result.append(float(np.mean(each)))
     return result
 

@@ -64,6 +64,15 @@ def test_a_layer_that_is_applied_again_has_its_own_heads() -> None:
         assert 0 < path.shares["write"]["x"] < 1  # both curvature and gradient
 
 
+def test_heads_that_look_by_biases_alone() -> None:
+    found = find("paths")(run_of("skill-composition", {}), 0).data
+    sizes = [path.size for path in found.construction if path.layer == 1]
+    assert sum(sizes) == pytest.approx(1)
+    assert not any(path.shares["query"].get("value") for path in found.construction)
+    assert agreement(found, found.trained) == [pytest.approx(1)]
+    assert 0 < agreement(found, [found.random])[0] < 0.8
+
+
 def test_shares_by_hand() -> None:
     lanes = {"a": np.array([0]), "b": np.array([1, 2])}
     vectors = np.array([[0.6, 0.8], [0.8, -0.6], [0.0, 0.0]])
