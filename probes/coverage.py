@@ -136,10 +136,9 @@ STATED: Mapping[str, Sequence[Stated]] = {
         Stated("heads a layer, *", f"{_PARSE}, introduction"),
         Stated("numbers a word, *", f"{_PARSE}, introduction"),
         Stated("loss above the least", f"{_PARSE}, section 3", size="8 words"),
-        Stated(
-            "divergence of the best guess from *",
-            f"control of ours to {_PARSE}, section 3",
-            size="8 words",
+        *(
+            Stated(f"{what} *", f"control of ours to {_PARSE}, section 3", size="8 words")
+            for what in ("divergence of the best guess from", "accuracy given up by")
         ),
         Stated("divergence of what is kept, *", f"the identity is ours; setting of {_PRUNED}"),
         *(
