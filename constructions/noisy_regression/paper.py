@@ -198,7 +198,9 @@ CLAIMS = (
 )
 
 
-def _number(name: str, statistic: Any, threshold: float, catches: tuple[str, ...]) -> Claim:
+def _number(
+    name: str, statistic: Any, threshold: float, catches: tuple[str, ...], note: str = ""
+) -> Claim:
     return Claim(
         f"equal {name}",
         f"Read off full P and Q, the {name} of every layer is that of the best four numbers.",
@@ -209,15 +211,36 @@ def _number(name: str, statistic: Any, threshold: float, catches: tuple[str, ...
         catches=catches,
         gauge="invariant: read off the canonical tensor",
         needs=(masks_alike,),
+        note=note,
     )
 
 
 #: Of the four numbers; of the last layer those that are read.
 NUMBER_CLAIMS = (
     _number("curvature", curvature_error, 0.25, ("no curvature",)),
-    _number("momentum", momentum_error, 0.25, ("no momentum", "GD++ part")),
-    _number("step size", step_size_error, 0.08, ("step size + 10 %", "step size - 10 %")),
-    _number("rescaling", rescaling_error, 0.25, ("no rescaling", "GD++ part")),
+    _number(
+        "momentum",
+        momentum_error,
+        0.25,
+        ("no momentum", "GD++ part"),
+        "Three seeds at quick settings are 11 to 25 % below.",
+    ),
+    _number(
+        "step size",
+        step_size_error,
+        0.08,
+        ("step size + 10 %", "step size - 10 %"),
+        "Refuted: at the same loss trained models take 11 to 14 % less in the first step, 1 to 4 % "
+        "in the second. The optimum of full matrices is another than that of four numbers.",
+    ),
+    _number(
+        "rescaling",
+        rescaling_error,
+        0.25,
+        ("no rescaling", "GD++ part"),
+        "Refuted: trained models shrink labels 1.2 times as much in the first layer, and 1.8 to 2 "
+        "times in the last.",
+    ),
 )
 
 #: Of two layers, N = 20, d = 10 and sigma in {1, 3} only.

@@ -294,6 +294,7 @@ def test_defects_of_the_public_code_are_what_they_are_said_to_be(x64):
     np.testing.assert_allclose(bias[..., -1], 4, rtol=1e-12)
     np.testing.assert_allclose(bias[..., :-1], 1, rtol=1e-12)
 
+    @jax.jit
     def collected(of):  # by the tokens that collect, one at a time
         def loss(w, tokens, marked):
             logs = jax.nn.log_softmax(decode(w, tokens, c.shape, True, jnp.arange(6) == of)[:-1])
@@ -308,6 +309,6 @@ def test_defects_of_the_public_code_are_what_they_are_said_to_be(x64):
         wanted = sum(jnp.where(marked[:, t][axes], each[t][name], 0) for t in range(6))
         np.testing.assert_allclose(change, wanted, atol=1e-9, err_msg=name)
     scores = lambda w, tokens: jax.nn.logsumexp(decode(w, tokens, c.shape, True)[-1])  # noqa: E731
-    last = jax.vmap(jax.grad(scores), (None, 0))(c.weights, tokens)
+    last = jax.jit(jax.vmap(jax.grad(scores), (None, 0)))(c.weights, tokens)
     for name, change in update("last position").items():
         np.testing.assert_allclose(change, plain[name] - last[name], atol=1e-9, err_msg=name)
