@@ -8,7 +8,8 @@ import pytest
 from constructions.claims import predict
 from constructions.core.evaluate import evaluate
 from constructions.family import verify
-from constructions.kernel_descent import KERNEL_DESCENT, KernelDescent
+from constructions.kernel_descent import KERNEL_DESCENT
+from constructions.kernel_descent.construction import KernelDescent
 from synthetic.tasks.regression import RegressionTask
 from synthetic.tasks.sine import SineTask
 

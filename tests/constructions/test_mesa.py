@@ -11,8 +11,8 @@ from constructions.core.evaluate import evaluate
 from constructions.core.program import CAUSAL, Head
 from constructions.core.slots import Slots
 from constructions.family import verify
-from constructions.mesa import MesaPolynomial, MesaRidge
-from constructions.mesa.polynomial import best_coefficients, chebyshev, neumann
+from constructions.mesa.polynomial import MesaPolynomial, best_coefficients, chebyshev, neumann
+from constructions.mesa.ridge import MesaRidge
 from constructions.mesa.tokens import positional_code, sharpness, turned_back
 from synthetic.tasks.dynamics import LinearDynamics
 

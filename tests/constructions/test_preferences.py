@@ -10,7 +10,8 @@ from scipy.spatial import ConvexHull
 from constructions.core.compile import compile_program
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots
-from constructions.gradient_descent import GradientDescent, local_sgd, mirror_flow, relu_optimum
+from constructions.gradient_descent import local_sgd, mirror_flow, relu_optimum
+from constructions.gradient_descent.construction import GradientDescent
 
 TASK = mirror_flow.low_rank_task()
 

@@ -39,7 +39,7 @@ from constructions.core.symmetry import (
 )
 from constructions.core.transformer import Transformer
 from constructions.family import Gauge
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 
 WIDTH, TOKENS = 5, 6
 KINDS = jnp.asarray([0, 0, 0, 0, 1, 1])

@@ -25,7 +25,7 @@ from tint_oracle import (
 from constructions.core.evaluate import SlotBySlot
 from constructions.core.transformer import Transformer
 from constructions.family import verify
-from constructions.tint import Tint
+from constructions.tint.construction import Tint
 from constructions.tint.layout import contents
 
 MATRICES = ("query", "key", "value", "output", "hidden", "back")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tint_oracle import TEXTS, TRAINED, small
 
-from constructions.tint import Backward, Tint
+from constructions.tint.algorithm import Backward
+from constructions.tint.construction import Tint
 
 ERRORS = [
     ({"mode": "fast"}, r"mode is 'fast', must be one of \['paper', 'finite-difference', 'exact'\]"),

@@ -9,7 +9,7 @@ import pytest
 
 from constructions.core.compile import compile_program
 from constructions.core.symmetry import change_key_basis, change_value_basis
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.runs import fit_family, load_run
 from probes.merging import AVERAGING, average, excess_factor, exponential, latest, measured_factor
 from probes.subject import ParameterVector

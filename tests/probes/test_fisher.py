@@ -11,8 +11,8 @@ import pytest
 from constructions.core.compile import compile_program
 from constructions.core.symmetry import change_key_basis, change_value_basis
 from constructions.core.transformer import randomise
-from constructions.gradient_descent import GradientDescent
-from constructions.inside_outside import InsideOutside
+from constructions.gradient_descent.construction import GradientDescent
+from constructions.inside_outside.construction import InsideOutside
 from constructions.inside_outside.paper import language_model
 from constructions.runs import fit_family, load_run
 from probes.merging import (

@@ -9,7 +9,7 @@ from numpy.random import default_rng
 
 from constructions.core.compile import compile_program
 from constructions.core.transformer import randomise
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.mesa.ridge import MesaRidge
 from probes.context import (
     Spectrum,

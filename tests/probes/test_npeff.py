@@ -10,7 +10,7 @@ from scipy.cluster.vq import kmeans2
 
 from constructions.core.compile import compile_program, config_of
 from constructions.core.symmetry import change_key_basis
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.runs import fit_family, load_run
 from probes import npeff
 from probes.merging import fisher_rows
