@@ -228,11 +228,6 @@ def spectrum(
     return Spectrum(degree_weights(values), float(np.finfo(values.dtype).eps))
 
 
-def degree_bound(layers: int) -> int:
-    """(3^L - 1) / 2, the highest degree that L layers of linear attention can have."""
-    return (3**layers - 1) // 2
-
-
 ALPHA, BETA, EPSILON = 1.0, 0.1, 0.1
 #: Points of the insertion path, and labels of an input that are looked at.
 POINTS, LABELS = 11, 5

@@ -104,11 +104,6 @@ def diagonal_fisher(
     return _blocks(flat, samples, True, theta, batch, keys).sum(0) / len(keys)
 
 
-def full_fisher(rows: Rows) -> Float[Array, "weight weight"]:
-    """The mean F_i; for small models."""
-    return jnp.einsum("ncp,ncq->pq", rows, rows, precision="highest") / len(rows)
-
-
 def _keys(key: Any, batch: Batch) -> Array:
     count = len(jax.tree.leaves(batch.inputs)[0])
     return jax.random.split(jax.random.key(0) if key is None else key, count)
@@ -249,25 +244,6 @@ def average(
 ) -> Float[Array, " weight"]:
     """sum_t w_t theta_t."""
     return (np.asarray(weights, thetas.dtype)[:, None] * thetas).sum(0)
-
-
-def excess_factor(
-    weights: Float[np.ndarray, " checkpoint"], steps: Sequence[int], contraction: float
-) -> float:
-    """Excess loss of an average over that of one iterate, of stationary SGD on a quadratic.
-
-    Args:
-        weights: of the checkpoints, with sum 1.
-        steps: at which they were taken.
-        contraction: rho = 1 - eta lambda, above -1 and below 1.
-
-    Raises:
-        ValueError: `contraction` out of range: SGD does not come to rest.
-    """
-    if not -1 < contraction < 1:
-        raise ValueError(f"contraction is {contraction}, must be above -1 and below 1")
-    lags = np.abs(np.subtract.outer(steps, steps))
-    return float(weights @ contraction**lags @ weights)
 
 
 def measured_factor(average_excess: float, member_excesses: Sequence[float]) -> float:

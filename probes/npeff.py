@@ -221,15 +221,6 @@ def purity(
     return np.asarray([np.bincount(row).max() / len(row) for row in chosen])
 
 
-def cluster_accuracy(
-    assigned: Int[ArrayLike, " example"], labels: Int[ArrayLike, " example"]
-) -> float:
-    """The share of examples whose label is that of most of their cluster."""
-    assigned, labels = np.asarray(assigned), np.asarray(labels)
-    counted = [np.bincount(labels[assigned == c]).max() for c in np.unique(assigned)]
-    return float(np.sum(counted) / len(labels))
-
-
 def divergences(
     flat: ParameterVector,
     theta: Float[Array, " weight"],

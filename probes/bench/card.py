@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from probes.report.index import sources, templates, write_json
-from probes.style import BLUE, VERMILION, Picture, in_style, plain, png
-from synthetic.files import parse_json
+from probes.style import BLUE, VERMILION, Picture, in_style, png
+from synthetic.files import parse_json, plain
 
 TASKS = {
     "heads": "Which heads have a job? Average precision over all heads",
