@@ -31,8 +31,7 @@ from constructions.family import Claim, Construction, Counterpart, NearMiss, Pla
 from constructions.gradient_descent.paper import added_loss
 from constructions.inputs import Input, number
 from synthetic.fitting.recipe import Recipe
-from synthetic.tasks.mixed import ScaledTasks
-from synthetic.tasks.regression import RegressionTask
+from synthetic.tasks.regression import RegressionTask, ScaledTasks
 from synthetic.theory.one_layer import optimal_step_size
 
 _PAPER, _CONTROLS = "Lu et al. 2022, arXiv 2203.01400", ("one step size", "shuffled labels")

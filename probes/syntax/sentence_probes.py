@@ -35,7 +35,7 @@ import optax
 from jax import Array
 
 from probes.regression import Split, ridge, split, standardise
-from synthetic.display import ShowsMarkdown
+from synthetic.display import ShowsMarkdown, aligned
 
 
 @dataclass(frozen=True)
@@ -262,12 +262,7 @@ class LayerScores(ShowsMarkdown):
             shown += [""] * (depth - len(values)) + ["" if np.isnan(r) else f"{r:.3f}"]
             shown += [f"{self.sensitivity(column):.3f}" if len(values) > 1 else ""]
             lines.append([column, *shown])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths])
-        return "\n".join(
-            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        )
+        return aligned(lines)
 
 
 def squares(found: np.ndarray, targets: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:

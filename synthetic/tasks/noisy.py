@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from synthetic.compilation import compile_once, many
 from synthetic.tasks.regression import _apply, _size
-from synthetic.tasks.task import Batch
+from synthetic.tasks.task import Batch, half_squared_error
 from synthetic.threefry import normal_from_unit, unit_uniform
 
 
@@ -144,15 +144,8 @@ class NoisyRegressionTask:
         return draw(self, key, _size("batch", batch))
 
     def loss(self, prediction: Float[Array, "..."], batch: Batch) -> Float[Array, " batch"]:
-        """Half the squared error against the clean target, mean over queries, per context.
-
-        Raises:
-            ValueError: the prediction has another shape than the target's value.
-        """
-        value = batch.target.value
-        if prediction.shape != value.shape:
-            raise ValueError(f"prediction must have shape {value.shape}, got {prediction.shape}")
-        return 0.5 * jnp.sum((prediction - value) ** 2, -1).mean(-1)
+        """`half_squared_error` against the clean target."""
+        return half_squared_error(prediction, batch.target.value)
 
     @compile_once(static_argnums=0)
     def moments(self, contexts: Contexts) -> Moments:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
 from synthetic.compilation import compile_once, many
-from synthetic.tasks.task import Batch
+from synthetic.tasks.task import Batch, half_squared_error
 from synthetic.threefry import normal_from_unit, unit_uniform
 
 # Up to this dimension a product with W is written term by term: XLA's CPU back end is several
@@ -266,20 +267,8 @@ class RegressionTask:
         return _draw(self, key, size)
 
     def loss(self, prediction: Float[Array, "..."], batch: Batch) -> Float[Array, " batch"]:
-        """Half the squared error, summed over outputs, mean over queries, for every context.
-
-        Args:
-            prediction: `[batch, queries, dim_y]`.
-            batch: what `sample` returned.
-
-        Raises:
-            ValueError: the prediction has another shape than the target.
-        """
-        if prediction.shape != batch.target.shape:
-            raise ValueError(
-                f"prediction must have shape {batch.target.shape}, got {prediction.shape}"
-            )
-        return 0.5 * jnp.sum((prediction - batch.target) ** 2, -1).mean(-1)
+        """`half_squared_error` of predictions `[batch, queries, dim_y]`."""
+        return half_squared_error(prediction, batch.target)
 
 
 @compile_once(static_argnums=(0, 2), often=many)
@@ -324,3 +313,57 @@ def _size(name: str, value: int) -> int:
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
     return size
+
+
+@dataclass(frozen=True)
+class ShiftedTasks:
+    """Linear regression, half of the time with weights of mean `shift` in the place of 0.
+
+    Attributes:
+        base: the task whose weights have mean 0, with one output.
+        shift: the other's mean, `[dim_x]`.
+    """
+
+    base: RegressionTask
+    shift: tuple[float, ...]
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        """Inputs x, y, x_query and `new`, `[batch]` of bool; the target for x_query."""
+        flags, rest = jax.random.split(key)
+        (x, y, x_query), target = self.base.sample(rest, batch)
+        new = jax.random.bernoulli(flags, 0.5, (batch,))
+        mean = jnp.where(new[:, None], jnp.asarray(self.shift, x.dtype), 0)
+        more = [jnp.einsum("bni,bi->bn", a, mean, precision="highest") for a in (x, x_query)]
+        return Batch((x, y + more[0][..., None], x_query, new), target + more[1][..., None])
+
+    def loss(self, prediction: Array, batch: Batch) -> Array:
+        """As for linear regression."""
+        return self.base.loss(prediction, batch)
+
+
+@dataclass(frozen=True)
+class ScaledTasks:
+    """Linear regression whose contexts differ in the scale of their inputs, and not in y.
+
+    x = s u and w = v / s, with s drawn from the scales for each context, u and v as in the base.
+    A step of gradient descent on s is s^2 steps on 1.
+
+    Attributes:
+        base: the task of scale 1.
+        scales: s, all equally likely.
+    """
+
+    base: RegressionTask
+    scales: tuple[float, ...]
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        """As `RegressionTask.sample`."""
+        first, rest = jax.random.split(key)
+        (x, y, x_query), target = self.base.sample(rest, batch)
+        drawn = jax.random.randint(first, (batch, 1, 1), 0, len(self.scales))
+        scale = jnp.asarray(self.scales, x.dtype)[drawn]
+        return Batch((scale * x, y, scale * x_query), target)
+
+    def loss(self, prediction: Array, batch: Batch) -> Array:
+        """As for linear regression."""
+        return self.base.loss(prediction, batch)

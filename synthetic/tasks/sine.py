@@ -32,7 +32,7 @@ from jaxtyping import Float
 
 from synthetic.compilation import compile_once, many
 from synthetic.tasks.regression import _size
-from synthetic.tasks.task import Batch
+from synthetic.tasks.task import Batch, half_squared_error
 from synthetic.threefry import unit_uniform
 
 Features = Callable[[np.ndarray], np.ndarray]
@@ -96,20 +96,8 @@ class SineTask:
         return _draw(self, key, _size("batch", batch))
 
     def loss(self, prediction: Float[Array, "..."], batch: Batch) -> Float[Array, " batch"]:
-        """Half the squared error, mean over queries, for every context.
-
-        Args:
-            prediction: `[batch, queries, 1]`.
-            batch: what `sample` returned.
-
-        Raises:
-            ValueError: the prediction has another shape than the target.
-        """
-        if prediction.shape != batch.target.shape:
-            raise ValueError(
-                f"prediction must have shape {batch.target.shape}, got {prediction.shape}"
-            )
-        return 0.5 * jnp.sum((prediction - batch.target) ** 2, -1).mean(-1)
+        """`half_squared_error` of predictions `[batch, queries, 1]`."""
+        return half_squared_error(prediction, batch.target)
 
 
 @compile_once(static_argnums=(0, 2), often=many)
