@@ -60,6 +60,7 @@ from probes.probe import (
     too_many_weights,
 )
 from probes.subject import ParameterVector
+from synthetic.guards import number
 from synthetic.tasks.task import Batch, outcome
 
 #: Examples whose gradients are taken at once.
@@ -233,8 +234,7 @@ def exponential(count: int, decay: float) -> Float[np.ndarray, " checkpoint"]:
     Raises:
         ValueError: `decay` is not above 0 and below 1.
     """
-    if not 0 < decay < 1:
-        raise ValueError(f"decay is {decay}, must be above 0 and below 1")
+    number("decay", decay, above=0, below=1)
     weights = decay ** np.arange(count - 1, -1, -1.0)
     return weights / weights.sum()
 

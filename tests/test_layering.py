@@ -30,7 +30,7 @@ FAMILIES = (
 #: of one entry do not know one another.
 ORDER = {
     "synthetic": [
-        ("files", "threefry", "display"),
+        ("files", "threefry", "display", "guards"),
         ("compilation",),
         ("grammar",),
         ("tasks",),

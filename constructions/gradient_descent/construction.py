@@ -52,9 +52,9 @@ from constructions.gradient_descent.paper import (
     least_squares,
     step_on_the_mean,
 )
-from constructions.inputs import number
 from constructions.regression import Inputs, LinearRegression, Outputs, Queries
 from synthetic.fitting.recipe import Recipe
+from synthetic.guards import number
 from synthetic.tasks.regression import RegressionTask
 from synthetic.theory.one_layer import one_layer_excess, optimal_one_layer
 

@@ -29,8 +29,9 @@ from constructions.core.program import Head, Layer, Mlp, Program
 from constructions.core.slots import Slots, constant
 from constructions.family import Claim, Construction, Counterpart, NearMiss, Place, Tokens
 from constructions.gradient_descent.paper import added_loss
-from constructions.inputs import Input, number
+from constructions.inputs import Input
 from synthetic.fitting.recipe import Recipe
+from synthetic.guards import number
 from synthetic.tasks.regression import RegressionTask, ScaledTasks
 from synthetic.theory.one_layer import optimal_step_size
 

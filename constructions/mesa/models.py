@@ -44,6 +44,7 @@ from constructions.core.program import CAUSAL
 from constructions.core.transformer import Transformer
 from constructions.core.weights import Part
 from constructions.mesa.tokens import CLIP, GROUPS, STATE, NextState
+from synthetic.guards import number
 from synthetic.tasks.dynamics import States
 
 
@@ -185,8 +186,8 @@ def sequence_model(
     """
     if isinstance(mixers, str) or not mixers or not set(mixers) <= set(_MIXERS):
         raise ValueError(f"mixers is {mixers!r}, must be a row of {_MIXERS}")
-    if heads < 1 or rows < 1:
-        raise ValueError(f"heads is {heads}, rows {rows}, both must be at least 1")
+    number("heads", heads, whole=True, least=1)
+    number("rows", rows, whole=True, least=1)
     layers = [LayerConfig((HeadsConfig(mixer, heads, rows, rows),)) for mixer in mixers]
     segments = [SegmentConfig((layer,), len(list(run))) for layer, run in groupby(layers)]
     program = construction.program
@@ -256,8 +257,7 @@ def causal_language_model(
         raise ValueError("gates is True and mixer None, must be 'mesa' with gates")
     sizes = {"words": words, "length": length, "layers": layers, "heads": heads, "width": width}
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}, must be at least 1")
+        number(name, size, whole=True, least=1)
     if width % heads:
         raise ValueError(f"width is {width}, must be a multiple of heads={heads}")
     rows, norm = width // heads, NormConfig(affine=True)

@@ -1,20 +1,12 @@
 """What a mesa layer may be given, with one line of error for what it may not."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
-
-
-def at_least(name: str, number: Any, least: int) -> None:
-    """ValueError unless the number is an integer and no less."""
-    whole = isinstance(number, int | np.integer) and not isinstance(number, bool)
-    if not whole or number < least:
-        raise ValueError(f"{name} is {number!r}, must be an integer of at least {least}")
 
 
 def floating(name: str, dtype: DTypeLike) -> None:

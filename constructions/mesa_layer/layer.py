@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from constructions.mesa_layer.arguments import at_least, checked
+from constructions.mesa_layer.arguments import checked
 from constructions.mesa_layer.orthogonal import by_rotations
 from constructions.mesa_layer.problem import join, split
 from constructions.mesa_layer.solvers import METHODS, Settings, solved
+from synthetic.guards import number
 
 Arrays = tuple[Array, Array, Array, Array, Array | None, Array | None]
 AXES = ("batch", "time", "head")
@@ -137,8 +138,8 @@ def mesa(
     chunk = (32 if dim <= 32 else 64) if chunk is None else chunk
     steps = 4 * dim + 20 if steps is None else steps
     numbers = {"chunk": (chunk, 1), "refinements": (refinements, 0), "steps": (steps, 1)}
-    for name, (number, least) in numbers.items():
-        at_least(name, number, least)
+    for name, (value, least) in numbers.items():
+        number(name, value, whole=True, least=least)
     if tolerance is None:
         tolerance = float(jnp.finfo(arrays[0].dtype).eps)
     elif not tolerance >= 0:

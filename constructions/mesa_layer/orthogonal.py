@@ -31,8 +31,9 @@ from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float
 
-from constructions.mesa_layer.arguments import at_least, checked, floating, ridge_of
+from constructions.mesa_layer.arguments import checked, floating, ridge_of
 from constructions.mesa_layer.problem import Scalars, Tokens
+from synthetic.guards import number
 
 Marks = Bool[Array, "chunk batch head time 1"]
 Rows = Float[Array, "row *heads column"]
@@ -245,7 +246,7 @@ def mesa_start(
             regularization is not `[head]` or `[head, dim]`, positive and finite.
     """
     for name, size in (("batch", batch), ("dim", dim), ("value_dim", value_dim)):
-        at_least(name, size, 1)
+        number(name, size, whole=True, least=1)
     ridge = jnp.asarray(regularization)
     if not ridge.ndim or not ridge.size:
         raise ValueError(f"regularization has shape {ridge.shape}, must be [head] or [head, dim]")

@@ -36,6 +36,7 @@ from jax import Array
 
 from probes.regression import Split, ridge, split, standardise
 from synthetic.display import ShowsMarkdown, aligned
+from synthetic.guards import number
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class ProbeRecipe:
     checks: int = 30
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "steps", "batch", "learning_rate", "checks"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be above 0")
+        for name in ("hidden", "steps", "batch", "checks"):
+            number(name, getattr(self, name), whole=True, least=1)
+        number("learning_rate", self.learning_rate, above=0)
         if self.steps % self.checks:
             raise ValueError(f"checks is {self.checks}, must divide steps, {self.steps}")
 

@@ -7,7 +7,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any, ClassVar
 
 import jax
@@ -17,6 +16,7 @@ from jax import Array
 from jaxtyping import Float
 
 from synthetic.compilation import compile_once, many
+from synthetic.guards import number
 from synthetic.tasks.task import Batch, half_squared_error
 from synthetic.threefry import normal_from_unit, unit_uniform
 
@@ -227,7 +227,8 @@ class RegressionTask:
 
     def __post_init__(self) -> None:
         for name in ("dim_x", "num_examples", "dim_y", "queries"):
-            object.__setattr__(self, name, _size(name, getattr(self, name)))
+            size = number(name, getattr(self, name), whole=True, least=1)
+            object.__setattr__(self, name, size)
         object.__setattr__(self, "noise", float(self.noise))
         if not (np.isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise must be finite and at least 0, got {self.noise}")
@@ -261,7 +262,7 @@ class RegressionTask:
             `inputs`: x `[batch, num_examples, dim_x]`, y `[batch, num_examples, dim_y]`,
             x_query `[batch, queries, dim_x]`; `target`: `W x_query`, `[batch, queries, dim_y]`.
         """
-        size = _size("batch", batch)
+        size = number("batch", batch, whole=True, least=1)
         if isinstance(self.noise, Array):  # one of several that share a program
             return _draw.__wrapped__(self, key, size, noisy=True)
         return _draw(self, key, size)
@@ -303,16 +304,6 @@ def _apply(
     for i in range(1, x.shape[1]):
         total = total + x[:, None, i] * w[None, :, i]
     return total
-
-
-def _size(name: str, value: int) -> int:
-    try:
-        size = index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
-    return size
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from jax import Array
 from jaxtyping import Float
 
 from synthetic.compilation import compile_once, many
-from synthetic.tasks.regression import _size
+from synthetic.guards import number
 from synthetic.tasks.task import Batch, half_squared_error
 from synthetic.threefry import unit_uniform
 
@@ -70,7 +70,8 @@ class SineTask:
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "queries"):
-            object.__setattr__(self, name, _size(name, getattr(self, name)))
+            size = number(name, getattr(self, name), whole=True, least=1)
+            object.__setattr__(self, name, size)
         for below, above in (("low_amplitude", "high_amplitude"), ("low", "high")):
             ends = float(getattr(self, below)), float(getattr(self, above))
             if not (np.isfinite(ends).all() and ends[0] < ends[1]):
@@ -93,7 +94,7 @@ class SineTask:
             `inputs`: x `[batch, num_examples, 1]`, y `[batch, num_examples, 1]`,
             x_query `[batch, queries, 1]`; `target`: y at the queries, `[batch, queries, 1]`.
         """
-        return _draw(self, key, _size("batch", batch))
+        return _draw(self, key, number("batch", batch, whole=True, least=1))
 
     def loss(self, prediction: Float[Array, "..."], batch: Batch) -> Float[Array, " batch"]:
         """`half_squared_error` of predictions `[batch, queries, 1]`."""
