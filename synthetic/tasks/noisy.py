@@ -91,7 +91,6 @@ class NoisyRegressionTask:
 
     Raises:
         ValueError: a size is below 1, a noise is negative or not finite, or both kinds are given.
-        TypeError: a size is not an integer.
     """
 
     dim_x: int = 10
@@ -196,7 +195,6 @@ def draw_contexts(key: Array, dim_x: int, num_examples: int, count: int) -> Cont
 
     Raises:
         ValueError: a size is below 1.
-        TypeError: a size is not an integer.
     """
     sizes = {"dim_x": dim_x, "num_examples": num_examples, "count": count}
     d, n, count = (number(name, n, whole=True, least=1) for name, n in sizes.items())

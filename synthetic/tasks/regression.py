@@ -211,7 +211,7 @@ class RegressionTask:
     Raises:
         ValueError: a size is below 1, the noise is negative or not finite, or a covariance does
             not fit `dim_x`.
-        TypeError: a size is not an integer, or a distribution is of another class.
+        TypeError: a distribution is of another class.
     """
 
     dim_x: int = 10

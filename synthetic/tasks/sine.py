@@ -57,7 +57,7 @@ class SineTask:
 
     Raises:
         ValueError: a size is below 1, a bound is not finite, or bounds are out of order.
-        TypeError: a size is not an integer, or `tied` is not a bool.
+        TypeError: `tied` is not a bool.
     """
 
     num_examples: int = 10
