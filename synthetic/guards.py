@@ -12,10 +12,10 @@ def number(
     value: Any,
     *,
     whole: bool = False,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    least: float | int | None = None,
+    most: float | int | None = None,
+    above: float | int | None = None,
+    below: float | int | None = None,
 ) -> Any:
     """A setting that is one number: an int (`whole`), else a float.
 

@@ -83,7 +83,7 @@ CLAIMS = (
         0.95,
         ">=",
         _SOURCE,
-        catches=("up the gradient", "attention does not go back"),
+        catches=("up the gradient", "no gradient through attention"),
         gauge="none: prefix tokens are read where the construction keeps the weights",
         needs=(known_weights,),
     ),
@@ -96,7 +96,7 @@ CLAIMS = (
         _SOURCE,
         catches=(
             "up the gradient",
-            "attention does not go back",
+            "no gradient through attention",
             "value-only attention",
             "half the step",
         ),
@@ -110,7 +110,7 @@ CLAIMS = (
         0.05,
         "<=",
         _SOURCE,
-        catches=("up the gradient", "half the step", "attention does not go back"),
+        catches=("up the gradient", "half the step", "no gradient through attention"),
     ),
 )
 
@@ -177,6 +177,6 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
     return {
         "up the gradient": other(learning_rate=-c.learning_rate),
         "half the step": other(learning_rate=c.learning_rate / 2),
-        "attention does not go back": without("d value", "d query", "d key"),
+        "no gradient through attention": without("d value", "d query", "d key"),
         "value-only attention": without("d query", "d key"),
     }

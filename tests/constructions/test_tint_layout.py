@@ -154,7 +154,7 @@ def test_near_misses(x64, tint, dense):
     np.testing.assert_allclose(value_only, flat(frozen, small()), atol=1e-12)
     for name in changes:
         assert np.linalg.norm(changes[name] - right) > 5e-3 * np.linalg.norm(right), name
-    blind = found["attention does not go back"]
+    blind = found["no gradient through attention"]
     start = names(parameters(small()))
     for name, after in blind.items():
         still = name.split("/")[-1].split("_")[0] in (

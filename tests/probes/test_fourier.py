@@ -14,9 +14,9 @@ from constructions.mesa.ridge import MesaRidge
 from probes.context import (
     Spectrum,
     all_subsets,
-    answers,
     degree_weights,
     spectrum,
+    subset_predictions,
     walsh_hadamard,
 )
 
@@ -139,7 +139,7 @@ def test_examples_are_removed_and_not_set_to_zero() -> None:
             model = compile_program(c._program(mixer=mixer, keys="context"))
             x, y, query = c.sample(jax.random.key(0), 4)
             zeroed = c.apply(model, x.at[:, 1].set(0), y.at[:, 1].set(0), query)
-            (removed,) = answers(c, model, [(x, y, query)], [[0, 2, 3]])
+            (removed,) = subset_predictions(c, model, [(x, y, query)], [[0, 2, 3]])
             distance[mixer] = float(np.abs(np.asarray(zeroed) - removed).max())
         assert distance["linear"] < 1e-15 and distance["softmax"] > 1e-3
 
@@ -162,7 +162,7 @@ def test_states_of_a_sequence_are_removed() -> None:
         (states,) = c.sample(jax.random.key(0), 3)
         model = c.compile().model
         for kept in combinations(range(4), 2):
-            (found,) = answers(c, model, [(states,)], [kept])
+            (found,) = subset_predictions(c, model, [(states,)], [kept])
             short = states[:, [*kept, 4]]
             want = c.trace(short)["prediction"][:, -1]
             assert np.allclose(found, want, rtol=0, atol=1e-12)
@@ -171,9 +171,9 @@ def test_states_of_a_sequence_are_removed() -> None:
 def test_refused() -> None:
     c = GradientDescent(3, 1, 14)
     model, inputs = c.compile().model, c.sample(jax.random.key(0), 2)
-    with pytest.raises(ValueError, match="players is 13, must be at most 12"):
+    with pytest.raises(ValueError, match="examples is 13, must be at most 12"):
         spectrum(c, model, inputs, 13)
-    with pytest.raises(ValueError, match="players is 0, must be 1 to 14"):
+    with pytest.raises(ValueError, match="examples is 0, must be 1 to 14"):
         spectrum(c, model, inputs, 0)
     with pytest.raises(ValueError, match="6 subsets, must be a power of 2"):
         walsh_hadamard(np.zeros(6))
