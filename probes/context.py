@@ -1,11 +1,9 @@
 r"""What a prediction makes of the examples in its context: their degrees, and maps of them.
 
-A model's predictions when examples of the context are left out.
-
-What a construction's inputs are made of, and what of a prediction answers no example itself, the
-construction says (`Construction.context_size`, `subset`, `outside_context`): pairs of a regression,
-states of a sequence, visible words of a sentence, words that are trained on. Examples are removed,
-not set to 0, which is the same for linear attention only.
+Examples are removed from the context, not set to 0, which is the same for linear attention only,
+and predictions compared. What the examples are, and which part of a prediction is outside the
+context, the construction says (`Construction.context_size`, `subset`, `outside_context`): pairs of
+a regression, states of a sequence, visible words of a sentence, words that are trained on.
 
 The degree of a prediction in the examples of its context, by the Walsh-Hadamard transform.
 
@@ -273,7 +271,7 @@ def _scores(prediction: Array) -> Array:
 
 
 def _questions(construction: Construction, whole: np.ndarray) -> np.ndarray:
-    """Which row of the predictions for an input is its question: the first distribution; -1 for none."""
+    """Which row of the predictions is the question: the first distribution; -1 for none."""
     rows = whole.reshape(len(whole), -1, whole.shape[-1])
     if outcome(construction.task) == "logits":
         return np.zeros(len(whole), int)
