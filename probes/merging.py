@@ -1,4 +1,4 @@
-r"""Fisher information of a model's weights, example by example, and merging by it.
+r"""Merging of models by the Fisher information of their weights, and averages of checkpoints.
 
 With f(x) what a model predicts and p its likelihood, the Fisher information of example i is
 
@@ -17,20 +17,17 @@ exactly the joint least squares solution for linear models and full F_m, and an 
 the diagonals, which depend on the basis that the weights are written in. It is for models of one
 lineage: the same initial weights, and so the same basis.
 
-Averages of checkpoints, and what they can be expected to gain.
-
-Near a minimum the loss is quadratic. Along a direction of curvature lambda, SGD with step size eta
-multiplies the distance to the minimum by rho = 1 - eta lambda a step and adds noise, so that two
-iterates k steps apart have correlation rho^k, and their mean has
+What averages of checkpoints gain: near a minimum the loss is quadratic. Along a direction of
+curvature lambda, SGD with step size eta multiplies the distance to the minimum by rho = 1 - eta
+lambda a step and adds noise, so that two iterates k steps apart have correlation rho^k, and their
+mean has
 
     (1 + (1 - eta lambda)^k) / 2
 
 of the excess loss of one of them (Sandler et al. 2023, arXiv 2301.02312): close iterates are the
 same point and gain nothing, distant ones halve it. In general sum_ab w_a w_b rho^|t_a - t_b|. Where
 averages do worse than their members, these are not around one minimum.
-
-The averages here are of checkpoints. `synthetic.fitting.recipe.Recipe` averages while it fits, over
-every step.
+(`synthetic.fitting.recipe.Recipe` averages while it fits, over every step.)
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-r"""Models of next states of any layers, to be trained and compared with the constructions.
+r"""Models of sequences, to be trained and compared with the constructions.
 
-`Construction.counterpart` trains the layers of a construction. The models here share with it only
-how states enter and predictions leave: `construction.apply` runs them.
+Those of next states have any layers and share with a construction only how states enter and
+predictions leave: `construction.apply` runs them. `causal_language_model` has words in place of
+states, and differs in one thing: the mixer behind the first layer.
 
-Linear attention whose products are numbers times identity blocks.
-
-The stream of a model of next states is a row of channels of `dim` columns each (s, z, y, x of
-`polynomial`). If the products of every head are
+`BlockScalars` are linear attention whose products are numbers times identity blocks. The stream of
+a model of next states is a row of channels of `dim` columns each (s, z, y, x of `polynomial`). If
+the products of every head are
 
     W_K^T W_Q  =  B kron I,       P W_V  =  A kron I,       B, A  [channel, channel],
 
@@ -14,8 +14,6 @@ then the model treats all directions alike: it commutes with every rotation of t
 numbers are all there is to train, to read, to average. `compressed` finds the nearest ones to a
 trained model, `between` averages two models by their products, which no change of basis inside a
 head can bend. (von Oswald et al. 2023, arXiv 2309.05858, section 4: compressed expression.)
-
-Causal language models that differ in one thing, the mixer behind the first layer.
 """
 
 from __future__ import annotations
