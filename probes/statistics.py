@@ -103,7 +103,7 @@ def weight_distance(e: Evidence) -> float:
 
 def interpolation_gap(e: Evidence) -> float:
     """Largest loss on the line between model and construction, over the smaller end, less 1."""
-    losses = between(e.construction, e.model, e.reference, e.examples)
+    losses = between(e.construction, e.model, e.reference, _first(4096, e.examples))
     return interpolation.interpolation_gap(losses)
 
 

@@ -354,10 +354,11 @@ def worker(out: Path, given_up: list[int]) -> None:
     """Work on the blocks of a sweep until none is left, or whoever started this is gone."""
     from probes.options import importable_here
     from probes.sweep.work import layout
-    from synthetic.compilation import keep_programs
+    from synthetic.compilation import collect_rarely, keep_programs
 
     importable_here()
     keep_programs()
+    collect_rarely()
     parent = os.getppid()
 
     def alive() -> None:
