@@ -23,9 +23,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from constructions.interchange.export import export
-from probes.bench.methods import Found
+from probes.bench.evidence import Found
+from probes.bench.families import supports
 from probes.bench.scores import score, truth_of
-from probes.bench.subjects import Subject, make_subject, supports
+from probes.bench.subjects import Subject, make_subject
 from synthetic.files import parse_json
 
 README = """# Which heads have a job, and which values are used from where?
