@@ -217,6 +217,7 @@ def card_of(records: Sequence[Record]) -> dict[str, Any]:
         },
         "batch": sorted({r["batch"] for r in records if "batch" in r}),
         "stated": stated(records),
+        "made by": sorted({r["made by"] for r in records if "made by" in r}),
         "families": len({r["family"] for r in records}),
         "seeds": len({r["seed"] for r in records}),
         "tables": tables,
@@ -245,7 +246,7 @@ def to_json(card: dict[str, Any]) -> dict[str, Any]:
         return {k: value(v) for k, v in entry.items()} if isinstance(entry, dict) else entry
 
     versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "optax")}
-    made = {"python": platform.python_version(), **versions, "sources": sources()}
+    made = {"python": platform.python_version(), **versions}
     return plain({"made with": made, **value(card)})
 
 
