@@ -13,7 +13,7 @@ from jax import Array
 
 from constructions import CATALOGUE
 from constructions.core.canonical import canonical_distance
-from constructions.core.compile import config_of
+from constructions.core.compile import compile_program, config_of
 from constructions.core.config import Config
 from constructions.core.embedding import Place
 from constructions.core.program import Program
@@ -21,6 +21,8 @@ from constructions.core.slots import Slot
 from constructions.core.transformer import Transformer, randomise
 from constructions.core.weights import Part
 from constructions.family import Construction
+from constructions.gradient_descent.memory_token import MemoryToken
+from constructions.inside_outside.construction import InsideOutside
 from probes.bench.disguises import (
     FAR,
     unrolled,
@@ -74,9 +76,9 @@ class Family:
     def inputs(self, key: Array, batch: int) -> tuple[Any, ...]:
         """Inputs of the task, tokens of the same kinds on each."""
         sample = compile_once(self.construction.sample, static_argnums=1)
-        if self.construction.__class__.__name__ == "MemoryToken":
+        if isinstance(self.construction, MemoryToken):
             return *sample(key, batch)[:3], jnp.ones(batch, bool)
-        if self.construction.__class__.__name__ == "InsideOutside":
+        if isinstance(self.construction, InsideOutside):
             tokens, lengths, mask = (np.asarray(a) for a in sample(key, 64 * batch))
             kept = np.flatnonzero(lengths == tokens.shape[1])[:batch]
             assert len(kept) == batch, "long sentences are rare"
@@ -127,7 +129,7 @@ def supports(family: str, disguise: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def trained(family: Family, clean: Transformer, seed: int) -> tuple[Transformer, dict[str, float]]:
+def trained(family: Family, seed: int) -> tuple[Transformer, dict[str, float]]:
     """The construction's heads trained from random weights, those that are zero being left so.
 
     A head of zeros has no gradient. The model, and its "distance" (`canonical_distance`).
@@ -135,6 +137,7 @@ def trained(family: Family, clean: Transformer, seed: int) -> tuple[Transformer,
     ValueError where the fit ends further than `FAR` from the construction.
     """
     construction = family.construction
+    clean = compile_program(family.program, config=family.config)
 
     def drawn(key: Array) -> Transformer:
         random = iter(randomise(clean, key, 0.2).parts())

@@ -252,7 +252,7 @@ def make_subject(family: str, disguise: str, seed: int, batch: int = 64) -> Subj
     if disguise in ("noise", "all"):
         model = add_noise(model, seed, NOISE)
     if disguise == "trained":
-        model, stated = trained(base, clean, seed)
+        model, stated = trained(base, seed)
     matrix = q @ np.asarray(clean_read)
     if disguise == "superposed":
         q, back, stated = _pressed(clean, values, groups, walk, read_tokens, clean_read, seed)
