@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from constructions.family import Construction
-from constructions.inputs import Input, number
+from constructions.inputs import Input
+from synthetic.guards import number
 from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform, distribution
 
 Inputs = Float[Array, "batch context dim_x"]

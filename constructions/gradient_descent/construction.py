@@ -49,7 +49,6 @@ from constructions.gradient_descent.paper import (
     STEPS_CLAIMS,
     TWO_STEP_CLAIMS,
 )
-from constructions.inputs import number
 from constructions.regression import (
     Inputs,
     LinearRegression,
@@ -60,6 +59,7 @@ from constructions.regression import (
     step_on_the_mean,
 )
 from synthetic.fitting.recipe import Recipe
+from synthetic.guards import number
 from synthetic.tasks.regression import RegressionTask
 from synthetic.theory.one_layer import one_layer_excess, optimal_one_layer
 

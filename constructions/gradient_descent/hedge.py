@@ -29,11 +29,11 @@ from constructions.core.program import Head, Layer, Mlp, Program
 from constructions.core.slots import Slots, constant
 from constructions.family import Claim, Construction, Counterpart, NearMiss, Place, Tokens
 from constructions.gradient_descent.paper import added_loss
-from constructions.inputs import Input, number
+from constructions.inputs import Input
 from constructions.regression import least_squares, step_on_the_mean
 from synthetic.fitting.recipe import Recipe
-from synthetic.tasks.mixed import ScaledTasks
-from synthetic.tasks.regression import RegressionTask
+from synthetic.guards import number
+from synthetic.tasks.regression import RegressionTask, ScaledTasks
 from synthetic.theory.one_layer import optimal_step_size
 
 BY_POWER = "step size by power"

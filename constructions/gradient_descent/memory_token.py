@@ -34,8 +34,7 @@ from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
 from constructions.inputs import FLAGS, Input
 from constructions.regression import LinearRegression, least_squares
 from synthetic.fitting.recipe import Recipe
-from synthetic.tasks.mixed import ShiftedTasks
-from synthetic.tasks.regression import Gaussian
+from synthetic.tasks.regression import Gaussian, ShiftedTasks
 from synthetic.theory.one_layer import gradient_descent_loss
 
 

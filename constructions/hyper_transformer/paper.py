@@ -52,12 +52,15 @@ def above_posterior(e: Evidence) -> float:
 
 def input_scale_gap(e: Evidence) -> float:
     """Largest |loss / loss of the construction - 1| on features scaled by 0.5 and by 1.5."""
-    gaps = []
-    for factor in (0.5, 1.5):
-        examples = e.construction.task.scaled_inputs(factor).sample(e.key, min(e.size, 2**13))
+
+    def gap(factor: float) -> float:
+        task, size = e.construction.task.scaled_inputs(factor), min(e.size, 2**13)
+        examples = e.once(f"scaled by {factor}", lambda: task.sample(e.key, size))
         scaled = replace(e, examples=examples)
-        gaps.append(abs(scaled.loss(scaled.prediction) / scaled.loss(scaled.expected) - 1))
-    return max(gaps)
+        least = scaled.once("expected loss", lambda: scaled.loss(scaled.expected))
+        return abs(scaled.loss(scaled.prediction) / least - 1)
+
+    return max(gap(0.5), gap(1.5))
 
 
 @compile_once(static_argnums=0, often=True)

@@ -151,7 +151,7 @@ class NoisyRegression(Regression):
         Returns:
             matrix, momentum, weight, label_scale: M `[dim_x, dim_x]`, u and w `[dim_x]`, a `[]`.
             gradient: Sigma^0 (a w* - w) = a alpha^0 - Sigma^0 w, with w* the least-squares weights:
-                downhill for w, `[dim_x]`; u collects it.
+                the negative gradient for w, `[dim_x]`; u collects it.
             rescaling: 1 + w_yy lambda, the factor on labels, of every layer, `[batch, layer]`.
             residual_power: rho = sum_i (y_i - w* . x_i)^2, `[batch]`, by which steps grow.
             inputs, outputs: of all tokens, `[token, dim_x]` and `[token, 1]`.

@@ -85,7 +85,7 @@ CLAIMS = (
         0.95,
         ">=",
         _SOURCE,
-        catches=("up the gradient", "attention does not go back"),
+        catches=("up the gradient", "no gradient through attention"),
         note="Value-only attention, a backward pass without the scores, is at .9997 and passes at "
         "this width; 'the step itself' rejects it.",
         gauge="none: prefix tokens are read where the construction keeps the weights",
@@ -100,7 +100,7 @@ CLAIMS = (
         _SOURCE,
         catches=(
             "up the gradient",
-            "attention does not go back",
+            "no gradient through attention",
             "value-only attention",
             "half the step",
         ),
@@ -117,7 +117,7 @@ CLAIMS = (
         catches=(
             "up the gradient",
             "half the step",
-            "attention does not go back",
+            "no gradient through attention",
             "no step",
             "cache of words",
         ),
@@ -209,7 +209,7 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
     return {
         "up the gradient": other(learning_rate=-c.learning_rate),
         "half the step": other(learning_rate=c.learning_rate / 2),
-        "attention does not go back": without("d value", "d query", "d key"),
+        "no gradient through attention": without("d value", "d query", "d key"),
         "value-only attention": without("d query", "d key"),
         "no step": NearMiss(compile_once(partial(untouched, c)), c),
         "cache of words": NearMiss(compile_once(partial(cache, c)), c),
