@@ -282,7 +282,8 @@ def claims(grammar: Grammar, max_length: int) -> tuple[Claim, ...]:
             "0.84. The cause: of the example's hidden words 18 % have several best ones, exactly, "
             "as both brackets of a pair are hidden, and a model that is right of all others and "
             "guesses there agrees on 0.86. Now the posterior's chance that is given up counts, of "
-            "which equal words cost nothing; the one in twenty was not moved.",
+            "which equal words cost nothing; the one in twenty was not moved. Four seeds "
+            "trained in full give up 0.007 to 0.011.",
         ),
     )
 
