@@ -8,7 +8,7 @@ Also its counterpart, TinT itself trained further, and near-misses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -134,17 +134,20 @@ def untouched(c: Any, tokens: Array, train_mask: Array) -> Array:
     return jax.nn.softmax(jax.vmap(decode, (None, 0))(c.weights, tokens))
 
 
-def cache(c: Any, tokens: Array, train_mask: Array, share: float = 0.3) -> Array:
-    """The same mixed with how often each word follows the positions that are trained on.
+def cache(
+    before: Callable[..., Array], tokens: Array, train_mask: Array, share: float = 0.3
+) -> Array:
+    """The predictions `before` mixed with how often each word follows the trained positions.
 
     A unigram cache, without any derivative. Of the example the share is the one that comes nearest
     to the step, .29.
     """
-    words = jax.nn.one_hot(tokens[:, 1:], c.shape.words)
+    known = before(tokens, train_mask)
+    words = jax.nn.one_hot(tokens[:, 1:], known.shape[-1])
     trained = jnp.asarray(train_mask, words.dtype)[:, :-1]
     seen = jnp.einsum("btw,bt->bw", words, trained)
     seen = seen / jnp.maximum(trained.sum(1, keepdims=True), 1)
-    return (1 - share) * untouched(c, tokens, train_mask) + share * seen[:, None]
+    return (1 - share) * known + share * seen[:, None]
 
 
 # each entry of a hand-built stack of dozens of layers moves all that is behind it
@@ -187,6 +190,8 @@ def counterpart(c: Any) -> Counterpart:
 def near_misses(c: Any) -> dict[str, NearMiss]:
     """`Tint.near_misses` where its weights are dense."""
 
+    before = compile_once(partial(untouched, c))
+
     def other(**changes: Any) -> NearMiss:
         return c.near_miss(replace(c, **changes))
 
@@ -211,6 +216,6 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
         "half the step": other(learning_rate=c.learning_rate / 2),
         "no gradient through attention": without("d value", "d query", "d key"),
         "value-only attention": without("d query", "d key"),
-        "no step": NearMiss(compile_once(partial(untouched, c)), c),
-        "cache of words": NearMiss(compile_once(partial(cache, c)), c),
+        "no step": NearMiss(before, c),
+        "cache of words": NearMiss(partial(cache, before), c),
     }
