@@ -254,7 +254,11 @@ def test_near_misses_and_shapes_come_with_the_base_class():
         (2, {"above": 0, "most": 1}, "n is 2, must be above 0 and at most 1$"),
         (1.0, {"above": 0, "below": 1}, r"n is 1\.0, must be above 0 and below 1$"),
         (np.nan, {"above": 0, "below": 1}, "must be a finite number above 0 and below 1$"),
-        (7, {"whole": True, "least": 0, "below": 7}, "must be an integer of at least 0 and below 7"),
+        (
+            7,
+            {"whole": True, "least": 0, "below": 7},
+            "must be an integer of at least 0 and below 7",
+        ),
     ],
 )
 def test_one_guard_for_numbers(value, limits, message):
