@@ -85,7 +85,7 @@ def interchange(
     Args:
         base, source: inputs of equal shapes.
         site: a name in `SITES`.
-        where: booleans that broadcast to `[layer, batch, *axes]`, see `sites.where`.
+        where: booleans that broadcast to `[layer, batch, *axes]`, see `probes.subject.where`.
 
     Raises:
         ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit, or the
