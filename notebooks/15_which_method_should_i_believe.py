@@ -27,7 +27,8 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from probes.bench.methods import METHODS, Evidence
+from probes.bench.evidence import Evidence
+from probes.bench.methods import METHODS
 from probes.bench.subjects import make_subject
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"

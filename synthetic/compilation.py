@@ -109,7 +109,7 @@ def compiler_options(*, often: bool = False) -> dict[str, bool | int]:
     return full_effort() | known if often else known | _SLOWER
 
 
-def full_effort() -> dict[str, bool | int]:
+def full_effort() -> dict[str, Any]:
     """What to tell XLA of a program that runs for long, after `compile_quickly`; else nothing."""
     import jax
 

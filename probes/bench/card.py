@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from probes.bench.findings import Record, findings
 from probes.report.index import sources, templates, write_json
 from probes.style import BLUE, VERMILION, Picture, in_style, png
 from synthetic.files import parse_json, plain
@@ -16,16 +20,18 @@ from synthetic.files import parse_json, plain
 TASKS = {
     "heads": "Which heads have a job? Average precision over all heads",
     "sites": "Which values are used from where? Average precision over values, layers and kinds",
+    "edges": "Which heads are read by what? Average precision over heads and their receivers",
 }
 #: Scores that differ by more than this share of the largest depend on the basis.
 SAME = 1e-6
-
-Record = dict[str, Any]
+#: Methods that estimate, by gradients, the effect of an exchange.
+ESTIMATES = ("attribution patching", "integrated gradients")
 
 
 def record_of(family: str, disguise: str, seed: int, methods: Sequence[str], batch: int) -> Record:
     """Makes one subject and asks methods about it."""
-    from probes.bench.methods import METHODS, Evidence
+    from probes.bench.evidence import Evidence
+    from probes.bench.methods import METHODS
     from probes.bench.scores import overlap, score, truth_of
     from probes.bench.subjects import make_subject
 
@@ -35,7 +41,7 @@ def record_of(family: str, disguise: str, seed: int, methods: Sequence[str], bat
     for name in methods:
         asked[name] = {}
         # a backup is about heads; values are where they were
-        for task in ("heads",) if disguise == "backup" else TASKS:
+        for task in ("heads", "edges") if disguise == "backup" else TASKS:
             found = METHODS[name](subject, task, evidence)
             if found is None:
                 continue
@@ -44,6 +50,11 @@ def record_of(family: str, disguise: str, seed: int, methods: Sequence[str], bat
             if found.bases is not None:
                 pairs = zip(found.bases, subject.sites, strict=True)
                 entry["overlap"] = [overlap(u, s.basis) for u, s in pairs]
+            if found.bases is not None and name in ESTIMATES:
+                # what the estimate is one of: the same subspaces exchanged
+                entry["exact"] = evidence.with_sites(found.bases, along=True).tolist()
+            if found.control is not None:
+                entry["control"] = found.control.tolist()
             asked[name][task] = entry
     size = subject.roles.shape[1]
     truth = {
@@ -57,6 +68,10 @@ def record_of(family: str, disguise: str, seed: int, methods: Sequence[str], bat
             "slots": [site.slot for site in subject.sites],
             "true": [site.used for site in subject.sites],
         },
+        "edges": {
+            "names": [edge.name for edge in subject.edges],
+            "true": [edge.used for edge in subject.edges],
+        },
     }
     about = {
         "made by": sources(),
@@ -64,6 +79,7 @@ def record_of(family: str, disguise: str, seed: int, methods: Sequence[str], bat
         "disguise": disguise,
         "seed": seed,
         "batch": batch,
+        "stated": subject.stated,
     }
     return plain(about | {"truth": truth, "methods": asked})
 
@@ -81,7 +97,7 @@ def run(
 
     ValueError where a file of the folder is no record.
     """
-    from probes.bench.subjects import supports
+    from probes.bench.families import supports
 
     records = []
     # one disguise after the other: all of a family share their compiled programs
@@ -195,6 +211,13 @@ def card_of(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "disguises": disguises,
         "subjects": len(records),
+        "measured": {
+            family: dict(Counter(r["disguise"] for r in records if r["family"] == family))
+            for family in dict.fromkeys(r["family"] for r in records)
+        },
+        "batch": sorted({r["batch"] for r in records if "batch" in r}),
+        "stated": stated(records),
+        "made by": sorted({r["made by"] for r in records if "made by" in r}),
         "families": len({r["family"] for r in records}),
         "seeds": len({r["seed"] for r in records}),
         "tables": tables,
@@ -202,74 +225,29 @@ def card_of(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def findings(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Known findings, each with its number on these subjects; without subjects it is left out."""
-    found: list[tuple[str, str]] = []
-
-    def entries(method: str, task: str, *disguises: str) -> list[tuple[Record, Any]]:
-        return [
-            (r, r["methods"][method][task])
-            for r in records
-            if task in r["methods"].get(method, {})
-            and (not disguises or r["disguise"] in disguises)
-        ]
-
-    def said(title: str, values: Any, text: str) -> None:
-        if len(values):
-            found.append((title, text.format(np.mean(values), len(values))))
-
-    apart: list[float] = []
-    for record, entry in entries("attribution patching", "heads"):
-        exact = record["methods"].get("activation patching", {}).get("heads")
-        if exact is not None:
-            a, b = np.array(entry["answer"], float), np.array(exact["answer"], float)
-            seen = b > max(0.01 * b.max(), 1e-9)
-            apart += (a[seen] / b[seen]).tolist()
-    ratios = np.array(apart)
-    off = (ratios < 0.5) | (ratios > 2)
-    text = "beyond a factor of 2 from the exact effect in {:.2f} of {} heads that have one; "
-    text += f"under a tenth of it in {np.mean(ratios < 0.1) if apart else 0:.2f}"
-    said("attribution patching is a first-order estimate", off, text)
-    unused = [
-        value
-        for r, e in entries("linear probe", "sites")
-        for value, used in zip(e["answer"], r["truth"]["sites"]["true"], strict=True)
-        if not used
-    ]
-    said("probes find what is not used", unused, "R² {:.2f} on {} values that nobody uses")
-    for method in ("zero ablation", "resample ablation"):
-        missed = [e["scores"]["missed"] for _, e in entries(method, "heads", "backup")]
-        said(f"a backup hides heads from {method}", missed,
-             "{:.2f} of the heads with a job have no effect, in {} subjects")  # fmt: skip
-    means: dict[tuple[str, int], dict[str, float]] = {}
-    for r, e in entries("zero ablation", "heads", "bare", "shared"):
-        own = np.array(e["answer"], float)[np.array(r["truth"]["heads"]["roles"]) == "used"]
-        means.setdefault((r["family"], r["seed"]), {})[r["disguise"]] = float(own.mean())
-    halves = [m["shared"] / m["bare"] for m in means.values() if len(m) == 2 and m["bare"] > 0]
-    said("two heads that share a job hide one another from zero ablation", halves,
-         "each shows {:.2f} of the effect of the one, in {} pairs of subjects")  # fmt: skip
-    fits, angles = [], []
-    for record, entry in entries("alignment search", "sites"):
-        slots = record["truth"]["sites"]["slots"]
-        for slot, value, own in zip(slots, entry["answer"], entry["overlap"], strict=True):
-            if slot == "copy":
-                fits.append(value > 0.5)
-                angles += [np.degrees(np.arccos(min(1.0, own) ** 0.5))] if value > 0.5 else []
-    text = "accuracy above a half in {:.2f} of {} places of copies that nobody reads, by subspaces "
-    text += f"at {np.mean(angles) if angles else 0:.0f}° to the copy's own"
-    said("alignment search finds a neighbour", fits, text)
-    return found
+def stated(records: Sequence[Record]) -> dict[str, dict[str, Cell]]:
+    """Means of what disguises state: {disguise: {"loss": ...}}."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        for name, value in record.get("stated", {}).items():
+            found.setdefault(record["disguise"], {}).setdefault(name, []).append(value)
+    return {
+        disguise: {name: Cell(float(np.mean(v)), None, len(v)) for name, v in values.items()}
+        for disguise, values in found.items()
+    }
 
 
 def to_json(card: dict[str, Any]) -> dict[str, Any]:
-    """The card as plain data."""
+    """The card as plain data, with the versions that it was made with."""
 
     def value(entry: Any) -> Any:
         if isinstance(entry, Cell):
             return {"mean": entry.mean, "half": entry.half, "count": entry.count}
         return {k: value(v) for k, v in entry.items()} if isinstance(entry, dict) else entry
 
-    return plain(value(card))
+    versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "optax")}
+    made = {"python": platform.python_version(), **versions}
+    return plain({"made with": made, **value(card)})
 
 
 STYLES = {"good": "green", "fair": "yellow", "poor": "red"}

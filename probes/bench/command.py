@@ -62,8 +62,8 @@ class Bench:
         from probes.bench import exchange
         from probes.bench.card import card_of, page, run, show, to_json
         from probes.bench.disguises import DISGUISES
+        from probes.bench.families import FAMILIES
         from probes.bench.methods import METHODS
-        from probes.bench.subjects import FAMILIES
 
         if self.score is not None:
             with jax.enable_x64(True):

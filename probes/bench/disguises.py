@@ -1,12 +1,12 @@
 """Disguises: what is done to a construction so that its mechanism is harder to find.
 
-Distractors, shared jobs and backups are written into the program, before it is compiled; another
-basis of the stream and noise are changes of the weights.
+Distractors, shared jobs, backups and sharp attention are written into the program, before it is
+compiled; another basis of the stream, fewer dimensions, noise and training change the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from constructions.core.slots import Slot, Slots, concatenate, constant
 from constructions.core.symmetry import change_key_basis, change_value_basis
 from constructions.core.transformer import Transformer
 from constructions.core.weights import Part
+from probes.bench.truth import first_head
 from synthetic.compilation import compile_once
 
 #: Name -> what is done to the construction.
@@ -29,6 +30,11 @@ DISGUISES: dict[str, str] = {
     "layer a shadow of a head that writes where nobody reads, and a head that looks at noise",
     "shared": "every head's job is done by two heads, each writing half",
     "backup": "one head has a backup that steps in, entry by entry, where the first is silent",
+    "sharp": "scores of softmax heads 8 times as large, so that attention saturates",
+    "superposed": "with distractors, the stream pressed into the fewest dimensions at which "
+    "predictions are off by at most 5% of the distance between those of two inputs",
+    "trained": "the job's heads trained from random weights until they match the construction's up "
+    "to its symmetries, among spare heads that are zero",
     "noise": "every weight with Gaussian noise, 0.2% of the root mean square of its array",
     "all": "distractors, in a random basis, with noisy weights",
 }
@@ -36,6 +42,12 @@ DISGUISES: dict[str, str] = {
 NOISE = 0.002
 #: A backup head steps in where the first one's output is below this in size.
 SILENT = 1e-6
+#: Factor on the scores of softmax heads that saturates them.
+SHARP = 8.0
+#: What a superposed stream may lose, and weights of a column that nobody uses beside one of use.
+LOSS, ASIDE = 0.05, (0.3, 0.1, 0.03, 0.01)
+#: A trained model further than this from the construction is no subject.
+FAR = 0.1
 
 
 def _extended(program: Program, layers: Sequence[Layer], added: Sequence[Slot]) -> Program:
@@ -60,13 +72,13 @@ def with_distractors(program: Program, main: Slot) -> Program:
     noise = Slot("noise", 3, start)
     copy = Slot("copy", main.size, start + 3, main.token_groups)
     scratch = Slot("scratch", 3, copy.start + copy.size, None, 1, None, True)
-    firsts = [_first(layer) for layer in program.layers]
+    firsts = [first_head(layer) for layer in program.layers]
     rows = [0 if first is None else first.value.size for first in firsts]
     wide = max(rows)
     shadow = Slot("shadow", wide, scratch.start + 3, None, 1, None, True) if wide else None
     layers = []
     for layer, size in zip(program.layers, rows, strict=True):
-        first = _first(layer)
+        first = first_head(layer)
         if first is None or shadow is None:
             layers.append(layer)
             continue
@@ -109,7 +121,7 @@ def with_backup(program: Program) -> tuple[Program, int] | None:
     product is 0 to the bit. It needs a layer without an MLP.
     """
     for number, layer in enumerate(program.layers, start=1):
-        first = _first(layer)
+        first = first_head(layer)
         if first is None or layer.mlp is not None:
             continue
         others = {
@@ -119,8 +131,8 @@ def with_backup(program: Program) -> tuple[Program, int] | None:
             continue
         size, start = first.value.size, program.slots.width
         groups = token_names(first.queries)
-        one = Slot("first", size, start, groups, number, number)
-        two = Slot("second", size, start + size, groups, number, number)
+        one = Slot("first output", size, start, groups, number, number)
+        two = Slot("second output", size, start + size, groups, number, number)
         unit = np.eye(size)
         mlp = Mlp(
             hidden=concatenate(SILENT - one, -SILENT - one, constant(*[1.0] * size)),
@@ -144,6 +156,22 @@ def with_backup(program: Program) -> tuple[Program, int] | None:
     return None
 
 
+def with_sharp_heads(program: Program) -> Program | None:
+    """Scores of every softmax head times `SHARP`; None where there is no such head."""
+    layers = [
+        replace(
+            layer,
+            heads=tuple(
+                replace(h, scale=SHARP * h.scale) if h.mixer == "softmax" else h
+                for h in layer.single_heads
+            ),
+        )
+        for layer in program.layers
+    ]
+    soft = any(h.mixer == "softmax" for layer in layers for h in layer.single_heads)
+    return replace(program, layers=tuple(layers)) if soft else None
+
+
 def backed(program: Program) -> tuple[Program, int]:
     """`with_backup`, of a program that can have one."""
     found = with_backup(program)
@@ -151,32 +179,78 @@ def backed(program: Program) -> tuple[Program, int]:
     return found
 
 
-def _first(layer: Layer) -> Head | None:
-    return next((h for h in layer.single_heads if h.erases is None), None)
-
-
 #: Arrays that read the stream, by their last axis.
 _READING = ("query", "key", "value", "factor_query", "factor_key", "hidden", "gate")
 
 
-def rotate(model: Transformer, q: Any) -> Transformer:
-    """The model in another orthogonal basis of the stream: it maps `q @ h` to `q @ output`.
+def rotate(model: Transformer, q: Any, back: Any = None) -> Transformer:
+    """The model in another basis of the stream: it maps `q @ h` to `q @ output`.
 
-    ValueError for a norm, which sees the basis.
+    Args:
+        model: one without norms, which see the basis: ValueError otherwise.
+        q: orthogonal, or any map whose inverse is given.
+        back: what is read is `back @ stream`; None is q^T.
     """
+    back = q.T if back is None else back
 
     def turned(part: Part) -> dict[str, Array]:
         if part.kind in ("norm", "mlp_norm"):
             raise ValueError(f"the model has a {part.kind}, which sees the basis of the stream")
         new = dict(part.weights)
         for name, a in part.weights.items():
-            if name in _READING or name == "output_bias":
+            if name in _READING:
+                new[name] = a @ back
+            elif name == "output_bias":
                 new[name] = a @ q.T
             elif name == "output":
                 new[name] = q @ a
         return new
 
     return model.map_parts(turned)
+
+
+def pressed(
+    values: np.ndarray, used: np.ndarray, seed: int, loss: Callable[[np.ndarray, np.ndarray], float]
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """The projection of a stream to the fewest dimensions that it bears, and the way back.
+
+    With S the diagonal of 1 / (root mean square of a column), times one of `ASIDE` where nobody
+    uses it, and U the k leading eigenvectors of the second moment of S h, the stream becomes
+    U^T S h, which stands in a random subspace of as many columns as before (so that nothing is
+    compiled anew), and S^-1 U is read: no other k dimensions hold S h with less squared error.
+    The first of `ASIDE` is taken at which a quarter of the dimensions go, or where most go.
+
+    Args:
+        values: the stream from which it is learnt, `[..., width]`.
+        used: whether somebody uses a column, `[width]`.
+        seed: of the subspace.
+        loss: (projection, way back) -> what it costs.
+
+    Returns:
+        Both maps `[width, width]`, and what is to be stated: "dimensions", "of", "loss".
+    """
+    h = values.reshape(-1, values.shape[-1])
+    size = np.sqrt(np.mean(h**2, 0))
+    there = size > 1e-9
+    everything = np.linalg.svd(h[:, there] / size[there], compute_uv=False)
+    of = int((everything > 1e-6 * everything.max()).sum())
+    q = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(size), len(size))))[0]
+    found: list[tuple[int, Any, Any]] = []
+    for aside in ASIDE:
+        scale = np.where(there, np.where(used, 1.0, aside) / np.where(there, size, 1), 0)
+        strength, u = np.linalg.eigh((h * scale).T @ (h * scale) / len(h))
+        rank = int((strength > 1e-12 * strength.max()).sum())
+        to, back = u[:, ::-1].T * scale, np.divide(u[:, ::-1].T, scale, where=there, out=0 * u).T
+        low, high = 0, rank  # too few, and enough
+        while high - low > 1:
+            k = (low + high) // 2
+            enough = loss(q[:, :k] @ to[:k], back[:, :k] @ q[:, :k].T) <= LOSS
+            low, high = (low, k) if enough else (k, high)
+        found.append((high, q[:, :high] @ to[:high], back[:, :high] @ q[:, :high].T))
+        if high <= 0.75 * of:
+            break
+    least, to, back = min(found, key=lambda f: f[0])
+    return to, back, {"dimensions": float(least), "of": float(of), "loss": loss(to, back)}
 
 
 @compile_once

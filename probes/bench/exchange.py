@@ -8,8 +8,8 @@
 
 Subjects stand in random order under numbers, and values are called value 0, value 1, ..., so that
 no name tells what was planted. An answer is {"public/0000": {"heads": [[...], ...], "sites":
-[...]}, ...}: a score for every head, `[layer][head]`, and one for every question of questions.json;
-either may be left out.
+[...], "edges": [...]}, ...}: a score for every head, `[layer][head]`, and one for every site and
+edge of questions.json; each of the three may be left out.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from constructions.interchange.export import export
-from probes.bench.methods import Found
+from probes.bench.evidence import Found
+from probes.bench.families import supports
 from probes.bench.scores import score, truth_of
-from probes.bench.subjects import Subject, make_subject, supports
+from probes.bench.subjects import Subject, make_subject
 from synthetic.files import parse_json
 
-README = """# Which heads have a job, and which values are used from where?
+README = """# Which heads have a job, which values are used from where, and who reads whom?
 
 Every folder is a transformer whose mechanism is known. `AutoModel.from_pretrained(FOLDER,
 trust_remote_code=True)` opens it; it maps a residual stream to itself.
@@ -37,12 +38,15 @@ inputs.safetensors: `stream` [batch, token, width] and `groups` [token] are the 
 prediction is `output[:, read_tokens] @ read_matrix`, and each site's `array` [batch, token, size]
 is what its value is on these inputs.
 
-questions.json: {"heads": [layers, heads], "sites": [{"layer", "tokens", "value", "array"}]}: is the
-value held at these tokens after so many layers, and used from there on?
+questions.json: {"heads": [layers, heads], "sites": [{"layer", "tokens", "value", "array"}],
+"edges": [[layer, head, layer of the receiver, its head]]}: is the value held at these tokens after
+so many layers, and used from there on? Does the receiver read what the head writes? Layers and
+heads of edges count from 0; a receiver that is no head is the layer's MLP (-1) or read-out (-2).
 
-An answer is a JSON file {"public/0000": {"heads": [[score, ...], ...], "sites": [score, ...]}},
-with larger scores where a head has a job, or a value is used. `orrery bench --score answers.json`
-scores it with the key.json that lies beside it. public/ has its truth.json; held-back/ has none.
+An answer is a JSON file {"public/0000": {"heads": [[score, ...], ...], "sites": [score, ...],
+"edges": [score, ...]}}, with larger scores where a head has a job, a value is used, an edge is
+read. `orrery bench --score answers.json` scores it with the key.json that lies beside it. public/
+has its truth.json; held-back/ has none.
 """
 
 
@@ -98,13 +102,15 @@ def _write_subject(subject: Subject, folder: Path, truth: bool) -> None:
     save_file(
         {k: np.ascontiguousarray(a) for k, a in arrays.items()}, folder / "inputs.safetensors"
     )
-    asked = {"heads": list(subject.roles.shape), "sites": questions}
+    edges = [list(edge[:4]) for edge in subject.edges]
+    asked = {"heads": list(subject.roles.shape), "sites": questions, "edges": edges}
     (folder / "questions.json").write_text(json.dumps(asked))
     if truth:
         known = {
             "heads": subject.roles.tolist(),
             "sites": [site.used for site in subject.sites],
             "bases": [site.basis.tolist() for site in subject.sites],
+            "edges": [edge.used for edge in subject.edges],
         }
         (folder / "truth.json").write_text(json.dumps(known))
 
@@ -125,13 +131,13 @@ def score_answers(path: Path) -> list[dict[str, Any]]:
         about = key["subjects"][name]
         subject = make_subject(**about, batch=key["batch"])
         entries: dict[str, Any] = {}
-        for task in ("heads", "sites"):
+        for task in ("heads", "sites", "edges"):
             if not isinstance(given, dict) or task not in given:
                 continue
             found = Found(_numbers(path, name, task, given[task], truth_of(subject, task)[0].shape))
             entries[task] = {"scores": score(subject, task, found), "answer": found.scores.ravel()}
         if not entries:
-            raise ValueError(f"{path}: {name!r} answers neither heads nor sites")
+            raise ValueError(f"{path}: {name!r} answers neither heads nor sites nor edges")
         records.append(about | {"methods": {"answers": entries}})
     return records
 

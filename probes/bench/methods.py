@@ -19,162 +19,15 @@ Costs are counted in runs of the model over the batch; a backward pass counts as
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from probes.bench.patches import (
-    CHUNK,
-    POINTS,
-    STEPS,
-    Arguments,
-    Probe,
-    align,
-    applied_parts,
-    fit_probe,
-    gradients,
-    patch_heads,
-    patch_sites,
-    run_sites,
-)
+from probes.bench.edges import composition, edge_attribution, path_patching, random_edges
+from probes.bench.evidence import Ask, Evidence, Method
+from probes.bench.patches import CHUNK, POINTS, STEPS, align, applied_parts, fit_probe
 from probes.bench.subjects import Site, Subject
-
-
-class Evidence:
-    """A subject, and what several methods need of it, computed once.
-
-    `runs` counts what the method that is being asked has cost so far.
-    """
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.runs = subject, 0.0
-        self.random = np.random.default_rng(subject.seed + 1)
-
-    @cached_property
-    def arguments(self) -> Arguments:
-        """What every compiled function begins with."""
-        s = self.subject
-        return s.model, s.stream, s.groups, jnp.asarray(s.read_tokens), s.read_matrix
-
-    @cached_property
-    def clean(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The prediction, and the sites."""
-        s = self.subject
-        output, sites = run_sites(s.model, s.stream, s.groups)
-        read = np.asarray(output)[:, s.read_tokens] @ np.asarray(s.read_matrix)
-        return read, {name: np.asarray(a) for name, a in sites.items()}
-
-    @property
-    def prediction(self) -> np.ndarray:
-        """Of the base inputs, `[batch, token, entry]`."""
-        return self.clean[0]
-
-    @property
-    def way(self) -> np.ndarray:
-        """p(source) - p(base)."""
-        return np.roll(self.prediction, -1, 0) - self.prediction
-
-    def site(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A site on the base inputs and on the sources, `[layer, batch, ...]`."""
-        values = self.clean[1][name]
-        return values, np.roll(values, -1, 1)
-
-    def moved(self, patched: np.ndarray, along: bool = False) -> np.ndarray:
-        """Movement of predictions `[patch, batch, ...]`, in units of |way|."""
-        movement = patched - self.prediction
-        size = float(np.sum(self.way**2))
-        if along:
-            return np.abs(np.sum(movement * self.way, (1, 2, 3))) / size
-        return np.sqrt(np.sum(movement**2, (1, 2, 3)) / size)
-
-    def with_heads(self, value: np.ndarray, along: bool = False) -> np.ndarray:
-        """Movement with every head's output in turn from `value`, `[layer, head]`."""
-        found = np.asarray(patch_heads(*self.arguments, jnp.asarray(value)))
-        self.runs += 1 + len(found)
-        return self.moved(found, along).reshape(value.shape[0], value.shape[3])
-
-    def with_sites(self, bases: list[np.ndarray], along: bool = False) -> np.ndarray:
-        """Movement with every site's subspace in turn from the source, `[site]`."""
-        self.runs += 1 + len(bases)
-        sites = [(s.layer, s.tokens) for s in self.subject.sites]
-        found = patch_sites(self.arguments, self.site("residual"), sites, bases)
-        return self.moved(found, along)
-
-    @cached_property
-    def gradients(self) -> dict[str, np.ndarray]:
-        """Site -> gradient at the base and on the line, times source less base."""
-        found = {}
-        for name in ("head_output", "residual") if self.subject.sites else ("head_output",):
-            here, there = self.site(name)
-            way = jnp.asarray(self.way)
-            g = gradients(*self.arguments, jnp.asarray(here), jnp.asarray(there), way, site=name)
-            found[name] = np.asarray(g)
-        return found
-
-    @cached_property
-    def probes(self) -> list[Probe]:
-        """A linear probe at every site."""
-        residual, _ = self.site("residual")
-        return [
-            fit_probe(residual[s.layer][:, s.tokens], self.subject.value(s), self.subject.seed)
-            for s in self.subject.sites
-        ]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a method says of one subject.
-
-    Attributes:
-        scores: `[layer, head]` or `[site]`, larger where it thinks that something is there.
-        bases: of every site, `[width, size]`, where it names a subspace.
-        runs, seconds: what it took.
-    """
-
-    scores: np.ndarray
-    bases: list[np.ndarray] | None = None
-    runs: float = 0.0
-    seconds: float = 0.0
-
-
-Ask = Callable[[Evidence], Any]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method: what it asks of heads and of sites, either of which it may lack.
-
-    Attributes:
-        about: what a high score is taken to mean.
-        heads: evidence -> scores `[layer, head]`.
-        sites: evidence -> scores `[site]`, or (scores, bases).
-        causal: whether it changes something and looks what follows.
-        fails: where, and why.
-    """
-
-    about: str
-    heads: Ask | None = None
-    sites: Ask | None = None
-    causal: bool = False
-    fails: str = ""
-
-    def __call__(
-        self, subject: Subject, task: str, evidence: Evidence | None = None
-    ) -> Found | None:
-        """What it says of "heads" or "sites"; None where it does not ask that."""
-        ask = getattr(self, task)
-        if ask is None or (task == "sites" and not subject.sites):
-            return None
-        evidence = evidence or Evidence(subject)
-        evidence.runs, begun = 0.0, time.perf_counter()
-        answer = ask(evidence)
-        scores, bases = answer if isinstance(answer, tuple) else (answer, None)
-        return Found(np.asarray(scores, float), bases, evidence.runs, time.perf_counter() - begun)
 
 
 def _ablate(kind: str) -> Ask:
@@ -251,6 +104,39 @@ def _probe_heads(e: Evidence) -> np.ndarray:
     ])  # fmt: skip
 
 
+def _alike(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Linear CKA and 1 - the Procrustes distance of two arrays of rows, `[..., column]`.
+
+    With X, Y centred, C = X^T Y: |C|_F^2 / (|X^T X|_F |Y^T Y|_F) (Kornblith et al. 2019, arXiv
+    1905.00414) and |C|_* / (|X|_F |Y|_F) (Ding et al. 2021, arXiv 2108.01661); 0 where one of them
+    does not vary.
+    """
+    x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
+    x, y = x - x.mean(0), y - y.mean(0)
+    one, two = float(np.linalg.norm(x)), float(np.linalg.norm(y))
+    if min(one, two) <= 1e-9:
+        return 0.0, 0.0
+    c = np.linalg.svd(x.T @ y / (one * two), compute_uv=False)
+    own = [np.linalg.norm(a.T @ a) / n**2 for a, n in ((x, one), (y, two))]
+    return float(np.sum(c**2) / (own[0] * own[1])), float(c.sum())
+
+
+def _similar(which: int) -> tuple[Ask, Ask]:
+    def heads(e: Evidence) -> np.ndarray:
+        e.runs += 1
+        here = e.site("head_output")[0][:, :, e.subject.read_tokens]
+        rows = [[_alike(a[:, :, h], e.prediction)[which] for h in range(a.shape[2])] for a in here]
+        return np.array(rows)
+
+    def sites(e: Evidence) -> np.ndarray:
+        e.runs += 1
+        found, residual = e.subject.sites, e.site("residual")[0]
+        pairs = [(residual[x.layer][:, x.tokens], e.subject.value(x)) for x in found]
+        return np.array([_alike(*pair)[which] for pair in pairs])
+
+    return heads, sites
+
+
 def _probe_sites(e: Evidence) -> Any:
     e.runs += 1
     return np.array([p.selectivity for p in e.probes]), [p.basis for p in e.probes]
@@ -315,27 +201,37 @@ def _alignment(e: Evidence) -> Any:
     here, there = map(jnp.asarray, e.site("residual"))
     width, most = here.shape[-1], max(site.basis.shape[1] for site in s.sites)
     scores, bases = np.zeros(len(s.sites)), [np.zeros((width, 0)) for _ in s.sites]
+    control: list[float] = []
     for first in range(0, len(asked), CHUNK):
-        some = [s.sites[n] for n in asked[first : first + CHUNK]]
-        padded = some + some[:1] * (CHUNK - len(some))
+        numbers = asked[first : first + CHUNK]
+        names = [(s.sites[n].slot, s.sites[n].kind) for n in numbers]
+        # what is left of the last chunk is searched for hypotheses that are false
+        for n in [n for n in asked if s.sites[n].used][: CHUNK - len(numbers)]:
+            own = known[s.sites[n].slot, s.sites[n].kind]
+            apart = {name: float(np.sum((k - own) ** 2)) for name, k in known.items()}
+            other = max(apart, key=lambda name: apart[name])
+            if apart[other] > 0.1 * float(np.sum((own - e.prediction) ** 2)):
+                numbers, names = [*numbers, n], [*names, other]
+        padding = CHUNK - len(numbers)
+        some = [s.sites[n] for n in [*numbers, *numbers[:1] * padding]]
         masks = np.zeros((CHUNK, here.shape[2]), bool)
-        for n, site in enumerate(padded):
+        for n, site in enumerate(some):
             masks[n, site.tokens] = True
         given = (
-            np.array([site.layer for site in padded]), masks,
-            np.array([site.basis.shape[1] for site in padded]),
-            np.stack([known[site.slot, site.kind] for site in padded]),
-            np.stack([_start(e, site, most) for site in padded]),
+            np.array([site.layer for site in some]), masks,
+            np.array([site.basis.shape[1] for site in some]),
+            np.stack([known[name] for name in [*names, *names[:1] * padding]]),
+            np.stack([_start(e, site, most) for site in some]),
         )  # fmt: skip
-        layers, masks, sizes, targets, start = map(jnp.asarray, given)
-        where = layers, masks, sizes, targets, start
-        found, score = align(*e.arguments, here, there, *where)
-        e.runs += len(some) * (3 * STEPS + 1) / 2
-        for n, site in enumerate(some):
-            number = asked[first + n]
+        found, score = align(*e.arguments, here, there, *map(jnp.asarray, given))
+        e.runs += len(numbers) * (3 * STEPS + 1) / 2
+        for n, number in enumerate(numbers):
+            if n >= len(asked[first : first + CHUNK]):
+                control.append(float(score[n]))
+                continue
             scores[number] = max(0.0, float(score[n]))
-            bases[number] = np.asarray(found[n])[:, : site.basis.shape[1]]
-    return scores, bases
+            bases[number] = np.asarray(found[n])[:, : some[n].basis.shape[1]]
+    return scores, bases, np.array(control)
 
 
 def _weights_of_heads(e: Evidence) -> np.ndarray:
@@ -409,6 +305,14 @@ METHODS: dict[str, Method] = {
         "the mean gradient on the line between two inputs", *_gradient(1, POINTS), True,
         "The line leaves what inputs look like; a backup has no slope; copies leak in.",
     ),
+    "path patching": Method(
+        "one receiver reads what a head wrote on another input", causal=True, edges=path_patching,
+        fails="A backup that is silent now moves nothing along any path.",
+    ),
+    "edge attribution": Method(
+        "the first-order estimate of path patching", causal=True, edges=edge_attribution,
+        fails="As attribution patching: where a softmax or a threshold is flat, the slope is 0.",
+    ),
     "attention": Method(
         "the head looks sharply", _attention, None, False,
         "A shadow looks where the head looks and writes where nobody reads.",
@@ -420,6 +324,14 @@ METHODS: dict[str, Method] = {
     "linear probe": Method(
         "the value can be read off", _probe_heads, _probe_sites, False,
         "A value that nobody uses can be read as well as one that is.",
+    ),
+    "CKA": Method(
+        "the stream is like the value", *_similar(0), False,
+        "A token that holds several values is like none; what is used by nobody is as like.",
+    ),
+    "Procrustes": Method(
+        "a rotation of the stream is near the value", *_similar(1), False,
+        "As CKA: it compares all that a token holds, and does not ask who reads it.",
     ),
     "single columns": Method(
         "one column is the value", None, _columns, False,
@@ -435,9 +347,11 @@ METHODS: dict[str, Method] = {
     ),
     "weights": Method(
         "baseline: norms of the weights", _weights_of_heads, _weights_of_sites, False,
-        "Distractors have weights too; norms depend on the bases of keys and values.",
+        "Distractors have weights too; norms depend on the bases of keys and values.", composition,
     ),
-    "chance": Method("baseline: random numbers", _random_heads, _random_sites, False, "Always."),
+    "chance": Method(
+        "baseline: random numbers", _random_heads, _random_sites, False, "Always.", random_edges
+    ),
     "true subspace": Method(
         "ceiling: the value's own columns exchanged", None, _truth, True,
         "It cannot: it is told the answer.",

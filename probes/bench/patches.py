@@ -16,6 +16,7 @@ import optax
 from jax import Array
 
 from constructions.core.transformer import Edit, Transformer
+from probes.bench.truth import MLP, READ_OUT
 from synthetic.compilation import compile_once
 
 #: Model, stream, groups, the tokens that are read, and the matrix that reads them.
@@ -103,6 +104,90 @@ def patch_sites(
         where = jnp.asarray(layers), jnp.asarray(masks), jnp.asarray(projectors)
         found.append(np.asarray(_patch_sites(*arguments, here, there, *where)))
     return np.concatenate(found)[: len(bases)]
+
+
+def _received(
+    model: Transformer, stream: Array, groups: Array, residual: Array, heads: Array, end: Any,
+    added: Array,
+) -> Array:  # fmt: skip
+    """The output where one receiver alone reads the stream with something added.
+
+    The receiver is (layer, head), or `MLP` or `READ_OUT` in the head's place. A first run gives
+    what it makes of `added`, a second one has this in the place of what it made.
+    """
+    (layer, head), depth = end, len(heads)
+    here = (jnp.arange(depth + 1) == layer).reshape(-1, 1, 1, 1)
+    last = (jnp.arange(depth + 1) == depth).reshape(-1, 1, 1, 1)
+    middle = residual[layer] + heads[layer].sum(2) + added
+    mlps = any(shape.mlp is not None for shape in model.config.layers())
+    sites = ("head_output", "mlp_hidden") if mlps else ("head_output",)
+    first = {"residual": Edit(here & (head >= 0), (residual[layer] + added)[None])}
+    if mlps:
+        first["middle"] = Edit(here[:-1] & (head == MLP), middle[None])
+    _, made = model.run(stream, groups, sites=sites, edits=first)
+    one = here[:-1, ..., None] & (jnp.arange(heads.shape[3]) == head).reshape(1, 1, 1, -1, 1)
+    second = {
+        "head_output": Edit(one, made["head_output"]),
+        "residual": Edit(last & (head == READ_OUT), (residual[-1] + added)[None]),
+    }
+    if mlps:
+        second["mlp_hidden"] = Edit(here[:-1] & (head == MLP), made["mlp_hidden"])
+    return model.run(stream, groups, edits=second)[0]
+
+
+@compile_once(often=True)
+def _patch_paths(
+    model: Transformer, stream: Array, groups: Array, tokens: Array, matrix: Array,
+    residual: Array, heads: Array, edges: Array,
+) -> Array:  # fmt: skip
+    output = read_out(model.run(stream, groups)[0], tokens, matrix)
+
+    def one(edge: Array) -> Array:
+        value = heads[edge[0]][:, :, edge[1]]
+        added = jnp.roll(value, -1, 0) - value
+        found = _received(model, stream, groups, residual, heads, (edge[2], edge[3]), added)
+        return read_out(found, tokens, matrix) - output
+
+    return jax.lax.map(one, edges)
+
+
+def patch_paths(arguments: Arguments, edges: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Path patching (Goldowsky-Dill et al. 2023, arXiv 2304.05969), of one edge at a time.
+
+    One receiver reads what one head wrote on the next example; all else reads its own. The changes
+    of the prediction, `[edge, batch, token, entry]`.
+
+    Args:
+        arguments: model, stream, groups, tokens that are read and the matrix that reads them.
+        edges: (layer, head, layer of the receiver, its head or `MLP` or `READ_OUT`), ...
+    """
+    sites = run_sites(*arguments[:3])[1]
+    found = []
+    for first in range(0, max(len(edges), 1), 4 * CHUNK):
+        some = np.zeros((4 * CHUNK, 4), int)
+        for n, edge in enumerate(edges[first : first + 4 * CHUNK]):
+            some[n] = edge[:4]
+        given = sites["residual"], sites["head_output"], jnp.asarray(some)
+        found.append(np.asarray(_patch_paths(*arguments, *given)))
+    return np.concatenate(found)[: len(edges)]
+
+
+@compile_once
+def receiver_gradients(
+    model: Transformer, stream: Array, groups: Array, tokens: Array, matrix: Array,
+    residual: Array, heads: Array, way: Array, ends: Array,
+) -> Array:  # fmt: skip
+    """Gradients of <p, way> / |way|^2 in what single receivers read, `[receiver, batch, ...]`."""
+    gap = jnp.sum(way**2)
+
+    def one(end: Array) -> Array:
+        def along(added: Array) -> Array:
+            found = _received(model, stream, groups, residual, heads, (end[0], end[1]), added)
+            return jnp.sum(read_out(found, tokens, matrix) * way) / gap
+
+        return jax.grad(along)(jnp.zeros_like(stream))
+
+    return jax.lax.map(one, ends)
 
 
 @compile_once(static_argnames=("site",), often=True)

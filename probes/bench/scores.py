@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.bench.methods import Found
+from probes.bench.evidence import Found
 from probes.bench.subjects import Subject
 
 #: A part of the truth counts as missed where its score is below this share of the largest.
@@ -59,9 +59,13 @@ def truth_of(subject: Subject, task: str) -> tuple[np.ndarray, np.ndarray]:
     """(what is to be found, what was put there to distract), as the answers of that task."""
     if task == "heads":
         return np.isin(subject.roles, ("used", "backup")), subject.distractor
+    if task == "edges":
+        both = [(edge.used, edge.distracts) for edge in subject.edges]
+        used, planted = np.array(both, bool).reshape(-1, 2).T
+        return used, planted
     used = np.array([site.used for site in subject.sites], bool)
-    planted = ("noise", "copy", "scratch", "shadow")
-    return used, np.array([site.slot in planted for site in subject.sites], bool)
+    names = ("noise", "copy", "scratch", "shadow")
+    return used, np.array([site.slot in names for site in subject.sites], bool)
 
 
 def score(subject: Subject, task: str, found: Found) -> dict[str, float | None]:

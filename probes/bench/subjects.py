@@ -1,15 +1,14 @@
 """Transformers whose mechanism is known, disguised, each with its ground truth as data.
 
-A subject is a compiled construction in one of the `DISGUISES`, inputs of its task, and two answers
-that are computed from the program, never from a method:
+A subject is a compiled construction in one of the `DISGUISES`, inputs of its task, and answers that
+are computed from the program, never from a method:
 
     heads   which heads have a job: what they write reaches the read-out along reads and writes
     sites   after which layers, at tokens of which kind and in which columns a named value is held,
             and whether it is used from there on
+    edges   which heads another head, an MLP or the read-out reads through the stream
 
-Use is a walk through the program from its end to its beginning (`liveness`): a slot is used if a
-part that is used reads it, a part is used if it writes a slot that is used behind it. The walk does
-not look at numbers, so "not used" is certain, and "used" says that there is a path. Where a path
+Use is a walk through the program from its end to its beginning (`probes.bench.truth`). Where a path
 carries nothing on any input (a head that erases a slot which holds zeros), neither removing nor
 exchanging its beginning moves the undisguised program, and the part is left out of all scores: its
 role is "nil".
@@ -18,22 +17,19 @@ role is "nil".
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
-from constructions import CATALOGUE
 from constructions.core.compile import compile_program, config_of, placed_heads
 from constructions.core.config import Config
 from constructions.core.program import Program
 from constructions.core.slots import Slot
 from constructions.core.transformer import Transformer
-from constructions.family import Construction
 from probes.bench.disguises import (
     DISGUISES,
     NOISE,
@@ -41,33 +37,18 @@ from probes.bench.disguises import (
     backed,
     distract,
     in_random_basis,
-    unrolled,
-    with_backup,
+    pressed,
+    rotate,
     with_distractors,
     with_shared_heads,
+    with_sharp_heads,
 )
-from probes.bench.patches import Arguments, patch_heads, patch_sites, run_sites
-from synthetic.compilation import compile_once
+from probes.bench.families import FAMILIES, base_of, supports, trained
+from probes.bench.patches import Arguments, patch_heads, patch_paths, patch_sites, run_sites
+from probes.bench.truth import MLP, READ_OUT, End, Walk, liveness, paths
 
-#: Family -> settings that are cheap. Those of a language (inside-outside, tint) are too large for
-#: hundreds of subjects, and tokens of memory-token change their kind from input to input.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gradient-descent": {"dim_x": 3, "dim_y": 1, "num_examples": 6, "steps": 2, "step_size": 0.6},
-    "gd-plus-plus": {},
-    "hedge": {},
-    "separate-tokens": {},
-    "kernel-descent": {},
-    "noisy-regression": {},
-    "mesa-ridge": {"dim": 3, "length": 8, "tokens": "constructed"},
-    "mesa-polynomial": {
-        "dim": 3, "length": 8, "tokens": "constructed", "coefficients": (0.2, -0.02),
-    },
-    "hyper-gradient": {},
-    "hyper-prototypes": {},
-    "hyper-semi-supervised": {},
-    "skill-composition": {},
-}  # fmt: skip
-
+#: Edges that are not used, beside those that are, in a subject at most.
+MOST_EDGES = 200
 #: Changes below this share of the largest prediction are rounding.
 NIL = 1e-10
 
@@ -99,6 +80,28 @@ class Site:
         return f"{self.slot} at {self.kind} after {self.layer}"
 
 
+class Edge(NamedTuple):
+    """A head and what may read it: whether it does is `used`.
+
+    `layer`, `head` are those of `Subject.roles`; the receiver has `to_layer`, from 0, and
+    `to_head`, which is `MLP` or `READ_OUT` where it is no head. It `distracts` where one end does.
+    """
+
+    layer: int
+    head: int
+    to_layer: int
+    to_head: int
+    used: bool
+    distracts: bool
+
+    @property
+    def name(self) -> str:
+        """For messages and files."""
+        to = {MLP: f"MLP {self.to_layer + 1}", READ_OUT: "read-out"}.get(self.to_head)
+        to = to or f"head {self.to_layer + 1}.{self.to_head}"
+        return f"head {self.layer + 1}.{self.head} to {to}"
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A model, inputs, and what is true of it.
@@ -117,6 +120,8 @@ class Subject:
         columns: slot -> its columns in `values`.
         clean: the undisguised model, on whose stream `values` is; it answers counterfactuals.
         clean_read: its read-out.
+        edges: pairs of parts, all that are used and others, `MOST_EDGES` at most beside these.
+        stated: numbers of the disguise: how far the weights are, how many dimensions are left.
     """
 
     family: str
@@ -134,6 +139,8 @@ class Subject:
     columns: dict[str, slice]
     clean: Transformer
     clean_read: Array
+    edges: tuple[Edge, ...] = ()
+    stated: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -184,108 +191,11 @@ def _confirmed(subject: Subject) -> Subject:
     used = np.array([site.used for site in subject.sites], bool)
     assert (moved[~used] <= NIL).all(), f"{subject.name}: an unused value is used"
     kept = [s for s, m in zip(subject.sites, moved, strict=True) if not s.used or m > NIL]
-    return replace(subject, roles=roles, sites=tuple(kept))
-
-
-Live = set[tuple[Slot, int]]
-
-
-def liveness(
-    program: Program, kinds: Sequence[str], read: Iterable[tuple[Slot, int]]
-) -> tuple[list[Live], list[list[bool]]]:
-    """What is used, from the program's end to its beginning.
-
-    Args:
-        program: its layers, once each.
-        kinds: the kind of every token.
-        read: (slot, token) that the read-out looks at.
-
-    Returns:
-        For 0..depth layers applied, the (slot, token) that are used from there on; and for every
-        layer which of its `single_heads` are.
-    """
-
-    def of(names: Sequence[str] | None) -> list[int]:
-        return [t for t, kind in enumerate(kinds) if names is None or kind in names]
-
-    states: list[Live] = [set(read)]
-    heads: list[list[bool]] = []
-    for number in range(len(program.layers), 0, -1):
-        layer, middle = program.layers[number - 1], set(states[0])
-        if layer.mlp is not None:
-            written = [s for s, m in layer.mlp.write.items() if m.any()]
-            live = [
-                t for t in of(layer.mlp.token_groups) if any((s, t) in states[0] for s in written)
-            ]
-            for part in (layer.mlp.hidden, layer.mlp.gate):
-                middle |= {(s, t) for s, m in _terms(part) if m.any() for t in live}
-        before, used = set(middle), []
-        for head in layer.single_heads:
-            if head.erases is not None:
-                before -= {(head.erases, t) for t in of(head.queries)}
-        for head in layer.single_heads:
-            written = [s for s, m in head.write.items() if m.any()]
-            queries = [t for t in of(head.queries) if any((s, t) in middle for s in written)]
-            low, high = (-np.inf if head.window[0] is None else head.window[0],
-                         np.inf if head.window[1] is None else head.window[1])  # fmt: skip
-            sinks = of(head.sinks) if head.sinks else []
-            keys = {
-                t for q in queries for t in of(head.keys) if low <= t - q <= high
-            } | {t for t in sinks if queries}  # fmt: skip
-            # what is not written before this layer is zero
-            silent = not head.value.constant.any() and all(
-                s.born >= number for s in head.value.terms
-            )
-            used.append(bool(queries and keys) and not silent)
-            if not used[-1] or head.erases is not None:
-                continue  # an erased slot cancels: what was in it is not used
-            for part, slot, _ in head.reads():
-                before |= {(slot, t) for t in (queries if "query" in part else keys)}
-        norm = layer.norm
-        if norm is not None:
-            before |= {(norm.read, t) for t in of(norm.token_groups) if (norm.write, t) in before}
-        states.insert(0, before)
-        heads.insert(0, used)
-    return states, heads
-
-
-def _terms(part: Any) -> Iterable[tuple[Slot, Any]]:
-    return () if part is None else part.terms.items()
-
-
-@dataclass(frozen=True, eq=False)
-class _Base:
-    """What all disguises of a family share: its program, and a shape with room for all but one."""
-
-    construction: Construction
-    program: Program
-    main: Slot
-    config: Config
-
-
-@lru_cache(maxsize=32)
-def _base(family: str) -> _Base:
-    entry = CATALOGUE.find(family)
-    construction = entry(**(entry.example() | FAMILIES.get(family, {})))
-    program = unrolled(construction.program)
-    inputs = construction.sample(jax.random.key(0), 2)
-    slot = construction.places(program.depth, *inputs)["prediction"].slot
-    # the input that varies most obviously: the widest slot that the embedding writes
-    born = [s for s in program.slots if s.born == 0 and s.name != slot]
-    main = max(born or list(program.slots), key=lambda s: (s.name in _INPUTS, s.size))
-    return _Base(
-        construction, program, main, config_of(with_shared_heads(with_distractors(program, main)))
-    )
-
-
-_INPUTS = ("x", "features", "previous", "value", "content")
-
-
-def supports(family: str, disguise: str) -> str:
-    """Why a family has no subject in this disguise, in one phrase; "" where it has one."""
-    if disguise == "backup" and with_backup(_base(family).program) is None:
-        return "every layer with heads has an MLP already"
-    return ""
+    moved = np.abs(patch_paths(subject.undisguised, subject.edges)).max((1, 2, 3)) / scale
+    used = np.array([edge.used for edge in subject.edges], bool)
+    assert (moved[~used] <= NIL).all(), f"{subject.name}: an unused edge is used"
+    edges = [e for e, m in zip(subject.edges, moved, strict=True) if not e.used or m > NIL]
+    return replace(subject, roles=roles, sites=tuple(kept), edges=tuple(edges))
 
 
 def make_subject(family: str, disguise: str, seed: int, batch: int = 64) -> Subject:
@@ -303,12 +213,14 @@ def make_subject(family: str, disguise: str, seed: int, batch: int = 64) -> Subj
         raise ValueError(f"family is {family!r}, must be one of {', '.join(FAMILIES)}")
     if why := supports(family, disguise):
         raise ValueError(f"{family} has no disguise {disguise!r}: {why}")
-    base = _base(family)
+    base = base_of(family, disguise == "trained")
     program, config, backup = base.program, base.config, 0
-    if disguise in ("distractors", "all"):
+    if disguise in ("distractors", "superposed", "all"):
         program = with_distractors(program, base.main)
     elif disguise == "shared":
         program = with_shared_heads(program)
+    elif disguise == "sharp":
+        program = with_sharp_heads(program) or program
     elif disguise == "backup":
         program, backup = backed(program)
         config = config_of(backed(with_distractors(base.program, base.main))[0])
@@ -316,57 +228,127 @@ def make_subject(family: str, disguise: str, seed: int, batch: int = 64) -> Subj
     keys = jax.random.split(
         jax.random.fold_in(jax.random.key(seed), zlib.crc32(family.encode())), 3
     )
-    inputs = compile_once(base.construction.sample, static_argnums=1)(keys[0], batch)
+    inputs = base.inputs(keys[0], batch)
     entered = base.construction.stream(clean, *inputs)
     stream, groups = entered.values, entered.groups
     if groups.ndim != 1:
-        raise ValueError(f"{family}: tokens change their kind from input to input")
+        assert (groups == groups[:1]).all(), f"{family}: tokens change their kind"
+        groups = groups[0]
     kinds = np.asarray(program.token_groups)[np.asarray(groups)]
     named = {slot.name: slot for slot in program.slots}
     if "copy" in named and "noise" in named:
         stream = distract(stream, named, base.main, kinds, seed)
-    place = base.construction.places(program.depth, *inputs)["prediction"]
-    read_tokens = np.atleast_1d(place.token)
+    place = base.place(*inputs)
+    read_tokens = np.unique(np.atleast_1d(place.token))
     columns = place.columns(program.slots)
     clean_read = jax.device_put(place.scale * np.eye(clean.config.width)[:, columns])
-    live, used = liveness(
-        program, kinds.tolist(), {(named[str(place.slot)], t) for t in read_tokens.tolist()}
-    )
-    model, q = clean, np.eye(clean.config.width)
+    read = {(named[str(place.slot)], t) for t in read_tokens.tolist()}
+    walk = liveness(program, kinds.tolist(), read)
+    values = np.asarray(run_sites(clean, stream, groups)[1]["residual"])
+    model, q, stated = clean, np.eye(clean.config.width), {}
     if disguise in ("basis", "all"):
         q = np.linalg.qr(np.random.default_rng(seed).normal(size=q.shape))[0]
         model = in_random_basis(clean, jax.device_put(q), keys[2])
     if disguise in ("noise", "all"):
         model = add_noise(model, seed, NOISE)
-    roles, distractor = _roles(program, clean.config, used, backup)
-    values = np.asarray(run_sites(clean, stream, groups)[1]["residual"])
-    sites = _sites(program, live, kinds, values, q, base.main)
+    if disguise == "trained":
+        model, stated = trained(base, seed)
+    matrix = q @ np.asarray(clean_read)
+    if disguise == "superposed":
+        q, back, stated = _pressed(clean, values, groups, walk, read_tokens, clean_read, seed)
+        model, matrix = rotate(clean, jax.device_put(q), jax.device_put(back)), back.T @ clean_read
+    heads = _places_of_heads(program, clean.config)
+    roles, distractor = _roles(program, clean.config, walk, heads, backup)
+    used = paths(program, kinds.tolist(), walk, read)
+    edges = _edges(clean.config, program, heads, used, distractor, seed)
+    sites = _sites(program, walk.states, kinds, values, q, base.main)
     turned = jax.device_put(np.asarray(stream) @ q.T)
-    columns = {name: slot.columns for name, slot in named.items()}
-    matrix = jax.device_put(q @ np.asarray(clean_read))
+    named_columns = {name: slot.columns for name, slot in named.items()}
     subject = Subject(
-        family, disguise, seed, model, turned, groups, read_tokens, matrix, roles, distractor,
-        sites, values, columns, clean, clean_read,
+        family, disguise, seed, model, turned, groups, read_tokens, jax.device_put(matrix), roles,
+        distractor, sites, values, named_columns, clean, clean_read, edges, stated,
     )  # fmt: skip
     return _confirmed(subject)
 
 
-def _roles(
-    program: Program, config: Config, used: Any, backup: int
-) -> tuple[np.ndarray, np.ndarray]:
-    roles = np.full((config.depth, config.max_heads), "unused", object)
-    distractor = np.zeros(roles.shape, bool)
+def _pressed(
+    clean: Transformer, values: np.ndarray, groups: Array, walk: Walk, tokens: np.ndarray,
+    read: Array, seed: int,
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:  # fmt: skip
+    """`pressed`, with what it costs: root mean square change, in units of two inputs' distance."""
+    expected = values[-1][:, tokens] @ np.asarray(read)
+    apart = np.sum((np.roll(expected, -1, 0) - expected) ** 2)
+
+    def loss(q: np.ndarray, back: np.ndarray) -> float:
+        model = rotate(clean, jax.device_put(q), jax.device_put(back))
+        output, _ = run_sites(model, jax.device_put(values[0] @ q.T), groups)
+        found = np.asarray(output)[:, tokens] @ back.T @ np.asarray(read)
+        return float(np.sqrt(np.sum((found - expected) ** 2) / apart))
+
+    used = np.zeros(values.shape[-1], bool)
+    for state in walk.states:
+        for slot, _ in state:
+            used[slot.columns] = True
+    return pressed(values, used, seed, loss)
+
+
+def _places_of_heads(program: Program, config: Config) -> list[list[int]]:
+    """Layer, and the number of a head in its `single_heads` -> its number in the model."""
+    found = []
     for number, (layer, shape) in enumerate(zip(program.layers, config.layers(), strict=True)):
         starts = np.cumsum([0, *(row.heads for row in shape.heads)])
         order = {id(head): n for n, head in enumerate(layer.single_heads)}
+        own = [0] * len(order)
         for head, row, n in placed_heads(layer, shape, f"layer {number + 1}"):
-            at = number, int(starts[row]) + n
+            own[order[id(head)]] = int(starts[row]) + n
+        found.append(own)
+    return found
+
+
+def _roles(
+    program: Program, config: Config, walk: Walk, heads: list[list[int]], backup: int
+) -> tuple[np.ndarray, np.ndarray]:
+    roles = np.full((config.depth, config.max_heads), "unused", object)
+    distractor = np.zeros(roles.shape, bool)
+    for number, layer in enumerate(program.layers):
+        for n, head in enumerate(layer.single_heads):
+            at = number, heads[number][n]
             if number + 1 == backup and head.name == "backup":
                 roles[at] = "backup"
-            elif used[number][order[id(head)]]:
+            elif walk.heads[number][n] is not None:
                 roles[at] = "used"
             distractor[at] = head.name.startswith(("shadow of", "looks at noise"))
     return roles, distractor
+
+
+def _edges(
+    config: Config, program: Program, heads: list[list[int]], used: Any, distractor: np.ndarray,
+    seed: int,
+) -> tuple[Edge, ...]:  # fmt: skip
+    """Those that are used, and others drawn at random where there are more than `MOST_EDGES`."""
+
+    def place(end: End) -> End:
+        return end if end[1] < 0 else (end[0], heads[end[0]][end[1]])
+
+    true = {(place(a), place(b)) for a, b in used}
+    counts = [sum(row.heads for row in shape.heads) for shape in config.layers()]
+    ends = [(layer, n) for layer, count in enumerate(counts) for n in range(count)]
+    ends += [(n, MLP) for n, layer in enumerate(program.layers) if layer.mlp is not None]
+    ends.append((len(counts) - 1, READ_OUT))
+    pairs = [
+        (a, b)
+        for a in ends
+        for b in ends
+        if a[1] >= 0 and (b[0] > a[0] or (b[0] == a[0] and b[1] < 0))
+    ]
+    others = [pair for pair in pairs if pair not in true]
+    chosen = np.random.default_rng(seed).permutation(len(others))[:MOST_EDGES]
+    kept = sorted(true | {others[n] for n in chosen})
+
+    def planted(end: End) -> bool:
+        return end[1] >= 0 and bool(distractor[end])
+
+    return tuple(Edge(*a, *b, (a, b) in true, planted(a) or planted(b)) for a, b in kept)
 
 
 def _sites(
@@ -377,7 +359,7 @@ def _sites(
     for layer in range(len(program.layers) + 1):
         for slot in program.slots:
             alive = slot.born <= layer and (slot.dies is None or layer < slot.dies)
-            if not alive or slot.name in ("first", "second"):
+            if not alive or slot.name in ("first output", "second output"):
                 continue
             for kind in dict.fromkeys(kinds):
                 if slot.token_groups is not None and kind not in slot.token_groups:
@@ -388,7 +370,6 @@ def _sites(
                     continue
                 used = any((slot, t) in live[layer] for t in tokens.tolist())
                 twin = main.name if slot.name == "copy" else ""
-                found.append(
-                    Site(layer, slot.name, str(kind), used, tokens, q[:, slot.columns], twin)
-                )
+                basis = np.linalg.qr(q[:, slot.columns])[0]
+                found.append(Site(layer, slot.name, str(kind), used, tokens, basis, twin))
     return tuple(found)

@@ -10,14 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import plain_numpy
 import pytest
+from scipy.linalg import orthogonal_procrustes
 
+from constructions.core.compile import compile_program
 from constructions.core.transformer import Edit
-from probes.bench import card, exchange
-from probes.bench.disguises import DISGUISES, backed, unrolled, with_distractors, with_shared_heads
-from probes.bench.methods import METHODS, Evidence
+from probes.bench import card, exchange, guide
+from probes.bench.disguises import (
+    DISGUISES,
+    backed,
+    unrolled,
+    with_distractors,
+    with_shared_heads,
+    with_sharp_heads,
+)
+from probes.bench.evidence import Evidence
+from probes.bench.families import FAMILIES, base_of, supports
+from probes.bench.methods import METHODS, _alike
 from probes.bench.patches import patch_sites, run_sites
 from probes.bench.scores import average_precision, overlap, score, truth_of
-from probes.bench.subjects import FAMILIES, Subject, _base, liveness, make_subject, supports
+from probes.bench.subjects import Subject, make_subject
+from probes.bench.truth import liveness
 from probes.cli import main
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -29,15 +41,18 @@ BATCH = 24
 @pytest.fixture(scope="module")
 def subjects() -> dict[str, Subject]:
     with jax.enable_x64(True):
-        return {name: make_subject(FAMILY, name, 3, BATCH) for name in DISGUISES}
+        names = [name for name in DISGUISES if name != "trained" and not supports(FAMILY, name)]
+        return {name: make_subject(FAMILY, name, 3, BATCH) for name in names}
 
 
 def program_of(subject: Subject):
-    base = _base(subject.family)
+    base = base_of(subject.family)
     if subject.disguise in ("distractors", "all"):
         return with_distractors(base.program, base.main)
     if subject.disguise == "shared":
         return with_shared_heads(base.program)
+    if subject.disguise == "sharp":
+        return with_sharp_heads(base.program)
     return backed(base.program)[0] if subject.disguise == "backup" else base.program
 
 
@@ -75,6 +90,8 @@ def check_counterfactuals(subject: Subject, few: int = 4) -> int:
     )  # fmt: skip
     residual = np.asarray(run_sites(subject.model, subject.stream, subject.groups)[1]["residual"])
     used = [site for site in subject.sites if site.used]
+    base = base_of(subject.family)
+    name = str(base.place(*base.inputs(jax.random.key(0), 2)).slot)
     found = patch_sites(
         arguments,
         (residual[:, :few], residual[:, 1 : few + 1]),
@@ -93,15 +110,12 @@ def check_counterfactuals(subject: Subject, few: int = 4) -> int:
         own[:, site.tokens] = there[site.slot][:, site.tokens]
         after = interpreted(layers_of(program, behind), here, groups)
         width = np.zeros((few, len(kinds), read.shape[0]))
-        (slot,) = (s for s in program.slots if np.any(read[s.columns]) and s.name in _READ)
+        slot = next(s for s in program.slots if s.name == name)
         width[..., slot.columns] = after[slot.name]
         theirs = width[:, subject.read_tokens] @ read
         scale = max(1.0, float(np.abs(theirs).max()))
         assert np.abs(ours - theirs).max() < 1e-10 * scale, site.name
     return len(used)
-
-
-_READ = ("y", "prediction", "logits", "buffer", "value")
 
 
 @pytest.mark.parametrize("disguise", ["bare", "basis", "distractors", "shared", "backup"])
@@ -112,7 +126,7 @@ def test_a_used_value_moves_the_prediction_as_the_algorithm_says(subjects, disgu
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counterfactuals_of_every_family(family: str) -> None:
-    for disguise in ("basis", "distractors", "backup"):
+    for disguise in ("basis", "distractors", "backup", "sharp"):
         if not supports(family, disguise):
             assert check_counterfactuals(make_subject(family, disguise, 1, BATCH), 2) > 0
 
@@ -230,11 +244,11 @@ def test_overlap_is_the_share_of_the_true_subspace() -> None:
 
 
 def test_what_is_overwritten_or_read_by_nobody_is_not_used() -> None:
-    program = unrolled(_base("skill-composition").construction.program)
+    program = unrolled(base_of("skill-composition").construction.program)
     kinds = ["argument", "skill", "skill"]
     kinds = [k if k in program.token_groups else program.token_groups[-1] for k in kinds]
     slot = next(s for s in program.slots if s.name == "value")
-    states, heads = liveness(program, kinds, {(slot, 2)})
+    states, heads, _ = liveness(program, kinds, {(slot, 2)})
     assert states[-1] == {(slot, 2)}
     assert (slot, 1) in states[1] and (slot, 0) not in states[1]
     assert len(heads) == program.depth == 2
@@ -271,16 +285,21 @@ def test_answers_of_others_are_scored(tmp_path: Path, capsys) -> None:
     assert {p.parent.parent.name for p in out.rglob("truth.json")} == {"public"}
     answers = {}
     for name in names:
-        heads, sites = json.loads((out / name / "questions.json").read_text()).values()
-        answers[name] = {"heads": np.zeros(heads).tolist(), "sites": [0.0] * len(sites)}
+        heads, sites, edges = json.loads((out / name / "questions.json").read_text()).values()
+        zeros = {"sites": [0.0] * len(sites), "edges": [0.0] * len(edges)}
+        answers[name] = {"heads": np.zeros(heads).tolist()} | zeros
     name = next(n for n in names if n.startswith("public"))
     truth = json.loads((out / name / "truth.json").read_text())
-    answers[name] = {"heads": (np.array(truth["heads"]) == "used").astype(int).tolist()}
+    answers[name] = {
+        "heads": (np.array(truth["heads"]) == "used").astype(int).tolist(),
+        "edges": [float(used) for used in truth["edges"]],
+    }
     path = out / "answers.json"
     path.write_text(json.dumps(answers))
     records = exchange.score_answers(path)
-    found = {r["methods"]["answers"]["heads"]["scores"]["precision"] for r in records}
-    assert max(found) == 1 and min(found) < 0.5
+    for task in ("heads", "edges"):
+        found = {r["methods"]["answers"][task]["scores"]["precision"] for r in records}
+        assert max(found) == 1 and min(found) < 0.5
     assert main(["bench", "--score", str(path)]) == 0
     assert "answers" in capsys.readouterr().out
     answers[name] = {"sites": [1.0]}
@@ -311,3 +330,98 @@ def test_a_family_that_cannot_have_a_backup_is_refused() -> None:
         make_subject("skill-composition", "backup", 0)
     with pytest.raises(ValueError, match="disguise is 'wig'"):
         make_subject(FAMILY, "wig", 0)
+
+
+def test_paths_are_those_of_the_program_and_their_effects_are_those_of_the_parts(subjects) -> None:
+    e = Evidence(subjects["bare"])
+    found = METHODS["path patching"](e.subject, "edges", e).scores
+    estimate = METHODS["edge attribution"](e.subject, "edges", e).scores
+    names = [edge.name for edge in e.subject.edges]
+    used = {"head 1.0 to head 2.0", "head 1.0 to read-out", "head 2.0 to read-out"}
+    assert {edge.name for edge in e.subject.edges if edge.used} == used
+    assert set(np.array(names)[found > 1e-12]) == used
+    # by hand: the second layer alone, on a stream that has the first head's output of another input
+    s, (here, there) = e.subject, e.site("head_output")
+    program = base_of(FAMILY).program
+    second = compile_program(
+        layers_of(program, program.layers[1:]), config=one_layer(s.clean.config)
+    )
+    stream = e.site("residual")[0][1]
+    changed = stream + there[0, :, :, 0] - here[0, :, :, 0]
+    apart = [np.asarray(second(jnp.asarray(h), s.groups)) - h for h in (changed, stream)]
+    moved = (apart[0] - apart[1])[:, s.read_tokens] @ np.asarray(s.read_matrix)
+    direct = (there[1, :, :, 0] - here[1, :, :, 0])[:, s.read_tokens] @ np.asarray(s.read_matrix)
+    size = np.sum(e.way**2)
+    for name, movement in (("head 1.0 to head 2.0", moved), ("head 2.0 to read-out", direct)):
+        assert found[names.index(name)] == pytest.approx(abs(np.sum(movement * e.way)) / size)
+    np.testing.assert_allclose(estimate, found, atol=1e-12)  # the prediction is linear in y
+
+
+def one_layer(config):
+    """A shape of as many heads as the second layer's."""
+    shape = list(config.layers())[1]
+    return replace(config, segments=(replace(config.segments[-1], pattern=(shape,), repeats=1),))
+
+
+def test_a_pressed_stream_loses_what_is_stated(subjects) -> None:
+    s = subjects["superposed"]
+    expected = s.values[-1][:, s.read_tokens] @ np.asarray(s.clean_read)
+    output = np.asarray(s.model(s.stream, s.groups))[:, s.read_tokens] @ np.asarray(s.read_matrix)
+    apart = np.linalg.norm(np.roll(expected, -1, 0) - expected)
+    loss = np.linalg.norm(output - expected) / apart
+    assert loss == pytest.approx(s.stated["loss"]) and 1e-6 < loss <= 0.05
+    stream = np.asarray(run_sites(s.model, s.stream, s.groups)[1]["residual"])
+    singular = np.linalg.svd(stream.reshape(-1, stream.shape[-1]), compute_uv=False)
+    assert (singular > 1e-9 * singular[0]).sum() == s.stated["dimensions"] < s.stated["of"]
+    e = Evidence(s)
+    exchanged = METHODS["true subspace"](s, "sites", e).scores
+    assert exchanged[[not site.used for site in s.sites]].max() > 0.01  # values overlap
+
+
+def test_similarities_are_those_of_other_formulas() -> None:
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(40, 5)), random.normal(size=(40, 3))
+    x, y = x - x.mean(0), y - y.mean(0)
+    centre = np.eye(40) - 1 / 40
+    k, m = x @ x.T, y @ y.T
+    hsic = [np.trace(a @ centre @ b @ centre) for a, b in ((k, m), (k, k), (m, m))]
+    one, two = x / np.linalg.norm(x), y / np.linalg.norm(y)
+    rotation, _ = orthogonal_procrustes(one, np.pad(two, ((0, 0), (0, 2))))
+    distance = np.sum((one @ rotation - np.pad(two, ((0, 0), (0, 2)))) ** 2)
+    cka, near = _alike(x + 3, y - 1)
+    assert cka == pytest.approx(hsic[0] / np.sqrt(hsic[1] * hsic[2]))
+    assert near == pytest.approx(1 - distance / 2)
+    assert _alike(x, x @ np.linalg.qr(random.normal(size=(5, 5)))[0]) == pytest.approx((1, 1))
+
+
+def test_softmax_saturates_and_linear_heads_cannot() -> None:
+    assert supports(FAMILY, "sharp") == "no head has a softmax"
+    program = base_of("hedge").program
+    for before, after in zip(program.layers, with_sharp_heads(program).layers, strict=True):
+        for old, new in zip(before.single_heads, after.single_heads, strict=True):
+            assert new.scale == old.scale * (8 if old.mixer == "softmax" else 1)
+
+
+@pytest.mark.slow
+def test_trained_heads_match_up_to_symmetries() -> None:
+    subject = make_subject(FAMILY, "trained", 0, BATCH)
+    (head,) = np.flatnonzero(subject.roles[0] == "used")
+    assert 1e-6 < subject.stated["distance"] < 0.05
+    for n, own in enumerate(subject.model.layer(1).heads):
+        assert n == head or not np.asarray(own.output).any()  # spare heads stay zero
+    stream, groups = subject.stream, subject.groups
+    one, two = (np.asarray(m(stream, groups))[:, -1, -1] for m in (subject.model, subject.clean))
+    assert 1e-6 < np.abs(one - two).max() < 0.05 * np.abs(two).max()
+
+
+def test_tables_follow_from_the_kept_card() -> None:
+    root = Path(__file__).parents[2]
+    kept = json.loads((root / "benchmarks/results/bench_cpu.json").read_text())
+    for file, text in guide.tables(kept).items():
+        assert guide.between((root / file).read_text())[1] == text, f"{file}: write it anew"
+    row = kept["tables"]["heads"]["zero ablation"]
+    assert guide.worst(kept, "zero ablation", "heads")[0] == "backup"
+    assert row["bare"]["mean"] == 1 and "| zero ablation | heads | 1.00 |" in guide.short(kept)
+    row["basis"]["mean"] = 0.0
+    assert guide.worst(kept, "zero ablation", "heads")[:2] == ("basis", 0)
+    assert guide.tables(kept)["README.md"] != guide.between((root / "README.md").read_text())[1]
