@@ -112,7 +112,7 @@ class MesaRidge(NextState):
         recipe = Recipe(
             steps=3000, batch=256, learning_rate=5e-3, schedule="cosine", warmup=100, clip=1.0
         )
-        return self.wide_counterpart(recipe, quick=replace(recipe, steps=1500, batch=128))
+        return self.wide_counterpart(recipe, quick=replace(recipe, steps=900, batch=128))
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Ridge regression on the wrong pairs, or with the wrong regularisation, or none of it."""
