@@ -46,7 +46,10 @@ if TYPE_CHECKING:
     from constructions.family import assert_exact as assert_exact
     from constructions.family import verify as verify
     from constructions.imported import import_weights as import_weights
+    from constructions.interchange.decoder import TrainedAuxiliary as TrainedAuxiliary
     from constructions.interchange.export import export as export
+    from constructions.interchange.huggingface import load_auxiliary as load_auxiliary
+    from constructions.interchange.huggingface import save_auxiliary as save_auxiliary
     from constructions.measurement import Measurement as Measurement
     from constructions.measurement import Remark as Remark
     from constructions.mesa_layer import mesa as mesa
@@ -56,9 +59,6 @@ if TYPE_CHECKING:
     from constructions.runs import load_checkpoints as load_checkpoints
     from constructions.runs import load_run as load_run
     from constructions.softened import Softened as Softened
-    from constructions.tint import TrainedAuxiliary as TrainedAuxiliary
-    from constructions.tint import load_auxiliary as load_auxiliary
-    from constructions.tint import save_auxiliary as save_auxiliary
     from probes import PROBES as PROBES
     from probes.foreign import Subject as Subject
     from probes.foreign import foreign_run as foreign_run
@@ -91,7 +91,9 @@ HOMES = {
         "Certificate Construction Counterpart Gauge Place Tokens assert_exact verify"
     ),
     "constructions.imported": "import_weights",
+    "constructions.interchange.decoder": "TrainedAuxiliary",
     "constructions.interchange.export": "export",
+    "constructions.interchange.huggingface": "load_auxiliary save_auxiliary",
     "constructions.mesa_layer": "mesa",
     "constructions.measurement": "Measurement Remark",
     "constructions.core.program": "Head Layer Mlp Norm Program",
@@ -100,7 +102,6 @@ HOMES = {
     "constructions.core.slots": "Slots concatenate constant",
     "constructions.core.softmax": "soften",
     "constructions.softened": "Softened",
-    "constructions.tint": "TrainedAuxiliary load_auxiliary save_auxiliary",
     "constructions.core.transformer": "Transformer",
     "probes": "PROBES",
     "probes.foreign": "Subject foreign_run",

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from probes.sweep import Sweep
 from probes.sweep.results import mean_and_half
 from synthetic.tasks.regression import Gaussian, RegressionTask

@@ -45,7 +45,7 @@ from constructions.core.config import (
 )
 from constructions.core.transformer import randomise
 from constructions.family import Counterpart
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from probes.probe import Probe, Result, table
 from probes.style import GREEN, VERMILION, figure_of, png
 from probes.sweep import Sweep

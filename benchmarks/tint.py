@@ -18,9 +18,9 @@ from common import paired, ratio, report
 
 from constructions.core.inventory import counts
 from constructions.core.transformer import randomise
-from constructions.interchange.decoder import CHANGED, DecoderShape, Weights
-from constructions.tint import Tint, algorithm, decoder
-from constructions.tint.construction import simulate
+from constructions.interchange.decoder import CHANGED, DecoderShape, Weights, decoder
+from constructions.tint import algorithm
+from constructions.tint.construction import Tint, simulate
 
 WORDS, HEADS, RATE, ROUNDS = 100, 4, 1e-3, 15
 

@@ -20,8 +20,9 @@ import numpy as np
 from common import report
 
 from constructions.core.transformer import Transformer, randomise
-from constructions.interchange.decoder import from_arrays
-from constructions.tint import MODES, Tint, TrainedAuxiliary
+from constructions.interchange.decoder import TrainedAuxiliary, from_arrays
+from constructions.tint.algorithm import MODES
+from constructions.tint.construction import Tint
 from constructions.tint.experiments import fitted, hardness, label_accuracy
 from constructions.tint.measurements import (
     ABLATION,

@@ -27,7 +27,7 @@ from common import report
 from nltk.tree import Tree
 
 from constructions.core.inventory import counts
-from constructions.inside_outside import InsideOutside
+from constructions.inside_outside.construction import InsideOutside
 from constructions.inside_outside.tableau import layout
 from synthetic.grammar import brackets, sparse, treebank
 from synthetic.grammar.treebank import Induced

@@ -10,6 +10,7 @@ certificate        how far a compiled model is from its algorithm
 family             what every family offers
 interchange        models in and out
 regression         what the constructions on in-context regression share
+primitives         heads and MLPs that many algorithms need
 softened           any construction of linear heads, by softmax heads
 runs               fits of a family on disk
 imported           runs of weights that were trained elsewhere

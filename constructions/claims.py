@@ -4,10 +4,9 @@ A `Claim` is about trained models of one construction. A `Measurement` is a numb
 theory or a fit of its own, beside a published one or the bounds that a statement sets. A `Remark`
 is a number that nothing decides.
 
-What claims need of a model and of their settings: asked before anything is measured.
-
-A need is a function of the `Evidence` that returns one phrase naming what is missing, else "".
-A claim on a model that lacks something is not applicable to it, which is no verdict on the model.
+What a claim needs of a model and of its settings is asked before anything is measured. A need is a
+function of the `Evidence` that returns one phrase naming what is missing, else "". A claim on a
+model that lacks something is not applicable to it, which is no verdict on the model.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ from constructions.inputs import (
     check_prediction,
     converted,
     model_type,
-    number,
 )
+from synthetic.guards import number
 from synthetic.tasks.task import Task, checked
 
 if TYPE_CHECKING:

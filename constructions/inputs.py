@@ -206,36 +206,3 @@ def _check_range(name: str, array: Any, dtype: Any) -> None:
             f"{name} holds {largest:.3g} in size, must be at most {most:.2g}: squares overflow "
             f"{jnp.dtype(dtype)}"
         )
-
-
-def number(
-    name: str,
-    value: Any,
-    *,
-    whole: bool = False,
-    least: int | None = None,
-    above: int | float | None = None,
-) -> Any:
-    """A setting that is one number: an integer as it is (`whole`), else as a float.
-
-    Args:
-        name, value: of the setting.
-        least, above: the smallest value that is allowed, or one that all must exceed.
-
-    Raises:
-        ValueError: it is something else, NaN, infinite or out of range.
-    """
-    kinds = (int, np.integer) if whole else (int, float, np.number)
-    right = isinstance(value, kinds) and not isinstance(value, bool)
-    if right and not whole and not np.isfinite(value):
-        right = False
-    outside = right and (
-        (least is not None and value < least) or (above is not None and value <= above)
-    )
-    if not right or outside:
-        must = "an integer" if whole else "a finite number"
-        must += f" of at least {least}" if least is not None else ""
-        if above is not None:
-            must = f"above {above}" if right else f"{must} above {above}"
-        raise ValueError(f"{name} is {value!r}, must be {must}")
-    return value if whole else float(value)

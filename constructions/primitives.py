@@ -32,7 +32,7 @@ import numpy as np
 
 from constructions.core.program import CAUSAL, EVERYWHERE, Head, Mlp, Window
 from constructions.core.slots import Affine, concatenate, constant
-from constructions.inputs import number
+from synthetic.guards import number
 
 Groups = str | Sequence[str] | None
 Write = Mapping[Any, Any]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from constructions.family import Construction
-from constructions.inputs import Input, number
+from constructions.inputs import Input
+from synthetic.guards import number
 from synthetic.tasks.regression import Gaussian, RegressionTask, Uniform, distribution
 
 Inputs = Float[Array, "batch context dim_x"]
@@ -91,3 +92,29 @@ class LinearRegression(Regression):
             return optimal_step_size(self.regression_task(self.num_examples))
         except ValueError as error:
             raise ValueError(f"step_size is None, must be given: {error}") from None
+
+
+# Rivals: what predicts well, or looks like the step, without taking it
+
+
+def least_squares(x: ArrayLike, y: ArrayLike, x_query: ArrayLike) -> np.ndarray:
+    """Predictions of least squares, the best there are without noise, `[batch, query, dim_y]`."""
+    x, y, x_query = (np.asarray(a, np.float64) for a in (x, y, x_query))
+    gram = np.swapaxes(x, 1, 2) @ x
+    size = np.trace(gram, axis1=1, axis2=2)[:, None, None] / x.shape[-1]
+    weight = np.linalg.solve(gram + 1e-9 * size * np.eye(x.shape[-1]), np.swapaxes(x, 1, 2) @ y)
+    return x_query @ weight
+
+
+def kernel_smoother(x: ArrayLike, y: ArrayLike, x_query: ArrayLike, scale: float) -> np.ndarray:
+    """Means of y_i with weights ~ exp(scale x_i . x_query): one head of softmax attention."""
+    x, y, x_query = (np.asarray(a, np.float64) for a in (x, y, x_query))
+    scores = scale * (x_query @ np.swapaxes(x, 1, 2))
+    weight = np.exp(scores - scores.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True) @ y
+
+
+def step_on_the_mean(x: ArrayLike, y: ArrayLike, x_query: ArrayLike, size: float) -> np.ndarray:
+    """A step of gradient descent from 0, with N the number of examples that there are."""
+    x, y, x_query = (np.asarray(a, np.float64) for a in (x, y, x_query))
+    return size * (x_query @ (np.swapaxes(x, 1, 2) @ y)) / max(1, x.shape[1])

@@ -36,8 +36,9 @@ import numpy as np
 
 from constructions.core.inventory import components, counts
 from constructions.core.transformer import randomise
-from constructions.interchange.decoder import from_arrays
-from constructions.tint import MODES, Tint, TrainedAuxiliary
+from constructions.interchange.decoder import TrainedAuxiliary, from_arrays
+from constructions.tint.algorithm import MODES
+from constructions.tint.construction import Tint
 from constructions.tint.experiments import PUBLISHED, hardness, table
 from constructions.tint.measurements import (
     ABLATION,

@@ -9,22 +9,27 @@ linear, positions  what can be read off the stream, at all places or at one of a
 patching           exchanged values: the machinery, their first-order estimate, single paths
 interchange        which values a model uses
 similarity         predictions, sensitivities, activations; at the end of a fit and along it
-losses, weights    levels of the loss, on and off the task; matrices up to their symmetries
+losses             levels of the loss, on and off the task
+weights, paths     matrices up to their symmetries; which slots heads read and write
 interpolation      lines between what the layers of two models do
 roll_out           a layer that is applied again and again
 context            what a prediction makes of the examples in its context
 grafting, npeff    which weights carry a skill, which examples are treated alike
 merging            merging models by Fisher information, averages of checkpoints
 descent            full-batch descent; descent without gradients, or with a teacher
-kernels, sharpness empirical kernels, curvature
+kernels            empirical kernels
+sharpness          curvature, and how large a step weights bear
 selectivity        units that follow classes
 syntax             sentences: heads along arcs, spans, trees, constituents passed on as one thing
-statistics, ledger claims, their controls, their verdicts
+statistics         what claims are decided by
+ledger             claims, their controls, their verdicts
 report             a page of probes and the ledger
 sweep              fits over a grid of settings: a table, figures, a page
 bench              how well methods find mechanisms that are known: subjects in disguise, a card
 style              how numbers and figures look
-cli, options       the command; listing of it shows families and programs
+coverage           what the ledger holds of each paper
+cli, options       the command, and what its subcommands share
+listing            its subcommands that show families and programs
 
 `PROBES` maps the name of every probe to where it is, "module:attribute", so that names can be
 listed before anything heavy is imported; `find` gives the probe. A package of somebody else adds

@@ -45,7 +45,7 @@ from probes.options import (
 from probes.report.claims import Claims
 from probes.report.commands import Compare, Demo, Import, Models, check_subject
 from probes.sweep.command import Sweep
-from synthetic.compilation import forget_programs, keep_programs
+from synthetic.compilation import collect_rarely, compile_quickly, forget_programs, keep_programs
 
 
 @dataclass
@@ -308,6 +308,9 @@ def _run(argv: list[str]) -> int:
         forget_programs()
     elif not isinstance(command, List | Show):
         keep_programs()
+    collect_rarely()
+    if isinstance(command, Verify | Compare | Demo):
+        compile_quickly()
     try:
         return command.run()
     except SystemExit:  # rich's answer to a pipe that nobody reads

@@ -1,11 +1,9 @@
 r"""What a prediction makes of the examples in its context: their degrees, and maps of them.
 
-A model's answers when examples of the context are left out.
-
-What a construction's inputs are made of, and what of a prediction answers no example itself, the
-construction says (`Construction.context_size`, `subset`, `outside_context`): pairs of a regression,
-states of a sequence, visible words of a sentence, words that are trained on. Examples are removed,
-not set to 0, which is the same for linear attention only.
+Examples are removed from the context, not set to 0, which is the same for linear attention only,
+and predictions compared. What the examples are, and which part of a prediction is outside the
+context, the construction says (`Construction.context_size`, `subset`, `outside_context`): pairs of
+a regression, states of a sequence, visible words of a sentence, words that are trained on.
 
 The degree of a prediction in the examples of its context, by the Walsh-Hadamard transform.
 
@@ -74,13 +72,13 @@ def _in_blocks(construction: Construction, model: Any, inputs: list[np.ndarray])
     return np.concatenate(found)[:rows]
 
 
-def answers(
+def subset_predictions(
     construction: Construction,
     model: Any,
     inputs: Sequence[tuple[Any, ...]],
     kept: Sequence[Sequence[int] | np.ndarray],
 ) -> np.ndarray:
-    """What the model answers to each of some inputs with only some of its examples.
+    """Predictions for each of some inputs with only some of its examples.
 
     One compilation for every shape that inputs of `subset` have.
 
@@ -111,31 +109,31 @@ def answers(
 
 
 def all_subsets(
-    construction: Construction, model: Any, inputs: tuple[Any, ...], players: int
+    construction: Construction, model: Any, inputs: tuple[Any, ...], examples: int
 ) -> np.ndarray:
-    """The answers for every subset of the first examples; the other examples always stay.
+    """`subset_predictions` for every subset of the first examples; the others always stay.
 
     Args:
-        players: how many examples are left out in all ways.
+        examples: how many examples are left out in all ways.
 
     Returns:
-        `[2^players, batch, ...]`; the bits of the first index, lowest first, say which are there.
+        `[2^examples, batch, ...]`; the bits of the first index, lowest first, say which are there.
 
     Raises:
         ValueError: the context has fewer examples, or none that can be left out.
     """
     size = construction.context_size(*inputs)
-    if not 1 <= players <= size:
-        raise ValueError(f"players is {players}, must be 1 to {size}, the examples of the context")
-    present = np.arange(2**players)[:, None] >> np.arange(players) & 1
-    rest = np.arange(players, size)
+    if not 1 <= examples <= size:
+        raise ValueError(f"examples is {examples}, must be 1 to {size}, those of the context")
+    present = np.arange(2**examples)[:, None] >> np.arange(examples) & 1
+    rest = np.arange(examples, size)
     kept = [np.concatenate([np.flatnonzero(p), rest]) for p in present]
     numbers = tuple(np.asarray(a) for a in inputs)
-    return answers(construction, model, [numbers] * len(kept), kept)
+    return subset_predictions(construction, model, [numbers] * len(kept), kept)
 
 
 #: Most examples that are left out in all ways: 4096 predictions.
-PLAYERS = 12
+MOST = 12
 #: A share counts as present above this many squared roundings.
 ROUNDING = 1e5
 
@@ -145,7 +143,7 @@ class Spectrum:
     """The degrees of a prediction.
 
     Attributes:
-        weights: B_0, ..., B_N, `[degree]`: mean over inputs and entries of the answers.
+        weights: B_0, ..., B_N, `[degree]`: mean over inputs and entries of the predictions.
         epsilon: rounding unit of the model.
     """
 
@@ -206,31 +204,26 @@ def spectrum(
     construction: Construction,
     model: Any,
     inputs: tuple[Any, ...],
-    players: int | None = None,
+    examples: int | None = None,
 ) -> Spectrum:
-    """The degree spectrum of a model's answers, exact up to rounding.
+    """The degree spectrum of a model's predictions, exact up to rounding.
 
     Args:
         construction: gives inputs their meaning.
         model: of its class.
         inputs: as `construction.sample` gives them.
-        players: examples that are left out in all ways, the first; the others stay. None: all of
-            them, at most `PLAYERS`.
+        examples: examples that are left out in all ways, the first; the others stay. None: all of
+            them, at most `MOST`.
 
     Raises:
-        ValueError: no examples that can be left out, fewer than `players`, or more than `PLAYERS`.
+        ValueError: no examples that can be left out, fewer than `examples`, or more than `MOST`.
     """
     size = construction.context_size(*inputs)
-    players = min(size, PLAYERS) if players is None else players
-    if players > PLAYERS:
-        raise ValueError(f"players is {players}, must be at most {PLAYERS}: all subsets are run")
-    values = all_subsets(construction, model, inputs, players)
+    examples = min(size, MOST) if examples is None else examples
+    if examples > MOST:
+        raise ValueError(f"examples is {examples}, must be at most {MOST}: all subsets are run")
+    values = all_subsets(construction, model, inputs, examples)
     return Spectrum(degree_weights(values), float(np.finfo(values.dtype).eps))
-
-
-def degree_bound(layers: int) -> int:
-    """(3^L - 1) / 2, the highest degree that L layers of linear attention can have."""
-    return (3**layers - 1) // 2
 
 
 ALPHA, BETA, EPSILON = 1.0, 0.1, 0.1
@@ -278,7 +271,7 @@ def _scores(prediction: Array) -> Array:
 
 
 def _questions(construction: Construction, whole: np.ndarray) -> np.ndarray:
-    """Which row of the answers to an input is its question: the first distribution; -1 for none."""
+    """Which row of the predictions is the question: the first distribution; -1 for none."""
     rows = whole.reshape(len(whole), -1, whole.shape[-1])
     if outcome(construction.task) == "logits":
         return np.zeros(len(whole), int)
@@ -323,13 +316,13 @@ def saliency(
     singles = [tuple(np.asarray(a)[n : n + 1] for a in inputs) for n in range(len(inputs[0]))]
 
     def log_probabilities(which: list[int], kept: list[np.ndarray]) -> np.ndarray:
-        found = answers(construction, model, [singles[n] for n in which], kept)
+        found = subset_predictions(construction, model, [singles[n] for n in which], kept)
         rows = found.reshape(len(found), -1, found.shape[-1])
         rows = rows[np.arange(len(which)), asked[which]]
         return np.asarray(jax.nn.log_softmax(rows) if kind == "logits" else _scores(rows))
 
     everything = np.arange(size)
-    whole = answers(construction, model, singles, [everything] * len(singles))
+    whole = subset_predictions(construction, model, singles, [everything] * len(singles))
     asked = _questions(construction, whole)
     if (asked < 0).all():
         raise ValueError("nothing is to be predicted in any input, saliency needs a question")
@@ -367,18 +360,18 @@ def measure_degrees(run: Run, seed: int) -> Result:
         construction = run.construction
         large = bool(too_many_weights(run, "")) and not functions(run)
         inputs = construction.sample(jax.random.key(seed), CONTEXTS // 4 if large else CONTEXTS)
-        players = min(LEFT_OUT, construction.context_size(*inputs))
+        examples = min(LEFT_OUT, construction.context_size(*inputs))
         rows = []
         for model in (compiled_like(construction, run.models[0]), *run.models):
             if hasattr(model, "arrays"):
                 model = cast(model, "float64")
-            found = spectrum(construction, model, inputs, players)
+            found = spectrum(construction, model, inputs, examples)
             shares = np.append(found.shares, np.zeros(5))
             rows.append([found.degree, *shares[1:5], found.above(4)])
     names = ("construction", *seed_names(run))
     columns = ("highest degree", "1", "2", "3", "4", "above 4")
     return table(
-        f"degree of the prediction in {players} examples of the context, shares of the variance",
+        f"degree of the prediction in {examples} examples of the context, shares of the variance",
         columns,
         names,
         rows,

@@ -7,10 +7,13 @@ said in `ITEMS`; a test compares both with what is measured. Nothing is fitted o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from constructions import CATALOGUE
@@ -136,10 +139,9 @@ STATED: Mapping[str, Sequence[Stated]] = {
         Stated("heads a layer, *", f"{_PARSE}, introduction"),
         Stated("numbers a word, *", f"{_PARSE}, introduction"),
         Stated("loss above the least", f"{_PARSE}, section 3", size="8 words"),
-        Stated(
-            "divergence of the best guess from *",
-            f"control of ours to {_PARSE}, section 3",
-            size="8 words",
+        *(
+            Stated(f"{what} *", f"control of ours to {_PARSE}, section 3", size="8 words")
+            for what in ("divergence of the best guess from", "accuracy given up by")
         ),
         Stated("divergence of what is kept, *", f"the identity is ours; setting of {_PRUNED}"),
         *(
@@ -293,12 +295,8 @@ ITEMS: Mapping[str, Sequence[Item]] = {
     ),
 }
 
-#: Minutes of `orrery claims NAME` where they have been measured, five seeds: fits, ledger and rows;
-#: with --quick, and at full length. Two cores with other work on them.
-MINUTES: Mapping[str, tuple[float | None, float | None]] = {
-    "memory-token": (0.8, None),
-    "hedge": (3.5, None),
-}
+#: What `orrery claims NAME` costs, as `benchmarks/claims_costs.py` measured it.
+COSTS = Path(__file__).with_name("costs.json")
 
 
 def cites(source: str, words: str) -> bool:
@@ -404,7 +402,29 @@ def coverage(names: Sequence[str], paper: str = "", item: str = "") -> list[Line
     ]
 
 
-def minutes(name: str, quick: bool) -> str:
-    """How long the claims of a family take, in words."""
-    found = MINUTES.get(name, (None, None))[0 if quick else 1]
-    return "minutes not measured" if found is None else f"about {found:g} min for five seeds"
+@cache
+def costs() -> Mapping[str, Mapping[str, float]]:
+    """Family -> CPU seconds of its parts, five seeds; see `benchmarks/claims_costs.py`."""
+    return json.loads(COSTS.read_text(encoding="utf-8"))["families"]
+
+
+def minutes(name: str, quick: bool, claims: bool = True, seeds: int = 5) -> str:
+    """How long the claims of a family take, and the numbers beside them, in words.
+
+    Args:
+        name: of the family.
+        quick: at demonstration settings.
+        claims: whether any of its claims is asked for: an item that has none needs no fit.
+        seeds: of the fits. Their cost is that of five times as many fifths, compilation included.
+    """
+    found, numbered = costs().get(name), name in STATED
+    if found is None:
+        return "minutes not measured"
+    fits = found["claims" if quick else "claims in full"] * seeds / 5 if claims else 0.0
+    numbers = found["numbers"] if numbered and quick else 0.0
+    said = f"about {_minutes(fits + numbers)} of one core"
+    return said + (", and numbers not measured in full" if numbered and not quick else "")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -45,6 +45,7 @@ from probes.probe import (
     unknown_fit,
 )
 from probes.subject import ParameterVector
+from synthetic.guards import number
 
 Weights = Float[Array, " weight"]
 Mask = Bool[Array, " weight"]
@@ -71,12 +72,9 @@ class MaskSettings:
     learning_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.penalty < float("inf"):
-            raise ValueError(f"penalty is {self.penalty}, must be at least 0 and finite")
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, must be at least 1")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0 and finite")
+        number("penalty", self.penalty, least=0)
+        number("steps", self.steps, whole=True, least=1)
+        number("learning_rate", self.learning_rate, above=0)
 
 
 def graft(before: Weights, after: Weights, mask: Array) -> Weights:

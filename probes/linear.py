@@ -27,7 +27,7 @@ from probes.regression import Ridge, Split, ridge, split
 from probes.style import Picture, figure_of, in_style, png
 from probes.subject import Readable, activations, stream_size, too_large, variables
 from synthetic.compilation import compile_once
-from synthetic.display import ShowsMarkdown
+from synthetic.display import ShowsMarkdown, aligned
 
 #: Numbers in the stream of one input up to which values are looked for in all tokens at once.
 SMALL = 10_000
@@ -63,12 +63,7 @@ class ProbeTable(ShowsMarkdown):
             [name, *(f"{v:.3f} ({layer})" for v, layer in zip(row, layers, strict=True))]
             for name, row, layers in zip(self.names, self.values, self.layers, strict=True)
         ]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths])
-        return "\n".join(
-            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        )
+        return aligned(lines)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; NaN becomes None."""

@@ -37,7 +37,7 @@ from probes.style import (
 )
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
-#: The levels in the loss curves are means over this many draws of a quarter of the examples.
+#: The examples of the levels in the loss curves are drawn in so many parts, for an error.
 DRAWS = 12
 
 
@@ -95,8 +95,8 @@ def mean_losses(
 def measure(run: Run, seed: int, batch: int = 2**16) -> Result:
     """Loss along the fit, where it was recorded, and the levels of construction and optimum.
 
-    Each of the levels is the mean over `DRAWS` draws of a quarter of `batch` inputs, or of what the
-    construction has as its `examples` if that is less.
+    Each of the levels is the mean over `batch` inputs, or as many as the construction has as its
+    `examples` if that is less, drawn in `DRAWS` parts.
     """
     first = run.history[0] if run.history else {}
     names = set(first) - {"step", "loss", "gradient_norm", "excess"}
@@ -106,7 +106,7 @@ def measure(run: Run, seed: int, batch: int = 2**16) -> Result:
         return np.stack(values, axis=1).tolist()
 
     reference = compiled_like(run.construction, run.models[0])
-    inputs = max(1, min(batch, run.construction.examples) // 4)
+    inputs = max(1, min(batch, run.construction.examples) // DRAWS)
     draws = np.array([
         mean_losses(run.construction, (reference, *run.models), seed + n, inputs)
         for n in range(DRAWS)

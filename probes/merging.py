@@ -1,4 +1,4 @@
-r"""Fisher information of a model's weights, example by example, and merging by it.
+r"""Merging of models by the Fisher information of their weights, and averages of checkpoints.
 
 With f(x) what a model predicts and p its likelihood, the Fisher information of example i is
 
@@ -17,20 +17,17 @@ exactly the joint least squares solution for linear models and full F_m, and an 
 the diagonals, which depend on the basis that the weights are written in. It is for models of one
 lineage: the same initial weights, and so the same basis.
 
-Averages of checkpoints, and what they can be expected to gain.
-
-Near a minimum the loss is quadratic. Along a direction of curvature lambda, SGD with step size eta
-multiplies the distance to the minimum by rho = 1 - eta lambda a step and adds noise, so that two
-iterates k steps apart have correlation rho^k, and their mean has
+What averages of checkpoints gain: near a minimum the loss is quadratic. Along a direction of
+curvature lambda, SGD with step size eta multiplies the distance to the minimum by rho = 1 - eta
+lambda a step and adds noise, so that two iterates k steps apart have correlation rho^k, and their
+mean has
 
     (1 + (1 - eta lambda)^k) / 2
 
 of the excess loss of one of them (Sandler et al. 2023, arXiv 2301.02312): close iterates are the
 same point and gain nothing, distant ones halve it. In general sum_ab w_a w_b rho^|t_a - t_b|. Where
 averages do worse than their members, these are not around one minimum.
-
-The averages here are of checkpoints. `synthetic.fitting.recipe.Recipe` averages while it fits, over
-every step.
+(`synthetic.fitting.recipe.Recipe` averages while it fits, over every step.)
 """
 
 from __future__ import annotations
@@ -60,6 +57,7 @@ from probes.probe import (
     too_many_weights,
 )
 from probes.subject import ParameterVector
+from synthetic.guards import number
 from synthetic.tasks.task import Batch, outcome
 
 #: Examples whose gradients are taken at once.
@@ -102,11 +100,6 @@ def diagonal_fisher(
     """The diagonal of the mean F_i; arguments as for `fisher_rows`, at the memory of a few rows."""
     keys = _keys(key, batch)
     return _blocks(flat, samples, True, theta, batch, keys).sum(0) / len(keys)
-
-
-def full_fisher(rows: Rows) -> Float[Array, "weight weight"]:
-    """The mean F_i; for small models."""
-    return jnp.einsum("ncp,ncq->pq", rows, rows, precision="highest") / len(rows)
 
 
 def _keys(key: Any, batch: Batch) -> Array:
@@ -238,8 +231,7 @@ def exponential(count: int, decay: float) -> Float[np.ndarray, " checkpoint"]:
     Raises:
         ValueError: `decay` is not above 0 and below 1.
     """
-    if not 0 < decay < 1:
-        raise ValueError(f"decay is {decay}, must be above 0 and below 1")
+    number("decay", decay, above=0, below=1)
     weights = decay ** np.arange(count - 1, -1, -1.0)
     return weights / weights.sum()
 
@@ -249,25 +241,6 @@ def average(
 ) -> Float[Array, " weight"]:
     """sum_t w_t theta_t."""
     return (np.asarray(weights, thetas.dtype)[:, None] * thetas).sum(0)
-
-
-def excess_factor(
-    weights: Float[np.ndarray, " checkpoint"], steps: Sequence[int], contraction: float
-) -> float:
-    """Excess loss of an average over that of one iterate, of stationary SGD on a quadratic.
-
-    Args:
-        weights: of the checkpoints, with sum 1.
-        steps: at which they were taken.
-        contraction: rho = 1 - eta lambda, above -1 and below 1.
-
-    Raises:
-        ValueError: `contraction` out of range: SGD does not come to rest.
-    """
-    if not -1 < contraction < 1:
-        raise ValueError(f"contraction is {contraction}, must be above -1 and below 1")
-    lags = np.abs(np.subtract.outer(steps, steps))
-    return float(weights @ contraction**lags @ weights)
 
 
 def measured_factor(average_excess: float, member_excesses: Sequence[float]) -> float:

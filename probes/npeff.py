@@ -46,6 +46,7 @@ from probes.probe import (
     too_many_weights,
 )
 from probes.subject import ParameterVector
+from synthetic.guards import number
 from synthetic.tasks.masked_language import MaskedLanguageTask
 from synthetic.tasks.task import Batch, outcome
 
@@ -71,10 +72,8 @@ class Search:
 
     def __post_init__(self) -> None:
         for name, least in (("alone", 0), ("joint", 1), ("restarts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
-        if not 0 < self.rate < float("inf"):
-            raise ValueError(f"rate is {self.rate}, must be above 0 and finite")
+            number(name, getattr(self, name), whole=True, least=least)
+        number("rate", self.rate, above=0)
 
 
 #: Components that `measure` looks for, examples that it looks at, and how it looks.
@@ -124,8 +123,7 @@ def decompose(rows: Rows, components: int, key: Array, search: Search | None = N
     Raises:
         ValueError: fewer than one component, or an example without information.
     """
-    if components < 1:
-        raise ValueError(f"components is {components}, must be at least 1")
+    number("components", components, whole=True, least=1)
     inside, lift = coordinates(unit_rows(rows))
     search = search or Search()
     keys = jax.random.split(key, search.restarts)
@@ -219,15 +217,6 @@ def purity(
     """Of each component's top examples, the share that has the label most frequent among them."""
     chosen = np.asarray(labels)[top_examples(weights, count)]
     return np.asarray([np.bincount(row).max() / len(row) for row in chosen])
-
-
-def cluster_accuracy(
-    assigned: Int[ArrayLike, " example"], labels: Int[ArrayLike, " example"]
-) -> float:
-    """The share of examples whose label is that of most of their cluster."""
-    assigned, labels = np.asarray(assigned), np.asarray(labels)
-    counted = [np.bincount(labels[assigned == c]).max() for c in np.unique(assigned)]
-    return float(np.sum(counted) / len(labels))
 
 
 def divergences(

@@ -142,7 +142,7 @@ def write_json(path: Path | None, content: Any, overwrite: bool) -> None:
     """Write JSON where a path is given; numbers that are not finite become null."""
     if path is None:
         return
-    from probes.style import plain
+    from synthetic.files import plain
 
     check_free(path, overwrite)
     text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"

@@ -1,9 +1,8 @@
 """What all patching shares: the effect of a patch, masks for a grid of patches, the grid's loop.
 
-Gradients in place of patches, and patches of single paths between heads.
-
-Effects are those of `probes.interchange`: movement of the prediction from the base input's towards
-the source input's, 1 being all the way.
+Also its first-order estimate by gradients (`attribution`), and patches of single paths between
+heads (`path_patch`). An effect is how far the prediction moves from the base input's towards the
+source input's, 1 being all the way.
 """
 
 from __future__ import annotations

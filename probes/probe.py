@@ -23,9 +23,10 @@ from constructions.core.compile import compile_program
 from constructions.core.transformer import Transformer
 from constructions.family import Construction
 from constructions.runs import UNKNOWN_START, Run, load_checkpoints
-from probes.style import WIDTH, Picture, headed_table, number, plain, png
+from probes.style import WIDTH, Picture, headed_table, number, png
 from probes.subject import ParameterVector, no_weights
 from synthetic.display import Table, Text, shown
+from synthetic.files import plain
 
 #: Weights of a model beyond which probes that fit it, or take its gradients one by one, refuse it.
 MOST_WEIGHTS = 2**18

@@ -39,6 +39,7 @@ from probes.style import (
     percent,
     png,
 )
+from synthetic import guards
 from synthetic.compilation import compile_once
 from synthetic.tasks.task import Batch
 
@@ -72,8 +73,7 @@ def roll_out(
         ValueError: negative depth, no such layer, or a construction that does not say where the
             prediction stands; a subject whose prediction does not stand there.
     """
-    if depth < 0:
-        raise ValueError(f"depth is {depth}, must be at least 0")
+    guards.number("depth", depth, whole=True, least=0)
     if isinstance(model, Subject):
         if missing := no_stream(construction, model, inputs):
             raise ValueError(missing)

@@ -148,15 +148,6 @@ def sensitivity_cosine(
     return (_unit(a) * _unit(b)).sum(-1).mean()
 
 
-def sensitivity_distance(
-    apply: Apply, reference: Apply, inputs: Sequence[Array], argnum: int = -1
-) -> Float[Array, ""]:
-    """Mean over batch and tokens of the Frobenius norm |J_f - J_g|, J the sensitivities."""
-    a, b = (_flat(sensitivity(f, inputs, argnum)) for f in (apply, reference))
-    _check_equal(a, b, "sensitivities")
-    return jnp.linalg.norm(a - b, axis=-1).mean()
-
-
 def linear_cka(
     a: Float[Array, "sample feature_a"],
     b: Float[Array, "sample_b feature_b"],

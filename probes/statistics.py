@@ -103,7 +103,7 @@ def weight_distance(e: Evidence) -> float:
 
 def interpolation_gap(e: Evidence) -> float:
     """Largest loss on the line between model and construction, over the smaller end, less 1."""
-    losses = between(e.construction, e.model, e.reference, e.examples)
+    losses = between(e.construction, e.model, e.reference, _first(4096, e.examples))
     return interpolation.interpolation_gap(losses)
 
 
@@ -132,10 +132,10 @@ def roll_out_gap(e: Evidence) -> float:
 
 
 def _on_subsets(e: Evidence, model: Any) -> np.ndarray:
-    """Answers for every subset of four examples, `[subset, batch, ...]`, less their mean."""
+    """Predictions for every subset of four examples, `[subset, batch, ...]`, less their mean."""
     inputs = _first(512, e.examples.inputs)
-    players = min(4, e.construction.context_size(*inputs))
-    found = all_subsets(e.construction, model, inputs, players)
+    examples = min(4, e.construction.context_size(*inputs))
+    found = all_subsets(e.construction, model, inputs, examples)
     return found - found.mean(0)
 
 

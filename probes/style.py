@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -109,17 +109,6 @@ def band(axis: Any, x: Any, curves: Any, color: str, label: str) -> None:
 def four(value: float) -> str:
     """A number with four significant digits."""
     return number(value, 4)
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: tuples as lists, and None for numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def ticks(axis: Any, labels: list[str], **options: Any) -> None:

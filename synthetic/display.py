@@ -208,6 +208,16 @@ class ShowsHistory:
         return shown(f"{title}, {steps[-1]} steps", picture, Table(("seed", "last loss"), rows))
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown, whose first line is its head, with columns of one width each."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    head, *rows = lines
+    return "\n".join(
+        "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
+        for line in (head, ["-" * width for width in widths], *rows)
+    )
+
+
 class ShowsMarkdown:
     """A base for what says itself as a table of Markdown."""
 

@@ -57,10 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Garbage is looked for less often: tracing makes many objects, beside a million imported."""
+    """Garbage is looked for less often, and never among the million objects imported."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    from synthetic.compilation import collect_rarely
+
+    collect_rarely()
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -16,7 +16,7 @@ from flax import nnx
 from constructions.core.compile import compile_program
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from probes.cli import main
 from synthetic.fitting.run_directory import Checkpoints
 from synthetic.fitting.train import NonFiniteLossError, fit

@@ -4,6 +4,7 @@ Every import counts, at whatever depth it stands, those for type checkers too.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ FAMILIES = (
 #: of one entry do not know one another.
 ORDER = {
     "synthetic": [
-        ("files", "threefry", "display"),
+        ("files", "threefry", "display", "guards"),
         ("compilation",),
         ("grammar",),
         ("tasks",),
@@ -192,6 +193,38 @@ def test_the_order_inside_each_package(package: str, modules: dict) -> None:
 
 def test_no_module_imports_itself_by_way_of_others(modules: dict) -> None:
     assert circles(modules) == []
+
+
+def tables_of_contents(root: Path) -> list[str]:
+    """Modules that the docstring of their folder does not name, and names without a module."""
+    found = []
+    for package in MAY_IMPORT:
+        for init in sorted((root / package).rglob("__init__.py")):
+            text = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+            heads = re.findall(r"^(\w+(?:, \w+)*) {2,}\S", text, re.MULTILINE)
+            named = {name for head in heads for name in head.split(", ")}
+            modules = {file.stem for file in init.parent.glob("*.py")} - {"__init__"}
+            modules |= {file.parent.name for file in init.parent.glob("*/__init__.py")}
+            folder = init.parent.relative_to(root)
+            found += [f"{folder} does not name {name}" for name in sorted(modules - named)]
+            found += [f"{folder} has no {name}" for name in sorted(named - modules)]
+    return found
+
+
+def test_every_folder_has_a_table_of_its_contents() -> None:
+    assert tables_of_contents(ROOT) == []
+
+
+def test_a_planted_gap_in_a_table_is_found(tmp_path: Path) -> None:
+    plant(
+        tmp_path,
+        {
+            "synthetic/__init__.py": '"""Things.\n\na, b  both\n"""',
+            "synthetic/a.py": "",
+            "synthetic/c/__init__.py": "",
+        },
+    )
+    assert tables_of_contents(tmp_path) == ["synthetic does not name c", "synthetic has no b"]
 
 
 def plant(root: Path, files: dict[str, str]) -> None:

@@ -144,14 +144,6 @@ def canonical_distance(
     return _root(difference.sum()) / _root(scale.sum())
 
 
-def canonical_distances(
-    model: Transformer, reference: Transformer, gauge: Gauge
-) -> Float[Array, " layer"]:
-    """||T_l - T*_l|| / ||T*_l|| of every layer; see `canonical_distance`."""
-    difference, scale = _squared_norms(model, reference, gauge)
-    return _root(difference) / _root(scale)
-
-
 def from_canonical(tensors: Sequence[Array], like: Transformer, gauge: Gauge) -> Transformer:
     """A model with these canonical forms, and the masks of `like`.
 

@@ -19,10 +19,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Affine, Slot, Slots, concatenate, constant
+from synthetic.guards import number
 
 #: The token group of the null token, and the slot that is 1 there and 0 elsewhere.
 NULL = "null"
@@ -55,22 +54,21 @@ def soften(
         ValueError: an argument is out of range, or only one of two that need each other is given;
             the program has a null token already.
     """
-    if not (np.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale is {scale!r}, must be finite and above 0")
+    number("scale", scale, above=0)
     if (null_score is None) == (num_keys is None):
         raise ValueError(
             f"null_score is {null_score!r} and num_keys is {num_keys!r}; give one of them: "
             "null_score for linear attention, num_keys for centred attention"
         )
-    if null_score is not None and not (0 < null_score < 80):
-        raise ValueError(f"null_score is {null_score!r}, must be above 0 and below 80")
-    if num_keys is not None and num_keys < 1:
-        raise ValueError(f"num_keys is {num_keys!r}, must be at least 1")
-    for number, layer in enumerate(program.layers, start=1):
+    if null_score is not None:
+        number("null_score", null_score, above=0, below=80)
+    if num_keys is not None:
+        number("num_keys", num_keys, least=1)
+    for place, layer in enumerate(program.layers, start=1):
         for head in layer.single_heads:
             if head.mixer != "linear":
                 raise TypeError(
-                    f"layer {number}, head '{head.name}' has mixer '{head.mixer}'; "
+                    f"layer {place}, head '{head.name}' has mixer '{head.mixer}'; "
                     "only linear heads can be softened"
                 )
     if NULL in program.token_groups:

@@ -3,23 +3,22 @@
 construction    the algorithm, the hand-built weights, the trained counterpart, the near-misses
 paper           the paper's statements about trained models, as claims
 measurements    its published numbers beside ours
-facts           how long a surprising fact stays in a linear memory
+
+Families of their own on the same layer:
+
 hedge           step sizes as experts, mixed by their validation losses
-local_sgd       along the minima of a layer, with label noise and workers apart
-mirror_flow     what heads that are two factors prefer
-relu_optimum    the global optimum of a small ReLU layer, beside what descent finds
 memory_token    a frozen layer, and one token that learns a new task
-modifications   a grid of shapes, and a test of which of them matter
+
+What other papers ask, asked of the same layer, a paper a file:
+
+facts           how long does a surprising fact stay in a linear memory?
+local_sgd       where do label noise, and workers apart, drift along its minima?
+mirror_flow     what do heads that are two factors prefer?
+relu_optimum    does descent find the global optimum of a small ReLU layer?
+modifications   which of a grid of shapes matter?
 """
 
-from typing import TYPE_CHECKING
-
-from constructions.catalogue import Family, lazily
-
-if TYPE_CHECKING:
-    from constructions.gradient_descent.construction import GradientDescent as GradientDescent
-    from constructions.gradient_descent.hedge import Hedge as Hedge
-    from constructions.gradient_descent.memory_token import MemoryToken as MemoryToken
+from constructions.catalogue import Family
 
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
@@ -56,20 +55,3 @@ HEDGE = Family(
     source="after Lu et al. 2022, arXiv 2203.01400",
     measure="constructions.gradient_descent.measurements:measure_regrets",
 )
-
-__getattr__ = lazily(
-    __name__,
-    GradientDescent="constructions.gradient_descent.construction",
-    Hedge="constructions.gradient_descent.hedge",
-    MemoryToken="constructions.gradient_descent.memory_token",
-)
-
-__all__ = [
-    "GD_PLUS_PLUS",
-    "GRADIENT_DESCENT",
-    "HEDGE",
-    "MEMORY_TOKEN",
-    "GradientDescent",
-    "Hedge",
-    "MemoryToken",
-]

@@ -48,13 +48,18 @@ from constructions.gradient_descent.paper import (
     PUBLISHED_LOSS,
     STEPS_CLAIMS,
     TWO_STEP_CLAIMS,
+)
+from constructions.regression import (
+    Inputs,
+    LinearRegression,
+    Outputs,
+    Queries,
     kernel_smoother,
     least_squares,
     step_on_the_mean,
 )
-from constructions.inputs import number
-from constructions.regression import Inputs, LinearRegression, Outputs, Queries
 from synthetic.fitting.recipe import Recipe
+from synthetic.guards import number
 from synthetic.tasks.regression import RegressionTask
 from synthetic.theory.one_layer import one_layer_excess, optimal_one_layer
 
@@ -340,7 +345,7 @@ class GradientDescent(LinearRegression):
     def near_misses(self) -> dict[str, NearMiss]:
         """Wrong step sizes, N + 2 for N, a step too many, centred attention, the query as a key.
 
-        And rivals, as functions: see `paper.least_squares` and those after it.
+        And rivals, as functions: see `constructions.regression`.
         """
 
         def of(construction: GradientDescent, **changes: Any) -> NearMiss:

@@ -80,22 +80,6 @@ def flow(field: Callable, state: Array, time: float, steps: int) -> Array:
     return jax.lax.scan(step, state, None, length=steps)[0]
 
 
-def potential_residual(task: RegressionTask, p: Array, q: Array, time: float, steps: int) -> float:
-    """Largest |asinh(2 m / c) / 2 at the end - at the start + integral of dL/dm| of the flow."""
-
-    def field(w: Array) -> Array:
-        p, q, _ = w
-        slopes = jax.grad(lambda p, q: head_loss(p, q, task), (0, 1))(p, q)
-        return jnp.stack(
-            [-slopes[0], -slopes[1], jax.grad(head_loss, 1)(jnp.ones_like(p), p * q, task)]
-        )
-
-    end = jax.jit(lambda w: flow(field, w, time, steps))(jnp.stack([p, q, 0 * p]))
-    c = p**2 - q**2
-    mirror = [jnp.arcsinh(2 * a * b / c) / 2 for a, b in ((p, q), end[:2])]
-    return float(jnp.abs(mirror[1] - mirror[0] + end[2]).max())
-
-
 def projection(loss: Quadratic, c: np.ndarray, start: np.ndarray) -> np.ndarray:
     """The m of least loss with the least Bregman divergence from `start`; Newton on the dual.
 

@@ -4,8 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence, masks_alike
 from constructions.core.canonical import layer_tensors
@@ -100,32 +99,6 @@ def curvature(e: Evidence) -> float:
 def published_gap(e: Evidence) -> float:
     """|loss - 0.2|, 0.2 being read off the axis of the figure."""
     return abs(e.loss(e.prediction) - 0.2)
-
-
-# Rivals: what predicts well, or looks like the step, without taking it
-
-
-def least_squares(x: ArrayLike, y: ArrayLike, x_query: ArrayLike) -> np.ndarray:
-    """Predictions of least squares, the best there are without noise, `[batch, query, dim_y]`."""
-    x, y, x_query = (np.asarray(a, np.float64) for a in (x, y, x_query))
-    gram = np.swapaxes(x, 1, 2) @ x
-    size = np.trace(gram, axis1=1, axis2=2)[:, None, None] / x.shape[-1]
-    weight = np.linalg.solve(gram + 1e-9 * size * np.eye(x.shape[-1]), np.swapaxes(x, 1, 2) @ y)
-    return x_query @ weight
-
-
-def kernel_smoother(x: ArrayLike, y: ArrayLike, x_query: ArrayLike, scale: float) -> np.ndarray:
-    """Means of y_i with weights ~ exp(scale x_i . x_query): one head of softmax attention."""
-    x, y, x_query = (np.asarray(a, np.float64) for a in (x, y, x_query))
-    scores = scale * (x_query @ np.swapaxes(x, 1, 2))
-    weight = np.exp(scores - scores.max(-1, keepdims=True))
-    return weight / weight.sum(-1, keepdims=True) @ y
-
-
-def step_on_the_mean(x: ArrayLike, y: ArrayLike, x_query: ArrayLike, size: float) -> np.ndarray:
-    """A step of gradient descent from 0, with N the number of examples that there are."""
-    x, y, x_query = (np.asarray(a, np.float64) for a in (x, y, x_query))
-    return size * (x_query @ (np.swapaxes(x, 1, 2) @ y)) / max(1, x.shape[1])
 
 
 _STEPS = ("step size + 10 %", "step size - 10 %", "wrong N")
@@ -323,7 +296,7 @@ TWO_STEP_CLAIMS = (
         0.05,
         "<=",
         "Saunshi et al. 2022, arXiv 2210.01072, on a context; degrees: probes.context",
-        catches=(*_STEPS, *_CURVATURE),
+        catches=(*_STEPS, *_CURVATURE, *_RIVALS),
     ),
 )
 

@@ -75,7 +75,7 @@ def optimum(points: np.ndarray, target: np.ndarray, units: int) -> tuple[float, 
 
 
 def greedy(points: np.ndarray, target: np.ndarray, start: tuple[int, ...]) -> float:
-    """Loss after moving units to neighbouring cones, or changing signs, one by one downhill."""
+    """Loss after moving units to neighbouring cones, or changing signs, while that lowers it."""
     features, n = columns(points), 2 * len(points)
     here, loss = list(start), least_loss(start, features, target)
     while True:

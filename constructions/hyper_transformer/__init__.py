@@ -8,14 +8,7 @@ unlearning      a class's token deleted, and what that does to the others
 measurements    what examples without labels are worth
 """
 
-from typing import TYPE_CHECKING
-
-from constructions.catalogue import Family, lazily
-
-if TYPE_CHECKING:
-    from constructions.hyper_transformer.gradient import HyperGradient as HyperGradient
-    from constructions.hyper_transformer.prototypes import HyperPrototypes as HyperPrototypes
-    from constructions.hyper_transformer.prototypes import Memory as Memory
+from constructions.catalogue import Family
 
 _SOURCE = "after Zhmoginov et al. 2022, arXiv 2201.04182"
 
@@ -54,19 +47,3 @@ HYPER_SEMI_SUPERVISED = Family(
     source=_SOURCE,
     measure="constructions.hyper_transformer.measurements:measure",
 )
-
-__getattr__ = lazily(
-    __name__,
-    HyperGradient="constructions.hyper_transformer.gradient",
-    HyperPrototypes="constructions.hyper_transformer.prototypes",
-    Memory="constructions.hyper_transformer.prototypes",
-)
-
-__all__ = [
-    "HYPER_GRADIENT",
-    "HYPER_PROTOTYPES",
-    "HYPER_SEMI_SUPERVISED",
-    "HyperGradient",
-    "HyperPrototypes",
-    "Memory",
-]

@@ -38,7 +38,7 @@ from constructions.core.slots import Slots, concatenate
 from constructions.family import Place, Tokens
 from constructions.hyper_transformer import unlearning
 from constructions.hyper_transformer.episodes import GROUPS, FewShot
-from constructions.hyper_transformer.paper import GRADIENT_CLAIMS
+from constructions.hyper_transformer.paper import GRADIENT_CLAIMS, nearest_mean
 from synthetic.tasks.classes import Labels, Queries, Support
 
 
@@ -236,15 +236,8 @@ class HyperGradient(FewShot):
             others["classes mixed"] = self._program(mixed=mixed)
         return {name: self.near_miss(other) for name, other in others.items()} | {
             "exact posterior": NearMiss(self.task.posterior, self),
-            "nearest class mean": NearMiss(self._nearest, self),
+            "nearest class mean": NearMiss(partial(nearest_mean, self.task), self),
         }
-
-    def _nearest(self, support: Support, labels: Labels, queries: Queries) -> Array:
-        """Logits -|q - mean of the class|^2 / 2: prototypes without a step or a scale."""
-        code = jax.nn.one_hot(labels, self.classes, dtype=support.dtype)
-        total = jnp.einsum("bnc,bnd->bcd", code, support[:, : labels.shape[1]])
-        means = total / jnp.maximum(code.sum(1), 1)[..., None]
-        return -jnp.square(queries[:, :, None] - means[:, None]).sum(-1) / 2
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -55,7 +55,14 @@ from constructions.core.transformer import Transformer
 from constructions.family import Place, Tokens
 from constructions.hyper_transformer import unlearning
 from constructions.hyper_transformer.episodes import GROUPS, FewShot
-from constructions.hyper_transformer.paper import PROTOTYPE_CLAIMS, SEMI_SUPERVISED_CLAIMS
+from constructions.hyper_transformer.paper import (
+    PROTOTYPE_CLAIMS,
+    SEMI_SUPERVISED_CLAIMS,
+    gradient_step,
+    mixture_of_examples,
+    nearest_mean,
+    posterior_guesses,
+)
 from constructions.inputs import (
     Input,
     as_arrays,
@@ -63,6 +70,7 @@ from constructions.inputs import (
     check_prediction,
     model_type,
 )
+from synthetic.compilation import compile_once
 from synthetic.tasks.classes import Labels, Logits, Queries, Support
 
 #: Score of a class token that has seen nothing: its weight is 0 in float64.
@@ -378,7 +386,10 @@ class HyperPrototypes(FewShot):
         return found
 
     def near_misses(self) -> dict[str, NearMiss]:
-        """Wrong scales, no norms, blunt means, codes exchanged, linear for softmax, no guesses."""
+        """Wrong scales, no norms, blunt means, codes exchanged, linear for softmax, no guesses.
+
+        And rivals, as functions: see `paper.nearest_mean` and those after it.
+        """
         assert self.scale is not None
         others: dict[str, Any] = {
             "scale + 20 %": replace(self, scale=1.2 * self.scale),
@@ -390,7 +401,17 @@ class HyperPrototypes(FewShot):
         }
         if self.unlabelled:
             others["no guesses"] = self._program(guesses=False)
-        return {name: self.near_miss(other) for name, other in others.items()}
+        rivals: dict[str, Any] = {"nearest class mean": nearest_mean}
+        if self.unlabelled:
+            rivals |= {"posterior with guesses": posterior_guesses}
+            rivals |= {"exact posterior": type(self.task).posterior}
+        else:
+            rivals |= {"mixture of examples": mixture_of_examples}
+            rivals |= {"one gradient step": gradient_step}
+        return {name: self.near_miss(other) for name, other in others.items()} | {
+            name: NearMiss(compile_once(partial(rival, self.task)), self)
+            for name, rival in rivals.items()
+        }
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -11,12 +11,7 @@ spans           corrupted spans, and the exact posterior of what they were
 training_data   what is learnt from pruned text and from spans, beside exact optima
 """
 
-from typing import TYPE_CHECKING
-
-from constructions.catalogue import Family, lazily
-
-if TYPE_CHECKING:
-    from constructions.inside_outside.construction import InsideOutside as InsideOutside
+from constructions.catalogue import Family
 
 INSIDE_OUTSIDE = Family(
     name="inside-outside",
@@ -27,10 +22,3 @@ INSIDE_OUTSIDE = Family(
     source="Zhao et al. 2023, arXiv 2303.08117",
     measure="constructions.inside_outside.measurements:measure",
 )
-
-__getattr__ = lazily(
-    __name__,
-    InsideOutside="constructions.inside_outside.construction",
-)
-
-__all__ = ["INSIDE_OUTSIDE", "InsideOutside"]

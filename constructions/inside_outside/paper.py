@@ -74,11 +74,24 @@ def beyond_bayes(e: Evidence) -> float:
     return e.loss(e.prediction) - e.loss(_posterior(e))
 
 
-def same_word(e: Evidence) -> float:
-    """Share of the hidden words where model and posterior hold the same word most likely."""
-    mask = e.examples.inputs[2]
-    equal = (e.prediction.argmax(-1) == _posterior(e).argmax(-1)) & mask
-    return float(equal.sum() / mask.sum())
+def given_up(
+    exact: Float[Array, "batch time word"],
+    found: Float[Array, "batch time word"],
+    mask: Bool[Array, "batch time"],
+) -> Float[Array, ""]:
+    """Mean of max_w exact(w) - exact(w*) at hidden words, w* the likeliest word of `found`.
+
+    How much less often w* is the hidden word than the best guess is, in expectation: 0 for each of
+    several words that are equally probable.
+    """
+    likeliest = jnp.take_along_axis(exact, found.argmax(-1)[..., None], -1)[..., 0]
+    lost = jnp.where(mask, exact.max(-1) - likeliest, 0)
+    return lost.sum() / jnp.maximum(mask.sum(), 1)
+
+
+def accuracy_given_up(e: Evidence) -> float:
+    """`given_up` by the model: chance of the posterior's best word less that of the model's."""
+    return float(compile_once(given_up)(_posterior(e), e.prediction, e.examples.inputs[2]))
 
 
 def window_posterior(grammar: Grammar, words: int) -> Callable[..., Array]:
@@ -115,6 +128,8 @@ def _seen(grammar: Grammar) -> Callable[..., Array]:
 
 #: The claim "the posterior": so many nats from it.
 NEAR = 0.1
+#: The claim "the likeliest word": so much less often right than the best guess.
+RIGHT = 0.05
 _WINDOWS = (2, 4)
 #: A bag of words is looked up in all sentences, where they are at most so many.
 MOST_SENTENCES = 2**15
@@ -256,15 +271,18 @@ def claims(grammar: Grammar, max_length: int) -> tuple[Claim, ...]:
             catches=("left children only", "uniform words", *windows),
         ),
         Claim(
-            "the same word",
-            "Nineteen times in twenty it holds the same word most likely.",
-            same_word,
-            0.95,
-            ">=",
+            "the likeliest word",
+            "Its likeliest word is right as often as any guess can be, but for once in twenty.",
+            accuracy_given_up,
+            RIGHT,
+            "<=",
             f"{_PAPER}, section 3",
             catches=("left children only", *windows),
-            note="Of equally probable words one counts, so that a tie can be a miss. A model "
-            "of one seed, trained in full, has 0.84 where 30 % of the words are hidden.",
+            note="Was 'the same word nineteen times in twenty', which one seed of five failed with "
+            "0.84. The cause: of the example's hidden words 18 % have several best ones, exactly, "
+            "as both brackets of a pair are hidden, and a model that is right of all others and "
+            "guesses there agrees on 0.86. Now the posterior's chance that is given up counts, of "
+            "which equal words cost nothing; the one in twenty was not moved.",
         ),
     )
 

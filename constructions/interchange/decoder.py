@@ -47,6 +47,7 @@ from constructions.core.program import CAUSAL
 from constructions.core.transformer import Transformer, randomise
 from synthetic.fitting.train import Recipe, fit
 from synthetic.grammar import examples as grammars
+from synthetic.guards import number
 from synthetic.tasks.text import Corpus, TextTask
 
 #: Matrices of one layer, in the order of a forward pass.
@@ -149,14 +150,12 @@ class DecoderShape:
 
     def __post_init__(self) -> None:
         for name in ("words", "positions", "layers", "heads", "width", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+            number(name, getattr(self, name), whole=True, least=1)
         if self.width % self.heads:
             raise ValueError(f"width is {self.width}, must be a multiple of heads={self.heads}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}, must be one of {ACTIVATIONS}")
-        if not self.eps > 0:
-            raise ValueError(f"eps is {self.eps}, must be above 0")
+        number("eps", self.eps, above=0)
 
     @property
     def parameters(self) -> int:

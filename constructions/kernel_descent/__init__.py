@@ -6,12 +6,7 @@ paper           the paper's statements about a trained model on sine waves
 contrastive     features by a contrastive loss, which does not say whether they are any good
 """
 
-from typing import TYPE_CHECKING
-
-from constructions.catalogue import Family, lazily
-
-if TYPE_CHECKING:
-    from constructions.kernel_descent.construction import KernelDescent as KernelDescent
+from constructions.catalogue import Family
 
 KERNEL_DESCENT = Family(
     name="kernel-descent",
@@ -21,10 +16,3 @@ KERNEL_DESCENT = Family(
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 2",
     measure="constructions.kernel_descent.contrastive:measure",
 )
-
-__getattr__ = lazily(
-    __name__,
-    KernelDescent="constructions.kernel_descent.construction",
-)
-
-__all__ = ["KERNEL_DESCENT", "KernelDescent"]

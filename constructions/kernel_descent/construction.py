@@ -43,7 +43,6 @@ from constructions.core.slots import Slots
 from constructions.core.transformer import Transformer, randomise
 from constructions.core.weights import Part
 from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
-from constructions.inputs import number
 from constructions.kernel_descent.paper import (
     FROM_PRIOR_MEAN_CLAIMS,
     FROM_ZERO_CLAIMS,
@@ -51,6 +50,7 @@ from constructions.kernel_descent.paper import (
 )
 from constructions.regression import Inputs, LinearRegression, Outputs, Queries
 from synthetic.fitting.recipe import Recipe
+from synthetic.guards import number
 from synthetic.tasks.regression import RegressionTask
 from synthetic.tasks.sine import SineTask, coefficient_moments, optimal_step, sine_and_cosine
 
@@ -134,9 +134,8 @@ class KernelDescent(LinearRegression):
     amplitudes: Sequence[float | int] = (0.1, 0.5)
 
     def __post_init__(self) -> None:
-        self.whole("dim_x", "dim_y", "num_examples", "steps", "knots")
-        if self.knots < 2:
-            raise ValueError(f"knots is {self.knots}, must be at least 2")
+        self.whole("dim_x", "dim_y", "num_examples", "steps")
+        number("knots", self.knots, whole=True, least=2)
         if np.shape(self.amplitudes) != (2,):
             raise ValueError(f"amplitudes is {self.amplitudes!r}, must be two numbers")
         bounds = tuple(number("amplitudes", a) for a in self.amplitudes)

@@ -1,26 +1,15 @@
 """In-context least squares on sequences (von Oswald et al. 2023, arXiv 2309.05858).
 
 tokens          raw states in, the layer that binds each to the one before, predictions out
-ridge           ridge regression on all of the sequence so far, by one mesa head
+ridge           ridge regression on all of the sequence so far, or on features of it, by a mesa head
 polynomial      preconditioned gradient descent, any polynomial, by linear heads
-language        next tokens of text by mesa, softmax and linear heads
-features        ridge regression on known features, for nonlinear systems
-few_shot        regression as a sequence, with prompts that are tuned
-models          other models of next states: deep linear attention, softmax, hybrids
-blocks          linear attention whose products are numbers times identity blocks
-depth           how far polynomials are from ridge regression, by the number of layers
-claims          the paper's statements about trained layers
-measurements    its published losses, and ours
-trained         deep layers in numbers
+models          other models of next states and of text: deep linear attention, softmax, hybrids
+paper           the paper's statements about trained layers
+measurements    its published losses, and ours; prompts that are tuned
+trained         deep layers in numbers: polynomials by depth, blocks of the products
 """
 
-from typing import TYPE_CHECKING
-
-from constructions.catalogue import Family, lazily
-
-if TYPE_CHECKING:
-    from constructions.mesa.polynomial import MesaPolynomial as MesaPolynomial
-    from constructions.mesa.ridge import MesaRidge as MesaRidge
+from constructions.catalogue import Family
 
 MESA_RIDGE = Family(
     name="mesa-ridge",
@@ -39,11 +28,3 @@ MESA_POLYNOMIAL = Family(
     source="von Oswald et al. 2023, arXiv 2309.05858, Prop. 1 and 2",
     measure="constructions.mesa.trained:measure",
 )
-
-__getattr__ = lazily(
-    __name__,
-    MesaPolynomial="constructions.mesa.polynomial",
-    MesaRidge="constructions.mesa.ridge",
-)
-
-__all__ = ["MESA_POLYNOMIAL", "MESA_RIDGE", "MesaPolynomial", "MesaRidge"]

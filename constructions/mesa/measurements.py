@@ -3,13 +3,12 @@
 The published ones are read from the result files that come with the paper's code: half the squared
 distance, its mean over 50 positions, s_1 uniform in [-1, 1), noise .01.
 
-A model of next states that is asked for regression: frozen, behind vectors that are tuned.
+`Prompted` is a model of next states that is asked for regression: frozen, behind tuned vectors.
 
     prompted = Prompted(construction, model, Prompt.draw(key, dim, count=8))
     prompt = fit(prompted, FewShotRegression(dim, pairs), recipe).model.prompt
 
 `synthetic.tasks.few_shot` has the sequence, and what least squares on its tokens comes to.
-(von Oswald et al. 2023, arXiv 2309.05858.)
 """
 
 from __future__ import annotations

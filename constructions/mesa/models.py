@@ -1,12 +1,12 @@
-r"""Models of next states of any layers, to be trained and compared with the constructions.
+r"""Models of sequences, to be trained and compared with the constructions.
 
-`Construction.counterpart` trains the layers of a construction. The models here share with it only
-how states enter and predictions leave: `construction.apply` runs them.
+Those of next states have any layers and share with a construction only how states enter and
+predictions leave: `construction.apply` runs them. `causal_language_model` has words in place of
+states, and differs in one thing: the mixer behind the first layer.
 
-Linear attention whose products are numbers times identity blocks.
-
-The stream of a model of next states is a row of channels of `dim` columns each (s, z, y, x of
-`polynomial`). If the products of every head are
+`BlockScalars` are linear attention whose products are numbers times identity blocks. The stream of
+a model of next states is a row of channels of `dim` columns each (s, z, y, x of `polynomial`). If
+the products of every head are
 
     W_K^T W_Q  =  B kron I,       P W_V  =  A kron I,       B, A  [channel, channel],
 
@@ -14,8 +14,6 @@ then the model treats all directions alike: it commutes with every rotation of t
 numbers are all there is to train, to read, to average. `compressed` finds the nearest ones to a
 trained model, `between` averages two models by their products, which no change of basis inside a
 head can bend. (von Oswald et al. 2023, arXiv 2309.05858, section 4: compressed expression.)
-
-Causal language models that differ in one thing, the mixer behind the first layer.
 """
 
 from __future__ import annotations
@@ -44,6 +42,7 @@ from constructions.core.program import CAUSAL
 from constructions.core.transformer import Transformer
 from constructions.core.weights import Part
 from constructions.mesa.tokens import CLIP, GROUPS, STATE, NextState
+from synthetic.guards import number
 from synthetic.tasks.dynamics import States
 
 
@@ -185,8 +184,8 @@ def sequence_model(
     """
     if isinstance(mixers, str) or not mixers or not set(mixers) <= set(_MIXERS):
         raise ValueError(f"mixers is {mixers!r}, must be a row of {_MIXERS}")
-    if heads < 1 or rows < 1:
-        raise ValueError(f"heads is {heads}, rows {rows}, both must be at least 1")
+    number("heads", heads, whole=True, least=1)
+    number("rows", rows, whole=True, least=1)
     layers = [LayerConfig((HeadsConfig(mixer, heads, rows, rows),)) for mixer in mixers]
     segments = [SegmentConfig((layer,), len(list(run))) for layer, run in groupby(layers)]
     program = construction.program
@@ -256,8 +255,7 @@ def causal_language_model(
         raise ValueError("gates is True and mixer None, must be 'mesa' with gates")
     sizes = {"words": words, "length": length, "layers": layers, "heads": heads, "width": width}
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}, must be at least 1")
+        number(name, size, whole=True, least=1)
     if width % heads:
         raise ValueError(f"width is {width}, must be a multiple of heads={heads}")
     rows, norm = width // heads, NormConfig(affine=True)

@@ -33,7 +33,6 @@ from constructions.claims import Claim, NearMiss
 from constructions.core.config import Config
 from constructions.core.program import CAUSAL, Head, Layer, Program
 from constructions.family import Counterpart, Place, Tokens
-from constructions.inputs import number
 from constructions.mesa.paper import COPY, DEEP_CLAIMS, ONE_LAW, ONE_STEP_CLAIMS, last_state
 from constructions.mesa.tokens import (
     CLIP,
@@ -45,6 +44,7 @@ from constructions.mesa.tokens import (
     shifted,
 )
 from synthetic.fitting.recipe import Recipe
+from synthetic.guards import number
 from synthetic.tasks.dynamics import LinearDynamics, States
 
 

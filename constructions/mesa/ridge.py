@@ -8,19 +8,15 @@ From states up to t, with z_u = s_{u-1} and z_1 = 0, the next state is predicted
 and a mesa head with query s_t, key z_t and value s_t writes W_t s_t (von Oswald et al. 2023, arXiv
 2309.05858, eq. 4-6, whose lambda is 1 / rho).
 
-Ridge regression on features of the states: what one mesa head does behind an MLP.
-
-Where s_{t+1} = W phi(s_t) with a known map phi (`synthetic.tasks.dynamics`), the next state is
-predicted by
+Behind an MLP the same head does it on features of the states. Where s_{t+1} = W phi(s_t) with a
+known map phi (`synthetic.tasks.dynamics`), the next state is predicted by
 
     W_t  =  argmin_W  sum_{u<=t} |s_u - W psi_u|^2 + rho |W|^2,     psi_u = phi(s_{u-1}), psi_1 = 0,
 
 and W_t phi(s_t). Layer 1 has the network of phi as its MLP, the norm of layer 2 divides by its
 length, the head of layer 2 copies the features of the token before (`tokens`), and a mesa head with
-query phi(s_t), key psi_t and value s_t writes the prediction.
-
-(von Oswald et al. 2023, arXiv 2309.05858: deep transformers on nonlinear dynamics are
-compared with least squares on MLP*.)
+query phi(s_t), key psi_t and value s_t writes the prediction. (The paper compares deep transformers
+on nonlinear dynamics with this.)
 """
 
 from __future__ import annotations
@@ -116,7 +112,7 @@ class MesaRidge(NextState):
         recipe = Recipe(
             steps=3000, batch=256, learning_rate=5e-3, schedule="cosine", warmup=100, clip=1.0
         )
-        return self.wide_counterpart(recipe, quick=replace(recipe, steps=1500, batch=128))
+        return self.wide_counterpart(recipe, quick=replace(recipe, steps=900, batch=128))
 
     def near_misses(self) -> dict[str, NearMiss]:
         """Ridge regression on the wrong pairs, or with the wrong regularisation, or none of it."""

@@ -2,8 +2,6 @@
 
 The published losses are read from the result files that come with the paper's code (see
 `measurements`). The figures about probes come from running the weights that are kept there.
-
-How far polynomials of gradient descent are from ridge regression, by the number of layers.
 """
 
 from __future__ import annotations

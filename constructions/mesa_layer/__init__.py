@@ -4,8 +4,7 @@ layer        `mesa`, all times of a sequence, `mesa_attention`, its weights, and
 solvers      four methods to solve its linear systems, and the layer by any of them
 orthogonal   rotations of the data in float64: ill-conditioned times; `mesa_start`, `mesa_step`,
              one token after another
-problem      the linear systems, causal sums chunk by chunk, inverse Cholesky factors
-arguments    what may be given
+problem      what may be given, the linear systems, causal sums chunk by chunk, inverse factors
 """
 
 from constructions.mesa_layer.layer import METHODS, mesa, mesa_attention

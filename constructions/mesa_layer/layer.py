@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from constructions.mesa_layer.arguments import at_least, checked
 from constructions.mesa_layer.orthogonal import by_rotations
-from constructions.mesa_layer.problem import join, split
+from constructions.mesa_layer.problem import Given, checked, join, split
 from constructions.mesa_layer.solvers import METHODS, Settings, solved
+from synthetic.guards import number
 
-Arrays = tuple[Array, Array, Array, Array, Array | None, Array | None]
 AXES = ("batch", "time", "head")
 LARGE = 2.0**20  # numbers up to here, of few millions of tokens, overflow in no sum
 # the largest condition number at which sums and solves in this dtype keep their promise
@@ -125,8 +124,8 @@ def mesa(
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     dtype = jnp.result_type(query, key, value)
-    arrays = checked(query, key, value, regularization, input_gate, forget_gate, AXES)
-    dim, forget = arrays[0].shape[-1], arrays[-1]
+    given = checked(query, key, value, regularization, input_gate, forget_gate, AXES)
+    dim, forget = given.query.shape[-1], given.forget_gate
     if method == "auto":
         method = "chunked" if forget is None else "conjugate-gradients"
     if method not in METHODS:
@@ -137,60 +136,40 @@ def mesa(
     chunk = (32 if dim <= 32 else 64) if chunk is None else chunk
     steps = 4 * dim + 20 if steps is None else steps
     numbers = {"chunk": (chunk, 1), "refinements": (refinements, 0), "steps": (steps, 1)}
-    for name, (number, least) in numbers.items():
-        at_least(name, number, least)
+    for name, (size, least) in numbers.items():
+        number(name, size, whole=True, least=least)
     if tolerance is None:
-        tolerance = float(jnp.finfo(arrays[0].dtype).eps)
+        tolerance = float(jnp.finfo(given.query.dtype).eps)
     elif not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}, must be at least 0")
-    chunk = min(chunk, arrays[0].shape[1])
-    return _mesa(method, chunk, Settings(refinements, steps, tolerance), *arrays).astype(dtype)
+    chunk = min(chunk, given.query.shape[1])
+    return _mesa(method, chunk, Settings(refinements, steps, tolerance), given).astype(dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _mesa(
-    method: str,
-    chunk: int,
-    settings: Settings,
-    query: Array,
-    key: Array,
-    value: Array,
-    ridge: Array,
-    input_gate: Array | None,
-    forget_gate: Array | None,
-) -> Array:
-    given = (
-        split(query, chunk),
-        split(key, chunk),
-        split(value, chunk),
-        ridge,
-        None if input_gate is None else split(input_gate, chunk),
-        None if forget_gate is None else split(forget_gate, chunk, fill=1.0),
+def _mesa(method: str, chunk: int, settings: Settings, given: Given) -> Array:
+    cut = Given(
+        *(split(x, chunk) for x in given[:3]),
+        given.ridge,
+        None if given.input_gate is None else split(given.input_gate, chunk),
+        None if given.forget_gate is None else split(given.forget_gate, chunk, fill=1.0),
     )
-
-    wild = out_of_range(*given)
-    q, k, v, r, beta, gamma = tamed(wild, *given)
-    output, condition = solved(METHODS[method], settings, q, k, v, r[:, None], beta, gamma)
+    wild = out_of_range(cut)
+    output, condition = solved(METHODS[method], settings, tamed(wild, cut))
     if settings.refinements:
         condition = lax.stop_gradient(condition)
         if method == "scan":  # its errors stay in the state
             condition = _largest_so_far(condition)
-        doubtful = wild | ~(condition <= WELL_CONDITIONED[key.dtype.name])[..., None]
-        output = by_rotations(doubtful, output, *given)
+        doubtful = wild | ~(condition <= WELL_CONDITIONED[given.key.dtype.name])[..., None]
+        output = by_rotations(doubtful, output, cut)
     else:
         output = jnp.where(wild, jnp.nan, output)
-    return join(jnp.asarray(output), query.shape[1])
+    return join(jnp.asarray(output), given.query.shape[1])
 
 
-def out_of_range(
-    query: Array,
-    key: Array,
-    value: Array,
-    ridge: Array,
-    input_gate: Array | None,
-    forget_gate: Array | None,
-) -> Array:
+def out_of_range(given: Given) -> Array:
     """Times whose sums of products may overflow, or are NaN, `[chunk, batch, head, time, 1]`."""
+    query, key, value, ridge, input_gate, forget_gate = given
 
     def beyond(x: Array) -> Array:
         return ~(jnp.abs(x) <= LARGE).all(-1, keepdims=True)
@@ -214,23 +193,16 @@ def _largest_so_far(x: Array) -> Array:
     return jnp.maximum(within, before)
 
 
-def tamed(
-    wild: Array,
-    query: Array,
-    key: Array,
-    value: Array,
-    ridge: Array,
-    input_gate: Array | None,
-    forget_gate: Array | None,
-) -> Arrays:
+def tamed(wild: Array, given: Given) -> Given:
     """The same with no token of those times: the other times are as they were."""
-    query, key, value = (jnp.where(wild, 0, x) for x in (query, key, value))
+    query, key, value = (jnp.where(wild, 0, x) for x in given[:3])
+    ridge, input_gate, forget_gate = given[3:]
     ridge = jnp.where((ridge >= LARGE**-3) & (ridge <= LARGE**3), ridge, 1)
     if input_gate is not None:
         input_gate = jnp.where(wild[..., 0], 0, input_gate)
     if forget_gate is not None:
         forget_gate = jnp.where(wild[..., 0], 1, forget_gate)
-    return query, key, value, ridge, input_gate, forget_gate
+    return Given(query, key, value, ridge, input_gate, forget_gate)
 
 
 def mesa_attention(

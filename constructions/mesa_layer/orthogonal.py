@@ -31,8 +31,8 @@ from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float
 
-from constructions.mesa_layer.arguments import at_least, checked, floating, ridge_of
-from constructions.mesa_layer.problem import Scalars, Tokens
+from constructions.mesa_layer.problem import Given, Tokens, checked, floating, ridge_of
+from synthetic.guards import number
 
 Marks = Bool[Array, "chunk batch head time 1"]
 Rows = Float[Array, "row *heads column"]
@@ -64,16 +64,9 @@ def start(ridge: Float[Array, "head dim"], batch: int, columns: int) -> Rows:
     return jnp.broadcast_to(units * ridge.T[:, None, :, None], (dim, batch, heads, columns))
 
 
-def advance(
-    rows: Rows,
-    query: Float[Array, "*heads dim"],
-    key: Float[Array, "*heads dim"],
-    value: Float[Array, "*heads value"],
-    ridge: Float[Array, "head dim"],
-    input_gate: Float[Array, "*heads"] | None,
-    forget_gate: Float[Array, "*heads"] | None,
-) -> tuple[Rows, Float[Array, "*heads value"]]:
-    """[U | Z] with one more pair, and its answer to a query."""
+def advance(rows: Rows, given: Given) -> tuple[Rows, Float[Array, "*heads value"]]:
+    """[U | Z] with one more pair, and its answer to a query; each `[*heads, dim]`, one token."""
+    query, key, value, ridge, input_gate, forget_gate = given
     dim, columns = rows.shape[0], rows.shape[-1]
     units = jnp.eye(dim, columns, dtype=rows.dtype)
     pair = jnp.concatenate([key, value], -1)
@@ -150,16 +143,7 @@ def _(size: int, batched: list[bool], marks: Array) -> tuple[Array, bool]:
     return _anywhere(marks.any(0)), False
 
 
-def by_rotations(
-    doubtful: Marks,
-    output: Tokens,
-    query: Tokens,
-    key: Tokens,
-    value: Tokens,
-    ridge: Float[Array, "head dim"],
-    input_gate: Scalars | None,
-    forget_gate: Scalars | None,
-) -> Tokens:
+def by_rotations(doubtful: Marks, output: Tokens, given: Given) -> Tokens:
     """The output, and where it is marked o_t computed anew, in float64; next to free without marks.
 
     Work is dim^2 a token up to the last chunk with a mark, dim^3 with a forget gate; the float64
@@ -170,11 +154,11 @@ def by_rotations(
     wanted = _anywhere(doubtful.any((1, 2, 3, 4)))
     needed = lax.cummax(wanted.astype(jnp.int32), reverse=True)
     with jax.enable_x64(True):
-        wide = jnp.maximum(ridge.astype(jnp.float64), 1 / RANGE)
+        wide = jnp.maximum(given.ridge.astype(jnp.float64), 1 / RANGE)
 
         def token(rows: Rows, xs: tuple[Any, ...]) -> tuple[Rows, Array]:
             q, k, v, beta, gamma = xs
-            return advance(rows, q, k, v, wide, beta, gamma)
+            return advance(rows, Given(q, k, v, wide, beta, gamma))
 
         def chunk(rows: Rows, xs: tuple[Any, ...]) -> tuple[Rows, Array]:
             tokens, output, doubtful, _ = xs
@@ -197,8 +181,9 @@ def by_rotations(
 
             return guarded
 
-        begin = start(wide, key.shape[1], key.shape[-1] + value.shape[-1])
-        tokens = (query, key, value, input_gate, forget_gate)
+        columns = given.key.shape[-1] + given.value.shape[-1]
+        begin = start(wide, given.key.shape[1], columns)
+        tokens = (*given[:3], *given[4:])
         xs = (tokens, output, doubtful, needed)
         return scan_in_groups(chunk, begin, xs, where_needed)[1]
 
@@ -245,7 +230,7 @@ def mesa_start(
             regularization is not `[head]` or `[head, dim]`, positive and finite.
     """
     for name, size in (("batch", batch), ("dim", dim), ("value_dim", value_dim)):
-        at_least(name, size, 1)
+        number(name, size, whole=True, least=1)
     ridge = jnp.asarray(regularization)
     if not ridge.ndim or not ridge.size:
         raise ValueError(f"regularization has shape {ridge.shape}, must be [head] or [head, dim]")
@@ -291,35 +276,26 @@ def mesa_step(
     """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     dtype = jnp.result_type(query, key, value)
-    query, key, value, ridge, beta, gamma = checked(
-        query, key, value, regularization, input_gate, forget_gate, ("batch", "head")
-    )
-    fits = (*key.shape, value.shape[-1])
+    axes = ("batch", "head")
+    given = checked(query, key, value, regularization, input_gate, forget_gate, axes)
+    fits = (*given.key.shape, given.value.shape[-1])
     if state.moment.shape != fits:
         raise ValueError(f"state is of shape {state.moment.shape}, these tokens are of {fits}")
-    state, output = _step(state, query, key, value, ridge, beta, gamma)
+    state, output = _step(state, given)
     return state, output.astype(dtype)
 
 
 @jax.jit
 @in_double
-def _step(
-    state: MesaState,
-    query: Array,
-    key: Array,
-    value: Array,
-    ridge: Array,
-    beta: Array | None,
-    gamma: Array | None,
-) -> tuple[MesaState, Array]:
+def _step(state: MesaState, given: Given) -> tuple[MesaState, Array]:
     rows = jnp.concatenate(
         [state.root + state.root_rest, state.moment + state.moment_rest], axis=-1
     )
     diagonal = jnp.eye(rows.shape[2], rows.shape[3]) > 0
     scale = jnp.where(diagonal, rows, 0).sum(-1, keepdims=True)
     rows = jnp.where(diagonal, scale**2, rows / scale)
-    ridge = jnp.maximum(ridge, 1 / RANGE)
-    rows, output = advance(jnp.moveaxis(rows, 2, 0), query, key, value, ridge, beta, gamma)
+    given = given._replace(ridge=jnp.maximum(given.ridge, 1 / RANGE))
+    rows, output = advance(jnp.moveaxis(rows, 2, 0), given)
     return _packed(rows), output
 
 

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from constructions.mesa_layer.problem import (
+    Given,
     Problem,
     Scalars,
     Tokens,
@@ -56,19 +57,11 @@ class Method(NamedTuple):
     forgets: bool
 
 
-def solved(
-    method: Method,
-    settings: Settings,
-    query: Tokens,
-    key: Tokens,
-    value: Tokens,
-    ridge: Float[Array, "head 1 dim"],
-    input_gate: Scalars | None,
-    forget_gate: Scalars | None,
-) -> tuple[Tokens, Scalars]:
+def solved(method: Method, settings: Settings, given: Given) -> tuple[Tokens, Scalars]:
     """o_t = G_t (H_t + ridge)^-1 q_t in chunks, and bounds of the condition numbers."""
+    query, key, value, ridge, input_gate, forget_gate = given
     decay = decay_of(forget_gate, key.shape[0], key.shape[-2], key.dtype)
-    problem = problem_of(key, ridge, input_gate, decay)
+    problem = problem_of(key, ridge[:, None], input_gate, decay)
     fixed = lax.stop_gradient(problem)
     prepared = method.prepare(fixed)
 

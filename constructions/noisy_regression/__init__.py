@@ -8,12 +8,7 @@ table           Table 1 of the paper, measured
 paper           the paper's statements about trained models
 """
 
-from typing import TYPE_CHECKING
-
-from constructions.catalogue import Family, lazily
-
-if TYPE_CHECKING:
-    from constructions.noisy_regression.construction import NoisyRegression as NoisyRegression
+from constructions.catalogue import Family
 
 NOISY_REGRESSION = Family(
     name="noisy-regression",
@@ -29,10 +24,3 @@ NOISY_REGRESSION = Family(
     source="Vladymyrov et al. 2024, arXiv 2402.14180",
     measure="constructions.noisy_regression.table:measure",
 )
-
-__getattr__ = lazily(
-    __name__,
-    NoisyRegression="constructions.noisy_regression.construction",
-)
-
-__all__ = ["NOISY_REGRESSION", "NoisyRegression"]

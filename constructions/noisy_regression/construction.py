@@ -34,7 +34,7 @@ from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, concatenate
 from constructions.core.transformer import Transformer
 from constructions.family import Claim, Counterpart, Gauge, NearMiss, Place, Tokens
-from constructions.noisy_regression.paper import claims_of
+from constructions.noisy_regression.paper import claims_of, rivals
 from constructions.noisy_regression.recursion import context_gram, diag_states
 from constructions.regression import Inputs, Outputs, Queries, Regression
 from synthetic.fitting.recipe import Recipe
@@ -151,7 +151,7 @@ class NoisyRegression(Regression):
         Returns:
             matrix, momentum, weight, label_scale: M `[dim_x, dim_x]`, u and w `[dim_x]`, a `[]`.
             gradient: Sigma^0 (a w* - w) = a alpha^0 - Sigma^0 w, with w* the least-squares weights:
-                downhill for w, `[dim_x]`; u collects it.
+                the negative gradient for w, `[dim_x]`; u collects it.
             rescaling: 1 + w_yy lambda, the factor on labels, of every layer, `[batch, layer]`.
             residual_power: rho = sum_i (y_i - w* . x_i)^2, `[batch]`, by which steps grow.
             inputs, outputs: of all tokens, `[token, dim_x]` and `[token, 1]`.
@@ -247,7 +247,10 @@ class NoisyRegression(Regression):
         )
 
     def near_misses(self) -> dict[str, NearMiss]:
-        """Parts of the layers left out, a step off, centred attention, the query among the keys."""
+        """Parts of the layers left out, a step off, centred attention, the query among the keys.
+
+        And rivals, as functions: see `paper.rivals`.
+        """
 
         def with_layers(change: Any) -> NearMiss:
             return self.near_miss(replace(self, layers=[change(*w) for w in self.layers]))
@@ -267,7 +270,7 @@ class NoisyRegression(Regression):
             misses["no momentum"] = with_layers(lambda a, b, c, d: (a, 0.0, c, d))
         if any(w[3] for w in self.layers):
             misses["no rescaling"] = with_layers(lambda a, b, c, d: (a, b, c, 0.0))
-        return misses
+        return misses | {name: NearMiss(f, self) for name, f in rivals(self).items()}
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -13,7 +13,7 @@ lets them explode; the samples here take rare largest eigenvalues often and weig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -253,17 +253,8 @@ def _nested(
 
 def _data(task: NoisyRegressionTask, sample: Sample) -> tuple[Moments, Array]:
     """Blocks of contexts; a sample that does not fill them is padded with contexts of no share."""
-    count = len(sample.share)
-    blocks = -(-count // _BLOCK)
-    size = -(-count // blocks)
     moments = task.moments(sample.contexts)
-
-    def blocked(part: Array) -> Array:
-        width = [(0, 0)] * (part.ndim - 1) + [(0, blocks * size - count)]
-        padded = jnp.pad(part, width).reshape(*part.shape[:-1], blocks, size)
-        return jnp.moveaxis(padded, -2, 0)
-
-    return jax.tree.map(blocked, (moments, jnp.sqrt(sample.share)))
+    return blocked((moments, jnp.sqrt(sample.share)), even=True)
 
 
 def held_out_loss(
@@ -285,13 +276,21 @@ def held_out_loss(
 @partial(jax.jit)
 def weights_of(layers: Array, moments: Moments) -> Array:
     """`diag_weight` in blocks, `[dim_x, context]`."""
-    count = moments.power.shape[0]
+    weight = jax.lax.map(partial(diag_weight, layers), blocked(moments))
+    return jnp.moveaxis(weight, 0, 1).reshape(weight.shape[1], -1)[:, : len(moments.power)]
+
+
+def blocked(tree: Any, even: bool = False) -> Any:
+    """Arrays `[..., context]` as `[block, ..., context]`, filled up with zeros.
+
+    Blocks are of `_BLOCK` contexts, or as equal as their number allows.
+    """
+    count = jax.tree.leaves(tree)[0].shape[-1]
     blocks = -(-count // _BLOCK)
+    size = -(-count // blocks) if even else _BLOCK
 
-    def blocked(part: Array) -> Array:
-        width = [(0, 0)] * (part.ndim - 1) + [(0, blocks * _BLOCK - count)]
-        padded = jnp.pad(part, width).reshape(*part.shape[:-1], blocks, _BLOCK)
-        return jnp.moveaxis(padded, -2, 0)
+    def cut(part: Array) -> Array:
+        width = [(0, 0)] * (part.ndim - 1) + [(0, blocks * size - count)]
+        return jnp.moveaxis(jnp.pad(part, width).reshape(*part.shape[:-1], blocks, size), -2, 0)
 
-    weight = jax.lax.map(partial(diag_weight, layers), jax.tree.map(blocked, moments))
-    return jnp.moveaxis(weight, 0, 1).reshape(weight.shape[1], -1)[:, :count]
+    return jax.tree.map(cut, tree)

@@ -23,13 +23,12 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from constructions.noisy_regression.fitting import pool_sample, weights_of
+from constructions.noisy_regression.fitting import blocked, pool_sample, weights_of
 from synthetic.tasks.noisy import Contexts, Moments, NoisyRegressionTask, draw_contexts
 from synthetic.theory.ridge import oracle_weight
 from synthetic.theory.spectral import Estimate, estimate
 from synthetic.threefry import normal_from_unit, unit_uniform
 
-_BLOCK = 1024
 _ROUNDS = 3
 # What the loss on enlarged contexts counts, against 1 for the others.
 _GUARD = 1e-4
@@ -261,8 +260,8 @@ def _guarded(turned: Turned, share: Array, random: np.random.Generator) -> tuple
 
 def _batches(turned: Turned, share: Array) -> tuple[tuple[Turned, Array], int]:
     """Both in blocks along a leading axis, and how many blocks."""
-    blocks = -(-len(share) // _BLOCK)
-    return jax.tree.map(partial(_blocked, blocks), (turned, share)), blocks
+    blocks = blocked((turned, share), even=True)
+    return blocks, len(blocks[1])
 
 
 def _diag_losses(table: np.ndarray, moments: Moments) -> np.ndarray:
@@ -279,8 +278,9 @@ def _losses(layers: Sequence[ArrayLike], turned: Turned) -> np.ndarray:
 @jax.jit
 def _losses_of(P: Array, Q: Array, turned: Turned) -> Array:
     count = turned.gram.shape[-1]
-    blocks = jax.tree.map(partial(_blocked, -(-count // _BLOCK)), turned)
-    error = jax.lax.map(lambda t: _half_square(full_weight(P, Q, t.gram) - t.oracle), blocks)
+    error = jax.lax.map(
+        lambda t: _half_square(full_weight(P, Q, t.gram) - t.oracle), blocked(turned, even=True)
+    )
     return error.ravel()[:count]
 
 
@@ -304,9 +304,9 @@ def turn(key: Array, moments: Moments) -> Turned:
         moments: in the eigenbasis.
     """
     count = moments.power.shape[0]
-    blocks = -(-count // _BLOCK)
-    parts = jax.tree.map(partial(_blocked, blocks), moments)
-    parts = jax.lax.map(lambda part: _turn(*part), (jax.random.split(key, blocks), parts))
+    parts = blocked(moments, even=True)
+    keys = jax.random.split(key, len(parts.power))
+    parts = jax.lax.map(lambda part: _turn(*part), (keys, parts))
     return Turned(*(jnp.moveaxis(p, 0, -2).reshape(*p.shape[1:-1], -1)[..., :count] for p in parts))
 
 
@@ -323,14 +323,6 @@ def _turn(key: Array, moments: Moments) -> Turned:
     last = jnp.concatenate([alpha, moments.power[None]], 0)
     oracle = einsum("bij,jb->ib", basis, oracle_weight(moments))
     return Turned(jnp.concatenate([top, last[None]], 0), oracle)
-
-
-def _blocked(blocks: int, part: Array) -> Array:
-    """`[..., context]` as `[block, ..., context]`, filled up with zeros."""
-    count = part.shape[-1]
-    size = -(-count // blocks)
-    width = [(0, 0)] * (part.ndim - 1) + [(0, blocks * size - count)]
-    return jnp.moveaxis(jnp.pad(part, width).reshape(*part.shape[:-1], blocks, size), -2, 0)
 
 
 def full_weight(

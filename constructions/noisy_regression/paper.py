@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from jaxtyping import Array
 
 from constructions.claims import Claim, Evidence
 from synthetic.compilation import compile_once
-from synthetic.theory.ridge import ridge
+from synthetic.theory.ridge import adaptive_ridge, ridge
 
 _ridge = compile_once(ridge)
 
@@ -60,7 +63,30 @@ def shrinkage(e: Evidence) -> float:
     return float(np.subtract(*slopes))
 
 
+MEAN_NOISE, RESIDUALS, NO_NOISE = (
+    "ridge with the mean noise",
+    "ridge with the noise of the residuals",
+    "least squares",
+)
+
+
+def rivals(construction: Any) -> dict[str, Callable[..., Array]]:
+    """Ridge regressions, each with another idea of the noise, and no layers.
+
+    One for all contexts (E sigma^2, the best constant), sigma_hat^2 = RSS / (N - d), where there
+    are residuals to tell it, and none.
+    """
+    found: dict[str, Callable[..., Array]] = {
+        MEAN_NOISE: partial(_ridge, penalty=construction.task.mean_square_noise),
+        NO_NOISE: partial(_ridge, penalty=0.0),
+    }
+    if construction.num_examples > construction.dim_x:
+        found[RESIDUALS] = adaptive_ridge
+    return found
+
+
 _PARTS = ("no rescaling", "no momentum")
+_RIVALS = (MEAN_NOISE, RESIDUALS, NO_NOISE)
 
 #: Of two layers and more, where the noise changes from context to context.
 CLAIMS = (
@@ -71,7 +97,7 @@ CLAIMS = (
         0.006,
         "<=",
         f"{_PAPER}, Table 1 (DIAG and FULL)",
-        catches=(*_PARTS, "step size + 10 %", "step size - 10 %", "centred attention"),
+        catches=(*_PARTS, "step size + 10 %", "step size - 10 %", "centred attention", *_RIVALS),
         note="Of the whole loss, whose larger part no one can avoid.",
     ),
     Claim(
@@ -81,7 +107,7 @@ CLAIMS = (
         0.1,
         "<=",
         f"{_PAPER}, section 6",
-        catches=("no rescaling", "centred attention"),
+        catches=("no rescaling", "centred attention", *_RIVALS),
         note="Near, not equal: the best full matrices are better than the best four numbers a "
         "layer, and 5 % of the predictions away. So a step size off by 10 %, at 6 to 7 %, passes.",
     ),
@@ -90,11 +116,14 @@ CLAIMS = (
         "It is nearer to the ridge that knows the noise than a ridge of constant strength is, "
         "which bounds GD++ of any depth.",
         against_constant_ridge,
-        1.0,
+        0.98,
         "<=",
         f"{_PAPER}, Table 1 (ConstRR)",
-        catches=("GD++ part", "no rescaling"),
-        note="At two layers the rescaling of labels alone, without momentum, ends level with it.",
+        catches=("GD++ part", "no rescaling", MEAN_NOISE, NO_NOISE),
+        note="By 2 %: the threshold was 1, which that ridge attains itself, until it became a "
+        "control. Ridge regression with the noise of the residuals is at 0.24 and passes: equal "
+        "loss and equal predictions tell it apart. At two layers the rescaling of labels alone, "
+        "without momentum, ends level with it.",
     ),
     Claim(
         "adapts to the noise",
@@ -103,9 +132,9 @@ CLAIMS = (
         0.06,
         ">=",
         f"{_PAPER}, Theorem 5.2 and section 6",
-        catches=("GD++ part",),
+        catches=("GD++ part", MEAN_NOISE, NO_NOISE),
         note="Exactly 0 in expectation for all that is linear in the labels, GD++ and a constant "
-        "ridge among them.",
+        "ridge among them. Whatever estimates the noise passes, by residuals too.",
     ),
 )
 
@@ -117,8 +146,10 @@ PUBLISHED = Claim(
     1.1 * 0.202,
     "<=",
     f"{_PAPER}, Table 1 (FULL, 2 layers, sigma in {{1, 3}})",
-    catches=("GD++ part", "no rescaling"),
+    catches=("GD++ part", "no rescaling", NO_NOISE),
     published=0.202,
+    note="A ridge with the mean noise has 0.219 and passes, as does whatever is better than two "
+    "layers: it takes the other claims to tell what attains it.",
 )
 
 
@@ -129,4 +160,9 @@ def claims_of(construction: Any) -> tuple[Claim, ...]:
     if depth < 2 or not changes or not all(w[1] or w[3] for w in construction.layers):
         return ()
     sizes = (construction.dim_x, construction.num_examples, depth, task.noise_levels)
-    return (*CLAIMS, *([PUBLISHED] if sizes == (10, 20, 2, (1.0, 3.0)) else []))
+    claims = (*CLAIMS, *([PUBLISHED] if sizes == (10, 20, 2, (1.0, 3.0)) else []))
+    known = {*rivals(construction)}  # no residuals tell the noise where N is at most d
+    return tuple(
+        replace(c, catches=tuple(n for n in c.catches if n not in _RIVALS or n in known))
+        for c in claims
+    )

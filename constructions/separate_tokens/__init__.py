@@ -5,12 +5,7 @@ paper           the paper's statements about two trained layers
 measurements    what becomes of them when the first layer is another one
 """
 
-from typing import TYPE_CHECKING
-
-from constructions.catalogue import Family, lazily
-
-if TYPE_CHECKING:
-    from constructions.separate_tokens.construction import SeparateTokens as SeparateTokens
+from constructions.catalogue import Family
 
 SEPARATE_TOKENS = Family(
     name="separate-tokens",
@@ -20,10 +15,3 @@ SEPARATE_TOKENS = Family(
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 3",
     measure="constructions.separate_tokens.measurements:measure",
 )
-
-__getattr__ = lazily(
-    __name__,
-    SeparateTokens="constructions.separate_tokens.construction",
-)
-
-__all__ = ["SEPARATE_TOKENS", "SeparateTokens"]

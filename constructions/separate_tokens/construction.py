@@ -46,7 +46,14 @@ from constructions.core.slots import Affine, Slots
 from constructions.core.transformer import Transformer, randomise
 from constructions.core.weights import Part
 from constructions.family import Claim, Counterpart, NearMiss, Place, Tokens
-from constructions.regression import Inputs, LinearRegression, Outputs, Queries
+from constructions.regression import (
+    Inputs,
+    LinearRegression,
+    Outputs,
+    Queries,
+    kernel_smoother,
+    least_squares,
+)
 from constructions.separate_tokens.paper import claims
 from synthetic.fitting.recipe import Recipe
 from synthetic.fitting.train import Fit
@@ -287,7 +294,8 @@ class SeparateTokens(LinearRegression):
         """Wrong step sizes, a step too many, centred attention, and layers that copy wrongly.
 
         Two of them exist only for softmax heads: linear ones need neither a dump token nor a
-        scale. What is not erased shows from the second step on.
+        scale. What is not erased shows from the second step on. And rivals, as functions: see
+        `constructions.regression`.
         """
 
         def of(construction: SeparateTokens, **changes: Any) -> NearMiss:
@@ -299,6 +307,8 @@ class SeparateTokens(LinearRegression):
             "one step too many": of(replace(self, steps=self.steps + 1)),
             "centred attention": of(self, descent="centred"),
             "copy from the previous token": of(self, fetched=-1),
+            "least squares": NearMiss(least_squares, self),
+            "kernel smoother": NearMiss(partial(kernel_smoother, scale=self.eta), self),
         }
         if self.steps > 1:
             found["no erase head"] = of(self, erases=False)

@@ -4,12 +4,7 @@ construction    the algorithm, its looped layer, the trained counterpart, rows
 paper           what is stated of trained ones, as claims
 """
 
-from typing import TYPE_CHECKING
-
-from constructions.catalogue import Family, lazily
-
-if TYPE_CHECKING:
-    from constructions.skills.construction import SkillComposition as SkillComposition
+from constructions.catalogue import Family
 
 SKILL_COMPOSITION = Family(
     name="skill-composition",
@@ -19,7 +14,3 @@ SKILL_COMPOSITION = Family(
     source="Yu et al. 2023, arXiv 2310.17567; Arora and Goyal 2023, arXiv 2307.15936",
     measure="constructions.skills.construction:measure",
 )
-
-__getattr__ = lazily(__name__, SkillComposition="constructions.skills.construction")
-
-__all__ = ["SKILL_COMPOSITION", "SkillComposition"]

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -124,13 +125,18 @@ class SkillComposition(Construction):
         return Counterpart(self.random_weights(0.3), shown, recipe, quick=quick)
 
     def near_misses(self) -> dict[str, NearMiss]:
-        """Two skills exchanged, and two models that do not compose."""
+        """Two skills exchanged, two models that do not compose, and one that knows no order."""
         order = [1, 0, *range(2, self.skills + 1)]
         return {
             "skills exchanged": self.near_miss(self._program(self.task.maps[order])),
             "by heart": NearMiss(self.task.by_heart, self),
             "random table": NearMiss(replace(self.task, shown=0).by_heart, self),
+            "bag of skills": NearMiss(self._by_number, self),
         }
+
+    def _by_number(self, state: State, text: Text) -> Array:
+        """What follows if the text were sorted: which skills it names, without their order."""
+        return self.task.states(state, jnp.sort(text, axis=-1))[:, -1]
 
     @property
     def claims(self) -> tuple[Claim, ...]:

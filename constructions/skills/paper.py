@@ -45,7 +45,7 @@ def held_out(e: Evidence, named: int = 2, fed_back: bool = False) -> float:
 _claim = partial(
     Claim,
     direction=">=",
-    catches=("skills exchanged", "by heart", "random table"),
+    catches=("skills exchanged", "by heart", "random table", "bag of skills"),
     gauge="invariant: signs of the model's outputs",
 )
 CLAIMS = (

@@ -12,20 +12,7 @@ experiments   hardness of attention, labels learnt in context, sizes of simulato
 The decoder that is trained comes from `constructions.interchange`.
 """
 
-from typing import TYPE_CHECKING
-
-from constructions.catalogue import Family, lazily
-
-if TYPE_CHECKING:
-    from constructions.interchange.decoder import TrainedAuxiliary as TrainedAuxiliary
-    from constructions.interchange.decoder import decoder as decoder
-    from constructions.interchange.decoder import logits as logits
-    from constructions.interchange.huggingface import load_auxiliary as load_auxiliary
-    from constructions.interchange.huggingface import save_auxiliary as save_auxiliary
-    from constructions.tint.algorithm import MODES as MODES
-    from constructions.tint.algorithm import Backward as Backward
-    from constructions.tint.construction import Outcome as Outcome
-    from constructions.tint.construction import Tint as Tint
+from constructions.catalogue import Family
 
 TINT = Family(
     name="tint",
@@ -46,29 +33,3 @@ TINT = Family(
     measure="constructions.tint.experiments:measure",
     claims="constructions.tint.paper:CLAIMS",
 )
-
-__getattr__ = lazily(
-    __name__,
-    TrainedAuxiliary="constructions.interchange.decoder",
-    decoder="constructions.interchange.decoder",
-    logits="constructions.interchange.decoder",
-    load_auxiliary="constructions.interchange.huggingface",
-    save_auxiliary="constructions.interchange.huggingface",
-    MODES="constructions.tint.algorithm",
-    Backward="constructions.tint.algorithm",
-    Outcome="constructions.tint.construction",
-    Tint="constructions.tint.construction",
-)
-
-__all__ = [
-    "MODES",
-    "TINT",
-    "Backward",
-    "Outcome",
-    "Tint",
-    "TrainedAuxiliary",
-    "decoder",
-    "load_auxiliary",
-    "logits",
-    "save_auxiliary",
-]

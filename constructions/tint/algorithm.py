@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from constructions.core.indices import take_rows
 from constructions.interchange.decoder import DecoderShape, Weights
+from synthetic.guards import number
 
 
 def decode(
@@ -140,9 +141,7 @@ class Backward:
         if not isinstance(self.gains, bool):
             raise ValueError(f"gains is {self.gains!r}, must be True or False")
         for name in ("step", "central"):
-            value = getattr(self, name)
-            if not (isinstance(value, float | int) and 0 < value < np.inf):
-                raise ValueError(f"{name} is {value!r}, must be finite and above 0")
+            number(name, getattr(self, name), above=0)
 
 
 #: Backward passes by name; "paper" is that of Panigrahi et al.
@@ -171,8 +170,7 @@ def check_numbers(
 ) -> None:
     """The numbers of a `Tint` whose auxiliary model has this shape."""
     for name, value in (("steps", steps), ("stack", stack), ("shards", shards)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, must be a whole number of at least 1")
+        number(name, value, whole=True, least=1)
     width, hidden = shape.width, shape.hidden
     fits = [n for n in range(1, width + 1) if width % n == 0 == hidden % (width // n)]
     if stack not in fits:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from constructions.claims import Claim, Evidence, NearMiss, known_weights
 from constructions.core.transformer import Transformer, randomise
 from constructions.family import Counterpart
 from constructions.interchange.decoder import CHANGED
+from constructions.tint import algorithm
 from synthetic.compilation import compile_once
 from synthetic.fitting.train import Recipe
 
@@ -83,7 +85,9 @@ CLAIMS = (
         0.95,
         ">=",
         _SOURCE,
-        catches=("up the gradient", "attention does not go back"),
+        catches=("up the gradient", "no gradient through attention"),
+        note="Value-only attention, a backward pass without the scores, is at .9997 and passes at "
+        "this width; 'the step itself' rejects it.",
         gauge="none: prefix tokens are read where the construction keeps the weights",
         needs=(known_weights,),
     ),
@@ -96,7 +100,7 @@ CLAIMS = (
         _SOURCE,
         catches=(
             "up the gradient",
-            "attention does not go back",
+            "no gradient through attention",
             "value-only attention",
             "half the step",
         ),
@@ -110,9 +114,37 @@ CLAIMS = (
         0.05,
         "<=",
         _SOURCE,
-        catches=("up the gradient", "half the step", "attention does not go back"),
+        catches=(
+            "up the gradient",
+            "half the step",
+            "no gradient through attention",
+            "no step",
+            "cache of words",
+        ),
+        note="A cache of the words seen has less loss than the step, 4.26 against 4.52 nats, and "
+        "is .68 from its predictions: what is learnt from the text is no sign of a gradient.",
     ),
 )
+
+
+def untouched(c: Any, tokens: Array, train_mask: Array) -> Array:
+    """Predictions of the auxiliary model as it is, `[batch, time, word]`: no step at all."""
+    del train_mask
+    decode = partial(algorithm.decode, shape=c.shape)
+    return jax.nn.softmax(jax.vmap(decode, (None, 0))(c.weights, tokens))
+
+
+def cache(c: Any, tokens: Array, train_mask: Array, share: float = 0.3) -> Array:
+    """The same mixed with how often each word follows the positions that are trained on.
+
+    A unigram cache, without any derivative. Of the example the share is the one that comes nearest
+    to the step, .29.
+    """
+    words = jax.nn.one_hot(tokens[:, 1:], c.shape.words)
+    trained = jnp.asarray(train_mask, words.dtype)[:, :-1]
+    seen = jnp.einsum("btw,bt->bw", words, trained)
+    seen = seen / jnp.maximum(trained.sum(1, keepdims=True), 1)
+    return (1 - share) * untouched(c, tokens, train_mask) + share * seen[:, None]
 
 
 # each entry of a hand-built stack of dozens of layers moves all that is behind it
@@ -177,6 +209,8 @@ def near_misses(c: Any) -> dict[str, NearMiss]:
     return {
         "up the gradient": other(learning_rate=-c.learning_rate),
         "half the step": other(learning_rate=c.learning_rate / 2),
-        "attention does not go back": without("d value", "d query", "d key"),
+        "no gradient through attention": without("d value", "d query", "d key"),
         "value-only attention": without("d query", "d key"),
+        "no step": NearMiss(compile_once(partial(untouched, c)), c),
+        "cache of words": NearMiss(compile_once(partial(cache, c)), c),
     }

@@ -14,8 +14,8 @@ import numpy as np
 
 from probes.bench.findings import Record, findings
 from probes.report.index import sources, templates, write_json
-from probes.style import BLUE, VERMILION, Picture, in_style, plain, png
-from synthetic.files import parse_json
+from probes.style import BLUE, VERMILION, Picture, in_style, png
+from synthetic.files import parse_json, plain
 
 TASKS = {
     "heads": "Which heads have a job? Average precision over all heads",

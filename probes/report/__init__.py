@@ -4,5 +4,6 @@ data       everything that a report shows, as plain data: the ledger and a probe
 index      the page that lists the reports of a demonstration; needs no JAX
 page       the page itself, its numbers as JSON, its figures as files
 tables     what the command prints
-commands   compare, claims and demo, which fit and judge
+commands   compare and demo, which fit and judge
+claims     the ledger of a family alone, and what it holds of each paper
 """

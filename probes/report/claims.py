@@ -63,12 +63,14 @@ class Claims:
         from synthetic.fitting.train import print_progress
 
         for name in names:
-            print(f"{name}: {minutes(name, self.quick)}", file=sys.stderr)
             asked = [c for c in construct(name, settings).claims if self.about(c.source)]
             if self.paper and not asked and not cites(CATALOGUE.find(name).source, self.paper):
                 continue
+            fits = bool(asked) or not self.paper
+            told = minutes(name, self.quick, fits, self.seeds)
+            print(f"{name}: {told}", file=sys.stderr)
             rows, measured = [], []
-            if asked or not self.paper:
+            if fits:
                 run = fit_family(
                     name, settings, quick=self.quick, seeds=seeds, progress=print_progress
                 )

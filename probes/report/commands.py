@@ -42,7 +42,7 @@ from probes.report.index import (
     claim_directory,
     sources,
 )
-from synthetic.compilation import keep_programs
+from synthetic.compilation import collect_rarely, compile_quickly, keep_programs
 
 #: Inputs per statistic of the ledger where time is short.
 FEWER = 2**14
@@ -323,9 +323,7 @@ class Demo:
         began, missing = time.perf_counter(), index.missing
         waiting = list(reversed(missing))
         # one XLA in each: two programs that run at once in one process may wait for ever
-        pool = ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=keep_programs
-        )
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
         running: dict[Future[Entry], str] = {}
         try:
             while waiting or running:
@@ -388,6 +386,13 @@ def cores() -> int:
     """How many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _begin() -> None:
+    """What the command does before it computes, in a process of its own."""
+    keep_programs()
+    collect_rarely()
+    compile_quickly()
 
 
 def _described(name: str) -> tuple[str, str]:

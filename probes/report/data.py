@@ -34,8 +34,9 @@ from probes.ledger import (
 )
 from probes.probe import NotApplicable, Result
 from probes.report.index import FORMAT, VERSION
-from probes.style import number, plain, span
+from probes.style import number, span
 from synthetic.display import Mark, Table, Text, shown
+from synthetic.files import plain
 
 
 class Section(NamedTuple):

@@ -4,6 +4,7 @@ plan       a sweep as data: its grid, its points, which of them share a program;
 work       a block of points: fitted in one program, measured, written as run directories
 engines    where blocks are worked on: this process, several of this machine, Ray
 results    the table, the figures and the page
+command    the subcommand
 
 Ray finds its machines by its own launchers. Under Slurm, `ray symmetric-run --address HEAD:6379 --
 orrery sweep ... --ray auto` inside `srun`, one task a node, starts Ray on all of them and the

@@ -27,6 +27,7 @@ from typing import Any
 
 from probes.options import duration, one_line
 from probes.sweep.plan import FORMAT, Point, Sweep
+from synthetic import guards
 from synthetic.files import RunError, atomic, claim_folder, json_object, remove
 
 SWEEP = "sweep.json"
@@ -90,13 +91,11 @@ def run(
 
 def check_engine(workers: int, ray: str | None, cpus: float | int, gpus: float | int) -> None:
     """ValueError where blocks cannot be worked on in this way; needs no JAX."""
-    if workers < 1:
-        raise ValueError(f"workers is {workers}, must be at least 1")
+    guards.number("workers", workers, whole=True, least=1)
     if ray is not None and workers != 1:
         raise ValueError(f"workers is {workers}, must be left at 1 with ray: it has its own")
-    for name, value in (("cpus", cpus), ("gpus", gpus)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} is {value}, must be at least 0")
+    guards.number("cpus", cpus, least=0)
+    guards.number("gpus", gpus, least=0)
     if ray is not None and importlib.util.find_spec("ray") is None:
         raise ValueError("ray: not installed; pip install 'orrery-transformers[cluster]' brings it")
 
@@ -355,10 +354,11 @@ def worker(out: Path, given_up: list[int]) -> None:
     """Work on the blocks of a sweep until none is left, or whoever started this is gone."""
     from probes.options import importable_here
     from probes.sweep.work import layout
-    from synthetic.compilation import keep_programs
+    from synthetic.compilation import collect_rarely, keep_programs
 
     importable_here()
     keep_programs()
+    collect_rarely()
     parent = os.getppid()
 
     def alive() -> None:

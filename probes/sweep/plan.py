@@ -29,6 +29,7 @@ from typing import Any
 
 from constructions.catalogue import Family, resolve
 from synthetic.files import RunError, parse_json_text
+from synthetic.guards import number
 
 FORMAT, VERSION = "orrery-sweep", 1
 RECIPE = "recipe."
@@ -95,9 +96,7 @@ class Sweep:
         object.__setattr__(self, "grid", {k: tuple(v) for k, v in self.grid.items()})
         object.__setattr__(self, "settings", dict(self.settings))
         for name in ("lanes", "examples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, must be an integer of at least 1")
+            number(name, getattr(self, name), whole=True, least=1)
         self._check_seeds()
         self._check_settings()
         self._check_measures()

@@ -234,11 +234,6 @@ def span_f1(found: set[Span], gold: set[Span], length: int) -> float:
     return 2 * len(found & gold) / (len(found) + len(gold)) if gold else np.nan
 
 
-def mean_f1(found: Sequence[set[Span]], gold: Sequence[set[Span]], lengths: Sequence[int]) -> float:
-    """The mean of `span_f1` over the sentences where it is defined."""
-    return float(np.nanmean([span_f1(*given) for given in zip(found, gold, lengths, strict=True)]))
-
-
 def tree_probe(
     models: Mapping[str, Any],
     sentences: Sentences,

@@ -35,7 +35,8 @@ import optax
 from jax import Array
 
 from probes.regression import Split, ridge, split, standardise
-from synthetic.display import ShowsMarkdown
+from synthetic.display import ShowsMarkdown, aligned
+from synthetic.guards import number
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class ProbeRecipe:
     checks: int = 30
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "steps", "batch", "learning_rate", "checks"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be above 0")
+        for name in ("hidden", "steps", "batch", "checks"):
+            number(name, getattr(self, name), whole=True, least=1)
+        number("learning_rate", self.learning_rate, above=0)
         if self.steps % self.checks:
             raise ValueError(f"checks is {self.checks}, must divide steps, {self.steps}")
 
@@ -262,12 +263,7 @@ class LayerScores(ShowsMarkdown):
             shown += [""] * (depth - len(values)) + ["" if np.isnan(r) else f"{r:.3f}"]
             shown += [f"{self.sensitivity(column):.3f}" if len(values) > 1 else ""]
             lines.append([column, *shown])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths])
-        return "\n".join(
-            "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        )
+        return aligned(lines)
 
 
 def squares(found: np.ndarray, targets: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:

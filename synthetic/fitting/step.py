@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from synthetic.compilation import full_effort
 from synthetic.fitting import devices
 from synthetic.fitting.recipe import NUMBERS, Recipe, varied
 from synthetic.fitting.weights_file import named, unnamed
@@ -153,7 +154,7 @@ class Loop:
         bounds = (np.int32(0), np.int32(0))
         if "chunk" not in self.programs:
             lowered = jax.jit(chunk, **options).lower(state, seeds, arrays, *bounds)
-            self.programs["chunk"] = lowered.compile()
+            self.programs["chunk"] = lowered.compile(full_effort() or None)
         run = self.programs["chunk"]
         return lambda state, a, b: run(state, seeds, arrays, np.int32(a), np.int32(b))
 

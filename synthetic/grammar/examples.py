@@ -24,6 +24,7 @@ from itertools import product
 
 from synthetic.grammar.dependencies import Headed
 from synthetic.grammar.grammar import Grammar
+from synthetic.guards import number
 
 TOY = """
 %start S
@@ -164,12 +165,9 @@ def agreement(genders: int = 4, agree: float = 0.5, nouns: int = 4) -> Headed:
     Raises:
         ValueError: a number out of range.
     """
-    if genders < 2:
-        raise ValueError(f"genders is {genders}, must be at least 2")
-    if not 0 < agree <= 1:
-        raise ValueError(f"agree is {agree}, must be above 0 and at most 1")
-    if nouns < 1:
-        raise ValueError(f"nouns is {nouns}, must be at least 1")
+    number("genders", genders, whole=True, least=2)
+    number("agree", agree, above=0, most=1)
+    number("nouns", nouns, whole=True, least=1)
     kinds, share, rest = range(genders), 1 / genders, (1 - agree) / (genders - 1)
     rules: dict[str, dict[tuple[str, str], float]] = {
         "S": {(f"NP{c}", f"VP{c}"): share for c in kinds}

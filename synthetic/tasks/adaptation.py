@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from synthetic.guards import number
 from synthetic.tasks.task import Batch, Outcome
 from synthetic.tasks.text import Corpus, NextToken, TextTask, cross_entropy
 
@@ -111,13 +112,10 @@ class WordLabels(NextToken):
     usual: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 2 <= self.classes <= 6:
-            raise ValueError(f"classes is {self.classes}, must be 2 to 6")
+        number("classes", self.classes, whole=True, least=2, most=6)
         for name in ("words", "demonstrations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.usual <= 1:
-            raise ValueError(f"usual is {self.usual}, must be 0 to 1")
+            number(name, getattr(self, name), whole=True, least=1)
+        number("usual", self.usual, least=0, most=1)
 
     @property
     def vocabulary(self) -> int:

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from synthetic.compilation import compile_once, many
+from synthetic.guards import number
 from synthetic.tasks.task import Batch, Outcome
 
 Support = Float[Array, "batch support dim"]
@@ -66,16 +67,9 @@ class GaussianClasses:
     def __post_init__(self) -> None:
         lowest = {"dim": 1, "classes": 2, "shots": 1, "queries": 1, "unlabelled": 0}
         for name, low in lowest.items():
-            value = getattr(self, name)
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not whole or value < low:
-                raise ValueError(f"{name} is {value!r}, must be an integer of at least {low}")
+            number(name, getattr(self, name), whole=True, least=low)
         for name in ("spread", "noise"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if not number or not 0 < value < np.inf:
-                raise ValueError(f"{name} is {value!r}, must be finite and above 0")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, number(name, getattr(self, name), above=0))
 
     @property
     def labelled(self) -> int:

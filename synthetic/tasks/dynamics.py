@@ -35,6 +35,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from synthetic.compilation import compile_once, many
+from synthetic.guards import number
 from synthetic.tasks.task import Batch
 from synthetic.threefry import normal_from_unit, threefry_2x32
 
@@ -59,15 +60,9 @@ class Dynamics:
     noise: float = 0.01
 
     def __post_init__(self) -> None:
-        self._at_least_one("dim", "length")
-        if not 0 <= self.noise < np.inf:
-            raise ValueError(f"noise is {self.noise}, must be finite and at least 0")
-
-    def _at_least_one(self, *names: str) -> None:
-        for name in names:
-            number = getattr(self, name)
-            if not isinstance(number, int | np.integer) or number < 1:
-                raise ValueError(f"{name} is {number!r}, must be at least 1 and an integer")
+        number("dim", self.dim, whole=True, least=1)
+        number("length", self.length, whole=True, least=1)
+        number("noise", self.noise, least=0)
 
     @property
     def noise_floor(self) -> float:
@@ -122,7 +117,7 @@ class LinearDynamics(Dynamics):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hidden_dim is not None:
-            self._at_least_one("hidden_dim")
+            number("hidden_dim", self.hidden_dim, whole=True, least=1)
         if self.fixed is not None and not isinstance(self.fixed, int | np.integer):
             raise ValueError(f"fixed is {self.fixed!r}, must be None or an integer")
         bounds = np.atleast_1d(self.singular_values).tolist()
@@ -208,12 +203,10 @@ class NonlinearDynamics(Dynamics):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_one("hidden")
-        for name in ("scale", "start"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be finite and above 0")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed is {self.seed}, must be at least 0 and below 2^31")
+        number("hidden", self.hidden, whole=True, least=1)
+        number("scale", self.scale, above=0)
+        number("start", self.start, above=0)
+        number("seed", self.seed, whole=True, least=0, below=2**31)
 
     @property
     def network(self) -> Network:

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from synthetic.compilation import compile_once, many
+from synthetic.guards import number
 from synthetic.tasks.dynamics import half_squared_distance, product
 from synthetic.tasks.regression import Uniform
 from synthetic.tasks.task import Batch
@@ -59,11 +59,9 @@ class FewShotRegression:
     noise: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("dim", "pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.noise < np.inf:
-            raise ValueError(f"noise is {self.noise}, must be finite and at least 0")
+        number("dim", self.dim, whole=True, least=1)
+        number("pairs", self.pairs, whole=True, least=1)
+        number("noise", self.noise, least=0)
 
     @property
     def noise_floor(self) -> float:

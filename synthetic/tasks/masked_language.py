@@ -18,10 +18,8 @@ does the same to as many arcs of the same lengths and directions at places where
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import Any, ClassVar
 
 import jax
@@ -33,6 +31,7 @@ from synthetic.compilation import compile_once
 from synthetic.grammar.dependencies import Headed, dependencies
 from synthetic.grammar.grammar import Grammar
 from synthetic.grammar.sentences import Sampler, Sentences, sample
+from synthetic.guards import number
 from synthetic.tasks.task import Batch, Outcome
 
 
@@ -62,16 +61,12 @@ class MaskedLanguageTask:
     outcome: ClassVar[Outcome] = "probabilities"
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_length, bool) or not isinstance(self.max_length, Integral):
-            raise ValueError(f"max_length is {self.max_length!r}, must be a whole number")
-        if self.max_length < 1:
-            raise ValueError(f"max_length is {self.max_length}, must be at least 1")
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"rate is {self.rate}, must be above 0 and at most 1")
-        if self.highest is not None and not self.rate <= self.highest <= 1:
-            raise ValueError(f"highest is {self.highest}, must be {self.rate} to 1")
-        if self.final is not None and not 0 < self.final <= 1:
-            raise ValueError(f"final is {self.final}, must be above 0 and at most 1")
+        number("max_length", self.max_length, whole=True, least=1)
+        number("rate", self.rate, above=0, most=1)
+        if self.highest is not None:
+            number("highest", self.highest, least=self.rate, most=1)
+        if self.final is not None:
+            number("final", self.final, above=0, most=1)
         if self.final is not None and self.highest is not None:
             raise ValueError(
                 f"final is {self.final} and highest {self.highest}, must be one of them"
@@ -210,15 +205,12 @@ class ArcTask:
     def __post_init__(self) -> None:
         if self.words.grammar != self.headed.grammar:
             raise ValueError("headed is of another grammar, must be of the one that words are of")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight is {self.weight}, must be finite")
+        number("weight", self.weight)
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be one of {allowed}")
-        if not 0 < self.until <= 1:
-            raise ValueError(f"until is {self.until}, must be above 0 and at most 1")
-        if not 0 <= self.replaced <= 1:
-            raise ValueError(f"replaced is {self.replaced}, must be 0 to 1")
+        number("until", self.until, above=0, most=1)
+        number("replaced", self.replaced, least=0, most=1)
 
     @cached_property
     def _vocabulary(self) -> int:

@@ -16,8 +16,9 @@ from jax import Array
 from jaxtyping import Float
 
 from synthetic.compilation import compile_once, many
-from synthetic.tasks.regression import _apply, _size
-from synthetic.tasks.task import Batch
+from synthetic.guards import number
+from synthetic.tasks.regression import _apply
+from synthetic.tasks.task import Batch, half_squared_error
 from synthetic.threefry import normal_from_unit, unit_uniform
 
 
@@ -90,7 +91,6 @@ class NoisyRegressionTask:
 
     Raises:
         ValueError: a size is below 1, a noise is negative or not finite, or both kinds are given.
-        TypeError: a size is not an integer.
     """
 
     dim_x: int = 10
@@ -104,7 +104,8 @@ class NoisyRegressionTask:
 
     def __post_init__(self) -> None:
         for name in ("dim_x", "num_examples", "queries"):
-            object.__setattr__(self, name, _size(name, getattr(self, name)))
+            size = number(name, getattr(self, name), whole=True, least=1)
+            object.__setattr__(self, name, size)
         object.__setattr__(self, "max_noise", _level("max_noise", self.max_noise))
         levels = tuple(_level("noise_levels", level) for level in self.noise_levels)
         object.__setattr__(self, "noise_levels", levels)
@@ -141,18 +142,11 @@ class NoisyRegressionTask:
         """
         # one of several that share a program is traced, and no static argument
         draw = _draw.__wrapped__ if isinstance(self.max_noise, Array) else _draw
-        return draw(self, key, _size("batch", batch))
+        return draw(self, key, number("batch", batch, whole=True, least=1))
 
     def loss(self, prediction: Float[Array, "..."], batch: Batch) -> Float[Array, " batch"]:
-        """Half the squared error against the clean target, mean over queries, per context.
-
-        Raises:
-            ValueError: the prediction has another shape than the target's value.
-        """
-        value = batch.target.value
-        if prediction.shape != value.shape:
-            raise ValueError(f"prediction must have shape {value.shape}, got {prediction.shape}")
-        return 0.5 * jnp.sum((prediction - value) ** 2, -1).mean(-1)
+        """`half_squared_error` against the clean target."""
+        return half_squared_error(prediction, batch.target.value)
 
     @compile_once(static_argnums=0)
     def moments(self, contexts: Contexts) -> Moments:
@@ -201,10 +195,9 @@ def draw_contexts(key: Array, dim_x: int, num_examples: int, count: int) -> Cont
 
     Raises:
         ValueError: a size is below 1.
-        TypeError: a size is not an integer.
     """
     sizes = {"dim_x": dim_x, "num_examples": num_examples, "count": count}
-    d, n, count = (_size(name, value) for name, value in sizes.items())
+    d, n, count = (number(name, n, whole=True, least=1) for name, n in sizes.items())
     blocks = -(-count // 4096)
     parts = jax.lax.map(
         partial(_contexts, d, n, -(-count // blocks)), jax.random.split(key, blocks)

@@ -7,16 +7,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
 from synthetic.compilation import compile_once, many
-from synthetic.tasks.task import Batch
+from synthetic.guards import number
+from synthetic.tasks.task import Batch, half_squared_error
 from synthetic.threefry import normal_from_unit, unit_uniform
 
 # Up to this dimension a product with W is written term by term: XLA's CPU back end is several
@@ -210,7 +211,7 @@ class RegressionTask:
     Raises:
         ValueError: a size is below 1, the noise is negative or not finite, or a covariance does
             not fit `dim_x`.
-        TypeError: a size is not an integer, or a distribution is of another class.
+        TypeError: a distribution is of another class.
     """
 
     dim_x: int = 10
@@ -226,7 +227,8 @@ class RegressionTask:
 
     def __post_init__(self) -> None:
         for name in ("dim_x", "num_examples", "dim_y", "queries"):
-            object.__setattr__(self, name, _size(name, getattr(self, name)))
+            size = number(name, getattr(self, name), whole=True, least=1)
+            object.__setattr__(self, name, size)
         object.__setattr__(self, "noise", float(self.noise))
         if not (np.isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise must be finite and at least 0, got {self.noise}")
@@ -260,26 +262,14 @@ class RegressionTask:
             `inputs`: x `[batch, num_examples, dim_x]`, y `[batch, num_examples, dim_y]`,
             x_query `[batch, queries, dim_x]`; `target`: `W x_query`, `[batch, queries, dim_y]`.
         """
-        size = _size("batch", batch)
+        size = number("batch", batch, whole=True, least=1)
         if isinstance(self.noise, Array):  # one of several that share a program
             return _draw.__wrapped__(self, key, size, noisy=True)
         return _draw(self, key, size)
 
     def loss(self, prediction: Float[Array, "..."], batch: Batch) -> Float[Array, " batch"]:
-        """Half the squared error, summed over outputs, mean over queries, for every context.
-
-        Args:
-            prediction: `[batch, queries, dim_y]`.
-            batch: what `sample` returned.
-
-        Raises:
-            ValueError: the prediction has another shape than the target.
-        """
-        if prediction.shape != batch.target.shape:
-            raise ValueError(
-                f"prediction must have shape {batch.target.shape}, got {prediction.shape}"
-            )
-        return 0.5 * jnp.sum((prediction - batch.target) ** 2, -1).mean(-1)
+        """`half_squared_error` of predictions `[batch, queries, dim_y]`."""
+        return half_squared_error(prediction, batch.target)
 
 
 @compile_once(static_argnums=(0, 2), often=many)
@@ -316,11 +306,55 @@ def _apply(
     return total
 
 
-def _size(name: str, value: int) -> int:
-    try:
-        size = index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
-    return size
+@dataclass(frozen=True)
+class ShiftedTasks:
+    """Linear regression, half of the time with weights of mean `shift` in the place of 0.
+
+    Attributes:
+        base: the task whose weights have mean 0, with one output.
+        shift: the other's mean, `[dim_x]`.
+    """
+
+    base: RegressionTask
+    shift: tuple[float, ...]
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        """Inputs x, y, x_query and `new`, `[batch]` of bool; the target for x_query."""
+        flags, rest = jax.random.split(key)
+        (x, y, x_query), target = self.base.sample(rest, batch)
+        new = jax.random.bernoulli(flags, 0.5, (batch,))
+        mean = jnp.where(new[:, None], jnp.asarray(self.shift, x.dtype), 0)
+        more = [jnp.einsum("bni,bi->bn", a, mean, precision="highest") for a in (x, x_query)]
+        return Batch((x, y + more[0][..., None], x_query, new), target + more[1][..., None])
+
+    def loss(self, prediction: Array, batch: Batch) -> Array:
+        """As for linear regression."""
+        return self.base.loss(prediction, batch)
+
+
+@dataclass(frozen=True)
+class ScaledTasks:
+    """Linear regression whose contexts differ in the scale of their inputs, and not in y.
+
+    x = s u and w = v / s, with s drawn from the scales for each context, u and v as in the base.
+    A step of gradient descent on s is s^2 steps on 1.
+
+    Attributes:
+        base: the task of scale 1.
+        scales: s, all equally likely.
+    """
+
+    base: RegressionTask
+    scales: tuple[float, ...]
+
+    def sample(self, key: Array, batch: int) -> Batch:
+        """As `RegressionTask.sample`."""
+        first, rest = jax.random.split(key)
+        (x, y, x_query), target = self.base.sample(rest, batch)
+        drawn = jax.random.randint(first, (batch, 1, 1), 0, len(self.scales))
+        scale = jnp.asarray(self.scales, x.dtype)[drawn]
+        return Batch((scale * x, y, scale * x_query), target)
+
+    def loss(self, prediction: Array, batch: Batch) -> Array:
+        """As for linear regression."""
+        return self.base.loss(prediction, batch)

@@ -31,8 +31,8 @@ from jax import Array
 from jaxtyping import Float
 
 from synthetic.compilation import compile_once, many
-from synthetic.tasks.regression import _size
-from synthetic.tasks.task import Batch
+from synthetic.guards import number
+from synthetic.tasks.task import Batch, half_squared_error
 from synthetic.threefry import unit_uniform
 
 Features = Callable[[np.ndarray], np.ndarray]
@@ -57,7 +57,7 @@ class SineTask:
 
     Raises:
         ValueError: a size is below 1, a bound is not finite, or bounds are out of order.
-        TypeError: a size is not an integer, or `tied` is not a bool.
+        TypeError: `tied` is not a bool.
     """
 
     num_examples: int = 10
@@ -70,7 +70,8 @@ class SineTask:
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "queries"):
-            object.__setattr__(self, name, _size(name, getattr(self, name)))
+            size = number(name, getattr(self, name), whole=True, least=1)
+            object.__setattr__(self, name, size)
         for below, above in (("low_amplitude", "high_amplitude"), ("low", "high")):
             ends = float(getattr(self, below)), float(getattr(self, above))
             if not (np.isfinite(ends).all() and ends[0] < ends[1]):
@@ -93,23 +94,11 @@ class SineTask:
             `inputs`: x `[batch, num_examples, 1]`, y `[batch, num_examples, 1]`,
             x_query `[batch, queries, 1]`; `target`: y at the queries, `[batch, queries, 1]`.
         """
-        return _draw(self, key, _size("batch", batch))
+        return _draw(self, key, number("batch", batch, whole=True, least=1))
 
     def loss(self, prediction: Float[Array, "..."], batch: Batch) -> Float[Array, " batch"]:
-        """Half the squared error, mean over queries, for every context.
-
-        Args:
-            prediction: `[batch, queries, 1]`.
-            batch: what `sample` returned.
-
-        Raises:
-            ValueError: the prediction has another shape than the target.
-        """
-        if prediction.shape != batch.target.shape:
-            raise ValueError(
-                f"prediction must have shape {batch.target.shape}, got {prediction.shape}"
-            )
-        return 0.5 * jnp.sum((prediction - batch.target) ** 2, -1).mean(-1)
+        """`half_squared_error` of predictions `[batch, queries, 1]`."""
+        return half_squared_error(prediction, batch.target)
 
 
 @compile_once(static_argnums=(0, 2), often=many)

@@ -26,7 +26,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import comb, factorial
-from numbers import Integral
 from typing import ClassVar
 
 import jax
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from synthetic.guards import number
 from synthetic.tasks.task import Batch, Outcome
 
 WHICH = ("all", "shown", "held out")
@@ -68,9 +68,7 @@ class SkillTask:
 
     def __post_init__(self) -> None:
         for name, least in (("dim", 1), ("skills", 2), ("named", 1), ("slots", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                raise ValueError(f"{name} is {value!r}, must be an integer of at least {least}")
+            number(name, getattr(self, name), whole=True, least=least)
         if self.skills > (most := 2**self.dim * factorial(self.dim) - 1):
             raise ValueError(f"skills is {self.skills}, must be at most {most} for dim={self.dim}")
         if self.named > self.slots:
@@ -80,8 +78,7 @@ class SkillTask:
                 f"skills is {self.skills} and named {self.named}: there are "
                 f"{self.skills**self.named} tuples, must be at most {2**20}"
             )
-        if not 0 <= self.shown <= 1:
-            raise ValueError(f"shown is {self.shown}, must be 0 to 1")
+        number("shown", self.shown, least=0, most=1)
         if self.which not in WHICH:
             raise ValueError(f"which is {self.which!r}, must be one of {WHICH}")
         if self.which != "all" and not (self.is_shown == (self.which == "shown")).any():

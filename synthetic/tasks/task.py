@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -42,6 +43,21 @@ def checked(task: Any, batch: Any) -> Batch:
         kind = type(batch.inputs).__name__
         raise ValueError(f"{who}: inputs is a {kind}, must be a tuple of arrays, such as (x,)")
     return batch
+
+
+def half_squared_error(prediction: Array, target: Array) -> Array:
+    """Half the squared error, summed over outputs, mean over queries, for every context.
+
+    Args:
+        prediction: `[batch, queries, dim_y]`.
+        target: likewise.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction must have shape {target.shape}, got {prediction.shape}")
+    return 0.5 * jnp.sum((prediction - target) ** 2, -1).mean(-1)
 
 
 @runtime_checkable

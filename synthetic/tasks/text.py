@@ -31,6 +31,7 @@ from synthetic.files import TextError, decode
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar
 from synthetic.grammar.sentences import sample
+from synthetic.guards import number
 from synthetic.tasks.task import Batch, Outcome
 
 UNITS = ("characters", "bytes")
@@ -259,11 +260,9 @@ class BigramTask(NextToken):
     concentration: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, least in (("words", 2), ("length", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
-        if not 0 < self.concentration < float("inf"):
-            raise ValueError(f"concentration is {self.concentration}, must be above 0 and finite")
+        number("words", self.words, whole=True, least=2)
+        number("length", self.length, whole=True, least=1)
+        number("concentration", self.concentration, above=0)
 
     def sample(self, key: Array, batch: int) -> Batch:
         """Draw chains; the first word is uniform.

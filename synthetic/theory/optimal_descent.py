@@ -19,6 +19,7 @@ from scipy.optimize import minimize
 from scipy.special import gammaln
 from scipy.stats import chi2
 
+from synthetic.guards import number
 from synthetic.tasks.regression import RegressionTask, Uniform
 from synthetic.theory.spectral import (
     Estimate,
@@ -93,8 +94,7 @@ def optimal_descent(
         ValueError: an argument out of range, or the task is not isotropic.
     """
     for name, value, low in (("steps", steps, 1), ("contexts", contexts, 2), ("starts", starts, 0)):
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}")
+        number(name, value, whole=True, least=low)
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(seed))
         searched, held_out = (_sample(task, key, contexts, rarest) for key in keys)
@@ -136,8 +136,7 @@ def eigenvalue_density(
         ValueError: a size is below 1.
     """
     for name, size in (("dim", dim), ("examples", examples), ("draws", draws)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        number(name, size, whole=True, least=1)
     return _density(key, jnp.asarray(values), min(dim, examples), max(dim, examples), draws)
 
 

@@ -12,8 +12,8 @@ from constructions.certificate import LARGEST_TOLERANCE
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, constant
 from constructions.family import Construction, Place, Tokens, assert_exact, verify
-from constructions.gradient_descent import GradientDescent
-from constructions.separate_tokens import SeparateTokens
+from constructions.gradient_descent.construction import GradientDescent
+from constructions.separate_tokens.construction import SeparateTokens
 from probes.cli import main
 from synthetic.tasks.task import Batch
 
@@ -263,7 +263,7 @@ def test_a_tolerance_is_a_promise():
 
 
 def test_the_command_says_what_is_not_certified(capsys, monkeypatch, tmp_path):
-    where = "constructions.gradient_descent.GradientDescent.tolerance"
+    where = "constructions.gradient_descent.construction.GradientDescent.tolerance"
     both = ["verify", "gradient-descent", "--set", "dim_x=2", "--set", "num_examples=3"]
     monkeypatch.setattr(where, lambda self, dtype: {"float64": 1e-13, "float32": 0.5}[dtype])
     assert main(both) == 0

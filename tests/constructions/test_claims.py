@@ -3,7 +3,7 @@
 import pytest
 
 from constructions.claims import Claim, NearMiss
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.measurement import LOCAL, Measurement, Remark, parted
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from constructions.core.canonical import canonical_distance
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from synthetic.fitting.train import minimize
 
 

@@ -25,12 +25,12 @@ from constructions.core.config import (
 from constructions.core.evaluate import SlotBySlot
 from constructions.core.transformer import cast
 from constructions.family import Certificate, Error
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.interchange import export as module
 from constructions.interchange.decoder import decoder
 from constructions.interchange.export import export, stored_arrays
 from constructions.runs import construct
-from constructions.tint import Tint
+from constructions.tint.construction import Tint
 from probes.cli import main
 from synthetic.fitting.weights_file import read_safetensors
 

@@ -30,7 +30,7 @@ from constructions.core.config import (
 from constructions.core.layer import ACTIVATIONS
 from constructions.core.transformer import SITES, Edit, Transformer, cast
 from constructions.family import Certificate, Error
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.interchange.card import MODULES
 from constructions.interchange.decoder import decoder
 from constructions.interchange.export import export, stored_arrays

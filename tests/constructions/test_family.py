@@ -13,8 +13,8 @@ from constructions.core.compile import compile_program
 from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots, constant
 from constructions.family import Construction, Place, Tokens, verify
-from constructions.gradient_descent import GradientDescent
-from constructions.inputs import number
+from constructions.gradient_descent.construction import GradientDescent
+from synthetic.guards import number
 from synthetic.tasks.task import Batch
 
 KEY = jax.random.key(0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from constructions import CATALOGUE
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.runs import construct
 
 BARS = {"float64": 1e-13, "float32": 5e-6}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from constructions.core.config import NormConfig
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.gradient_descent.measurements import (
     FixedTasks,
     beside_one_step,

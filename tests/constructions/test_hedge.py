@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from constructions.gradient_descent import Hedge
+from constructions.gradient_descent.hedge import Hedge
 from synthetic.theory.experts import (
     dyadic,
     hedge,

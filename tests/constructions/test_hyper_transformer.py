@@ -11,9 +11,10 @@ import pytest
 
 from constructions.claims import predict
 from constructions.family import verify
-from constructions.hyper_transformer import HyperGradient, HyperPrototypes, Memory
+from constructions.hyper_transformer.gradient import HyperGradient
 from constructions.hyper_transformer.measurements import measure
 from constructions.hyper_transformer.paper import centred
+from constructions.hyper_transformer.prototypes import HyperPrototypes, Memory
 from constructions.runs import fit_family
 from probes.ledger import ledger
 

@@ -10,11 +10,12 @@ from constructions.core.compile import untrained
 from constructions.core.config import Config, HeadsConfig, LayerConfig, SegmentConfig, TokensConfig
 from constructions.core.evaluate import evaluate
 from constructions.core.transformer import Transformer, randomise
-from constructions.gradient_descent import GradientDescent
-from constructions.hyper_transformer import HyperGradient, HyperPrototypes, Memory
+from constructions.gradient_descent.construction import GradientDescent
+from constructions.hyper_transformer.gradient import HyperGradient
+from constructions.hyper_transformer.prototypes import HyperPrototypes, Memory
 from constructions.inputs import FLAGS, INTEGERS, Input, as_arrays, check_inputs, converted
-from constructions.separate_tokens import SeparateTokens
-from constructions.tint import Tint
+from constructions.separate_tokens.construction import SeparateTokens
+from constructions.tint.construction import Tint
 
 DECLARED = (
     Input("x", ("batch", "context", 2)),

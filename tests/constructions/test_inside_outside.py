@@ -12,7 +12,7 @@ import pytest
 
 from constructions.claims import is_function
 from constructions.core.inventory import counts
-from constructions.inside_outside import InsideOutside
+from constructions.inside_outside.construction import InsideOutside
 from constructions.inside_outside.exactness import known
 from constructions.inside_outside.low_rank import LowRank
 from constructions.inside_outside.paper import (

@@ -8,7 +8,8 @@ import pytest
 from constructions.claims import predict
 from constructions.core.evaluate import evaluate
 from constructions.family import verify
-from constructions.kernel_descent import KERNEL_DESCENT, KernelDescent
+from constructions.kernel_descent import KERNEL_DESCENT
+from constructions.kernel_descent.construction import KernelDescent
 from synthetic.tasks.regression import RegressionTask
 from synthetic.tasks.sine import SineTask
 
@@ -201,7 +202,7 @@ def test_settings_are_values():
     ("change", "message"),
     [
         ({"dim_x": 0}, "dim_x is 0"),
-        ({"knots": 1}, "knots is 1, must be at least 2"),
+        ({"knots": 1}, "knots is 1, must be an integer of at least 2"),
         ({"dim_x": 2}, "features is None, must be given for dim_x=2"),
         ({"activation": "gelu"}, "activation is 'gelu', must be 'relu'"),
         ({"activation": "sine"}, "activation is 'sine', must be one of"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from constructions.core.inventory import counts
-from constructions.inside_outside import InsideOutside
+from constructions.inside_outside.construction import InsideOutside
 from constructions.inside_outside.low_rank import LowRank, balanced_truncation
 from constructions.inside_outside.tableau import marginals
 from constructions.runs import construct, plain_settings

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from constructions.gradient_descent import GradientDescent, MemoryToken
+from constructions.gradient_descent.construction import GradientDescent
+from constructions.gradient_descent.memory_token import MemoryToken
 from constructions.runs import Run
 from probes import find
 from probes.ledger import ledger

@@ -11,8 +11,8 @@ from constructions.core.evaluate import evaluate
 from constructions.core.program import CAUSAL, Head
 from constructions.core.slots import Slots
 from constructions.family import verify
-from constructions.mesa import MesaPolynomial, MesaRidge
-from constructions.mesa.polynomial import best_coefficients, chebyshev, neumann
+from constructions.mesa.polynomial import MesaPolynomial, best_coefficients, chebyshev, neumann
+from constructions.mesa.ridge import MesaRidge
 from constructions.mesa.tokens import positional_code, sharpness, turned_back
 from synthetic.tasks.dynamics import LinearDynamics
 
@@ -219,7 +219,7 @@ def test_best_coefficients_solve_least_squares(x64):
         (lambda: MesaRidge(0), "dim is 0, must be an integer of at least 1"),
         (lambda: MesaRidge(3, 0), "length is 0, must be an integer of at least 1"),
         (lambda: MesaRidge(3, tokens="bound"), "tokens is 'bound', must be one of"),
-        (lambda: MesaRidge(3, noise=-1.0), "noise is -1.0, must be finite and at least 0"),
+        (lambda: MesaRidge(3, noise=-1.0), "noise is -1.0, must be a finite number of at least 0"),
         (lambda: MesaRidge(3, regularization=0.0), "regularization is 0.0, must be above 0"),
         (lambda: MesaRidge(3, regularization=np.inf), "regularization is inf, must be a finite"),
         (lambda: MesaPolynomial(3, coefficients=()), "coefficients is empty"),

@@ -2,8 +2,7 @@
 
 import jax
 
-from constructions.mesa import MesaPolynomial
-from constructions.mesa.polynomial import best_coefficients
+from constructions.mesa.polynomial import MesaPolynomial, best_coefficients
 from probes.ledger import ledger
 from synthetic.tasks.dynamics import LinearDynamics
 

@@ -74,8 +74,8 @@ def test_features_matter_and_so_does_every_part():
         ({"dim": 0}, "dim is 0, must be"),
         ({"tokens": "constructed"}, "tokens is 'constructed', must be 'raw'"),
         ({"regularization": 0.0}, "regularization is 0.0, must be above 0"),
-        ({"hidden": 0}, "hidden is 0, must be at least 1"),
-        ({"scale": -1.0}, "scale is -1.0, must be finite and above 0"),
+        ({"hidden": 0}, "hidden is 0, must be an integer of at least 1"),
+        ({"scale": -1.0}, "scale is -1.0, must be above 0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -80,8 +80,8 @@ def test_a_mesa_head_is_the_posterior_of_a_chain(x64):
         ({"mixer": "centred"}, "mixer is 'centred', must be None or one of"),
         ({"mixer": "linear", "gates": True}, "gates is True and mixer 'linear'"),
         ({"mixer": None, "gates": True}, "gates is True and mixer None"),
-        ({"words": 0}, "words is 0, must be at least 1"),
-        ({"layers": 0}, "layers is 0, must be at least 1"),
+        ({"words": 0}, "words is 0, must be an integer of at least 1"),
+        ({"layers": 0}, "layers is 0, must be an integer of at least 1"),
         ({"heads": 3}, "width is 64, must be a multiple of heads=3"),
     ],
 )

@@ -6,8 +6,10 @@ import pytest
 
 from constructions.claims import Evidence
 from constructions.measurement import parted
-from constructions.mesa import MesaPolynomial, MesaRidge, measurements, trained
+from constructions.mesa import measurements, trained
 from constructions.mesa.paper import compression_gap, position_gap, rotation_gap
+from constructions.mesa.polynomial import MesaPolynomial
+from constructions.mesa.ridge import MesaRidge
 from constructions.mesa.trained import LOWEST, distances
 from synthetic.tasks.dynamics import LinearDynamics
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from constructions.core.transformer import randomise
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.gradient_descent.modifications import (
     GRID,
     Modified,

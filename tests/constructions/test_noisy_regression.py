@@ -7,7 +7,7 @@ import pytest
 
 from constructions.claims import Evidence
 from constructions.family import verify
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.noisy_regression import paper as claims
 from constructions.noisy_regression.construction import NoisyRegression
 from synthetic.theory.ridge import ridge

@@ -21,7 +21,8 @@ from tint_oracle import (
     reference,
 )
 
-from constructions.tint import Tint, TrainedAuxiliary, decoder, logits
+from constructions.interchange.decoder import TrainedAuxiliary, decoder, logits
+from constructions.tint.construction import Tint
 
 
 class Case(NamedTuple):

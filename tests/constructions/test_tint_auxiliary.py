@@ -219,7 +219,7 @@ def test_no_transformer_is_no_auxiliary():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"words": 0}, "words is 0, must be at least 1"),
+        ({"words": 0}, "words is 0, must be an integer of at least 1"),
         ({"positions": 0}, "positions is 0"),
         ({"layers": 0}, "layers is 0"),
         ({"hidden": 0}, "hidden is 0"),

@@ -25,7 +25,7 @@ from tint_oracle import (
 from constructions.core.evaluate import SlotBySlot
 from constructions.core.transformer import Transformer
 from constructions.family import verify
-from constructions.tint import Tint
+from constructions.tint.construction import Tint
 from constructions.tint.layout import contents
 
 MATRICES = ("query", "key", "value", "output", "hidden", "back")
@@ -154,7 +154,7 @@ def test_near_misses(x64, tint, dense):
     np.testing.assert_allclose(value_only, flat(frozen, small()), atol=1e-12)
     for name in changes:
         assert np.linalg.norm(changes[name] - right) > 5e-3 * np.linalg.norm(right), name
-    blind = found["attention does not go back"]
+    blind = found["no gradient through attention"]
     start = names(parameters(small()))
     for name, after in blind.items():
         still = name.split("/")[-1].split("_")[0] in (

@@ -19,7 +19,9 @@ from tint_oracle import (
 )
 
 from constructions.core.transformer import Transformer
-from constructions.tint import Backward, Tint, decoder, logits
+from constructions.interchange.decoder import decoder, logits
+from constructions.tint.algorithm import Backward
+from constructions.tint.construction import Tint
 from constructions.tint.experiments import fitted, hardness, label_accuracy
 from constructions.tint.measurements import (
     ABLATION,

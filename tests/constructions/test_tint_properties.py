@@ -21,7 +21,9 @@ from tint_oracle import (
 )
 
 from constructions.core.evaluate import evaluate
-from constructions.tint import MODES, Backward, Tint, logits
+from constructions.interchange.decoder import logits
+from constructions.tint.algorithm import MODES, Backward
+from constructions.tint.construction import Tint
 from constructions.tint.layout import contents
 
 

@@ -4,19 +4,20 @@ import numpy as np
 import pytest
 from tint_oracle import TEXTS, TRAINED, small
 
-from constructions.tint import Backward, Tint
+from constructions.tint.algorithm import Backward
+from constructions.tint.construction import Tint
 
 ERRORS = [
     ({"mode": "fast"}, r"mode is 'fast', must be one of \['paper', 'finite-difference', 'exact'\]"),
     ({"mode": None}, "mode is None, must be one of"),
     ({"mode": {"norm": "value-only"}}, "norm is 'value-only', must be one of"),
-    ({"steps": 0}, "steps is 0, must be a whole number of at least 1"),
-    ({"steps": True}, "steps is True, must be a whole number"),
-    ({"stack": 0}, "stack is 0, must be a whole number"),
+    ({"steps": 0}, "steps is 0, must be an integer of at least 1"),
+    ({"steps": True}, "steps is True, must be an integer of at least 1"),
+    ({"stack": 0}, "stack is 0, must be an integer of at least 1"),
     ({"stack": 3}, "stack is 3, must divide the auxiliary's width, 4"),
     ({"stack": 8}, "stack is 8, must divide the auxiliary's width, 4"),
-    ({"shards": 0}, "shards is 0, must be a whole number"),
-    ({"shards": False}, "shards is False, must be a whole number"),
+    ({"shards": 0}, "shards is 0, must be an integer of at least 1"),
+    ({"shards": False}, "shards is False, must be an integer of at least 1"),
     ({"shards": 5}, "shards is 5, must be at most the width, 4"),
     ({"learning_rate": np.nan}, "learning_rate is nan, must be finite and not 0"),
     ({"learning_rate": 0.0}, "learning_rate is 0.0, must be finite and not 0"),
@@ -46,8 +47,8 @@ def test_hidden_units_must_fill_tokens():
         ({"attention": "softmax"}, "attention is 'softmax', must be one of"),
         ({"norm": "value-only"}, "norm is 'value-only', must be one of"),
         ({"activation": "none"}, "activation is 'none', must be one of"),
-        ({"step": 0.0}, "step is 0.0, must be finite and above 0"),
-        ({"step": np.inf}, "step is inf, must be finite and above 0"),
+        ({"step": 0.0}, "step is 0.0, must be above 0"),
+        ({"step": np.inf}, "step is inf, must be a finite number above 0"),
     ],
     ids=str,
 )

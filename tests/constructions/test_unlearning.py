@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from constructions.claims import Evidence, predict
-from constructions.hyper_transformer import HyperGradient, HyperPrototypes
+from constructions.hyper_transformer.gradient import HyperGradient
+from constructions.hyper_transformer.prototypes import HyperPrototypes
 from constructions.hyper_transformer.unlearning import above_rest, damage, others, unlearnt
 
 CLASSES = 4

@@ -15,7 +15,7 @@ from hypothesis import assume, event
 from nltk.tree import Tree
 
 from constructions.core.compile import compile_program
-from constructions.inside_outside import InsideOutside
+from constructions.inside_outside.construction import InsideOutside
 from synthetic.grammar import chart
 from synthetic.grammar.grammar import Grammar, SupercriticalWarning, Weights
 from synthetic.grammar.productions import GrammarError

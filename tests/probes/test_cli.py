@@ -165,7 +165,9 @@ def test_verify(capsys: Any, tmp_path: Path) -> None:
 
 
 def test_failed_certificate_is_status_1(capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("constructions.gradient_descent.GradientDescent.tolerance", lambda *_: 0.0)
+    monkeypatch.setattr(
+        "constructions.gradient_descent.construction.GradientDescent.tolerance", lambda *_: 0.0
+    )
     assert main(["verify", NAME, *SMALL, "--dtype", "float32"]) == 1
     assert "FAILED" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from constructions.core.transformer import Edit
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.runs import Run, construct
 from probes import PROBES, find
 from probes.cli import main

@@ -14,7 +14,7 @@ from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots
 from constructions.core.symmetry import change_key_basis
 from constructions.core.transformer import randomise
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.runs import fit_family, initial_models, load_run
 from probes.grafting import (
     GRAFT,

@@ -7,7 +7,7 @@ from constructions.core.program import Head, Layer, Program
 from constructions.core.slots import Slots
 from constructions.core.transformer import Edit, randomise
 from constructions.family import Construction, Stream
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from probes import interchange as module
 from probes.interchange import exchange, interchange, interchange_agreement, sweep
 from probes.patching import attribution, path_patch

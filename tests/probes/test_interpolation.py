@@ -12,7 +12,7 @@ from constructions.core.canonical import canonical, canonical_distance, from_can
 from constructions.core.config import Config, HeadsConfig, LayerConfig, MlpConfig, SegmentConfig
 from constructions.core.symmetry import transform
 from constructions.core.transformer import Transformer, randomise
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from probes.interpolation import blend, interpolate, interpolation_gap
 from probes.roll_out import roll_out
 from synthetic.tasks.task import Batch

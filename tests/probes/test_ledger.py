@@ -14,7 +14,7 @@ from constructions.core.compile import compile_program, config_of
 from constructions.core.config import MlpConfig, NormConfig
 from constructions.core.symmetry import transform
 from constructions.core.transformer import Transformer
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from probes.ledger import CONSTRUCTION, RANDOM, decide, ledger
 from probes.probe import compiled_like
 from probes.statistics import lacks, measure

@@ -74,7 +74,7 @@ def test_bad_input():
         two_layer(X, QUADRATIC[None, :9], PARTS, KEY)
     with pytest.raises(ValueError, match="with the same rows"):
         two_layer(X, QUADRATIC, PARTS, KEY)
-    with pytest.raises(ValueError, match="hidden is 0, must be above 0"):
+    with pytest.raises(ValueError, match="hidden is 0, must be an integer of at least 1"):
         ProbeRecipe(hidden=0)
     with pytest.raises(ValueError, match="checks is 7, must divide steps, 1500"):
         ProbeRecipe(checks=7)

@@ -10,13 +10,12 @@ from scipy.cluster.vq import kmeans2
 
 from constructions.core.compile import compile_program, config_of
 from constructions.core.symmetry import change_key_basis
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from constructions.runs import fit_family, load_run
 from probes import npeff
 from probes.merging import fisher_rows
 from probes.npeff import (
     Search,
-    cluster_accuracy,
     coordinates,
     decompose,
     isotropic_rows,
@@ -56,6 +55,12 @@ def planted() -> Any:
 
 def lifted(directions: Any) -> Any:
     return jnp.zeros((len(directions), FLAT.theta.size)).at[:, QUERY].set(directions)
+
+
+def cluster_accuracy(assigned: Any, labels: Any) -> float:
+    """The share of examples whose label is that of most of their cluster."""
+    counted = [np.bincount(labels[assigned == c]).max() for c in np.unique(assigned)]
+    return float(np.sum(counted) / len(labels))
 
 
 def accuracy(weights: Any) -> float:

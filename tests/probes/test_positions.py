@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from constructions.mesa import MesaRidge
+from constructions.mesa.ridge import MesaRidge
 from probes.positions import INPUT, position_probes
 from probes.regression import split
 

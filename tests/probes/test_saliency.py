@@ -10,8 +10,8 @@ import pytest
 from numpy.random import default_rng
 
 from constructions.family import Construction
-from constructions.gradient_descent import GradientDescent
-from constructions.inside_outside import InsideOutside
+from constructions.gradient_descent.construction import GradientDescent
+from constructions.inside_outside.construction import InsideOutside
 from probes.context import Saliency, saliency
 from synthetic.grammar.grammar import Grammar
 

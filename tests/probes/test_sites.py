@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from constructions.core.transformer import SITES, Edit
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from probes.subject import ablation, activations, place_mask, read_sites, site_axes, where
 
 

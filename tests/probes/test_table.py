@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from constructions.core.transformer import randomise
-from constructions.gradient_descent import GradientDescent
+from constructions.gradient_descent.construction import GradientDescent
 from probes.linear import CONTROLS, _blocks, probe_table
 from probes.subject import read_sites
 

@@ -61,10 +61,10 @@ def test_nothing_beats_the_posterior(x64):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"words": 1}, "words is 1, must be at least 2"),
-        ({"length": 0}, "length is 0, must be at least 1"),
+        ({"words": 1}, "words is 1, must be an integer of at least 2"),
+        ({"length": 0}, "length is 0, must be an integer of at least 1"),
         ({"concentration": 0.0}, "concentration is 0.0, must be above 0"),
-        ({"concentration": float("nan")}, "concentration is nan, must be above 0"),
+        ({"concentration": float("nan")}, "concentration is nan, must be a finite number above 0"),
     ],
 )
 def test_out_of_range(given, message):

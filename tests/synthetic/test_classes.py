@@ -121,7 +121,7 @@ def test_scaled_inputs_scale_everything_but_the_labels():
         ({"classes": 1}, "classes is 1, must be an integer of at least 2"),
         ({"queries": True}, "queries is True"),
         ({"unlabelled": -1}, "unlabelled is -1, must be an integer of at least 0"),
-        ({"spread": 0.0}, "spread is 0.0, must be finite and above 0"),
+        ({"spread": 0.0}, "spread is 0.0, must be above 0"),
         ({"noise": float("nan")}, "noise is nan"),
     ],
 )

@@ -1,5 +1,6 @@
 """Programs that run once are compiled quickly; what the command compiled is found again."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import pytest
 
 from probes.cli import main
 from synthetic import compilation
-from synthetic.compilation import clear_up, compile_once, compiler_options, keep_programs
+from synthetic.compilation import (
+    clear_up,
+    collect_rarely,
+    compile_once,
+    compile_quickly,
+    compiler_options,
+    full_effort,
+    keep_programs,
+)
 
 ROOT = Path(__file__).parents[2]
 X = np.linspace(-1, 1, 5)
@@ -72,6 +81,48 @@ def test_within_transformations() -> None:
     np.testing.assert_allclose(np.diag(hessian), 2 * np.cos(2 * X), atol=1e-6)
     total = jax.lax.scan(lambda c, x: (c + waves(x), None), 0.0, jnp.asarray(X))[0]
     np.testing.assert_allclose(total, (np.sin(X) ** 2).sum(), rtol=1e-6)
+
+
+@pytest.fixture
+def looks_only(monkeypatch: Any) -> Any:
+    """As in a command that only looks: no XLA_FLAGS, and what it sets is taken back."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(compilation, "find_spec", lambda _: None)
+    yield monkeypatch
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_what_runs_long_says_so_where_the_rest_is_compiled_quickly(looks_only: Any) -> None:
+    assert full_effort() == {}
+    often = compiler_options(often=True)
+    compile_quickly()
+    assert full_effort()["xla_backend_optimization_level"] == 3
+    if often:
+        assert compiler_options(often=True) == often | {"xla_backend_optimization_level": 3}
+    assert compiler_options().get("xla_backend_optimization_level", 0) == 0
+    assert float(jax.jit(jnp.sum).lower(X).compile(full_effort())(X)) == pytest.approx(X.sum())
+
+
+@pytest.mark.parametrize("obstacle", ["XLA_FLAGS", "accelerator", "version"])
+def test_others_decide_how_programs_are_compiled(looks_only: Any, obstacle: str) -> None:
+    if obstacle == "XLA_FLAGS":
+        looks_only.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    elif obstacle == "accelerator":
+        looks_only.setattr(compilation, "find_spec", lambda name: "cuda13" in name or None)
+    else:
+        looks_only.setattr(compilation, "version", lambda _: "0.11.3")
+    compile_quickly()
+    assert full_effort() == {}
+
+
+def test_garbage_is_looked_for_rarely() -> None:
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(700, 10, 10)
+        collect_rarely()
+        assert gc.isenabled() and gc.get_threshold()[0] > 10_000
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_an_unknown_option_is_never_given(monkeypatch: Any) -> None:

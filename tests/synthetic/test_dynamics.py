@@ -116,16 +116,16 @@ def test_losses_by_hand(x64):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dim": 0}, "dim is 0, must be at least 1"),
-        ({"length": 0}, "length is 0, must be at least 1"),
-        ({"hidden_dim": 0}, "hidden_dim is 0, must be at least 1"),
-        ({"noise": -0.1}, "noise is -0.1, must be finite and at least 0"),
+        ({"dim": 0}, "dim is 0, must be an integer of at least 1"),
+        ({"length": 0}, "length is 0, must be an integer of at least 1"),
+        ({"hidden_dim": 0}, "hidden_dim is 0, must be an integer of at least 1"),
+        ({"noise": -0.1}, "noise is -0.1, must be a finite number of at least 0"),
         ({"singular_values": (0.9, 0.5)}, r"is \(0.9, 0.5\), must be \(low, high\) with 0 <= low"),
         ({"singular_values": (1.0,)}, r"singular_values is \(1.0,\), must be \(low, high\)"),
         ({"singular_values": 1.0}, r"singular_values is 1.0, must be \(low, high\)"),
-        ({"dim": 2.5}, "dim is 2.5, must be at least 1 and an integer"),
-        ({"length": 2.5}, "length is 2.5, must be at least 1 and an integer"),
-        ({"hidden_dim": 2.5}, "hidden_dim is 2.5, must be at least 1 and an integer"),
+        ({"dim": 2.5}, "dim is 2.5, must be an integer of at least 1"),
+        ({"length": 2.5}, "length is 2.5, must be an integer of at least 1"),
+        ({"hidden_dim": 2.5}, "hidden_dim is 2.5, must be an integer of at least 1"),
         ({"fixed": 1.5}, "fixed is 1.5, must be None or an integer"),
     ],
 )

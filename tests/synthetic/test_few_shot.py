@@ -90,9 +90,9 @@ def test_least_squares_on_all_tokens_to_first_order(eos):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: replace(TASK, dim=0), "dim is 0, must be at least 1"),
-        (lambda: replace(TASK, pairs=0), "pairs is 0, must be at least 1"),
-        (lambda: replace(TASK, noise=-1.0), "noise is -1.0, must be finite and at least 0"),
+        (lambda: replace(TASK, dim=0), "dim is 0, must be an integer of at least 1"),
+        (lambda: replace(TASK, pairs=0), "pairs is 0, must be an integer of at least 1"),
+        (lambda: replace(TASK, noise=-1.0), "noise is -1.0, must be a finite number of at least 0"),
     ],
 )
 def test_bad_settings_are_named(make, message):

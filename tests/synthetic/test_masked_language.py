@@ -73,10 +73,10 @@ def test_sentences_do_not_depend_on_the_rate() -> None:
     ("changes", "message"),
     [
         ({"rate": 0.0}, "rate is 0.0, must be above 0 and at most 1"),
-        ({"highest": 0.1}, "highest is 0.1, must be 0.15 to 1"),
+        ({"highest": 0.1}, "highest is 0.1, must be a finite number from 0.15 to 1"),
         ({"final": 1.5}, "final is 1.5, must be above 0 and at most 1"),
         ({"final": 0.3, "highest": 0.4}, "final is 0.3 and highest 0.4, must be one of them"),
-        ({"max_length": 0}, "max_length is 0, must be at least 1"),
+        ({"max_length": 0}, "max_length is 0, must be an integer of at least 1"),
     ],
 )
 def test_bad_rates_are_named(changes: dict, message: str) -> None:

@@ -122,7 +122,7 @@ def test_least_squares_residuals_of_drawn_contexts_are_chi_squared(x64):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(dim_x=0), "dim_x must be at least 1"),
+        (dict(dim_x=0), "dim_x is 0, must be an integer of at least 1"),
         (dict(max_noise=-1), "max_noise must be finite and at least 0, got -1"),
         (dict(noise_levels=(1, float("nan"))), "noise_levels must be finite"),
         (dict(max_noise=1, noise_levels=(1,)), "give max_noise or noise_levels"),
@@ -138,5 +138,5 @@ def test_is_hashable_and_refuses_other_contexts():
     assert hash(task) == hash(NoisyRegressionTask(noise_levels=(1.0, 3.0)))
     with pytest.raises(ValueError, match="contexts have dim_x=2, the task 10"):
         task.moments(draw_contexts(jax.random.key(0), 2, 3, 4))
-    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="count is 0, must be an integer of at least 1"):
         draw_contexts(jax.random.key(0), 2, 3, 0)

@@ -102,13 +102,13 @@ def test_hashable_and_the_same_inside_jit():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dim": 0}, "dim is 0, must be at least 1"),
-        ({"length": 0}, "length is 0, must be at least 1"),
-        ({"hidden": 0}, "hidden is 0, must be at least 1"),
-        ({"noise": np.inf}, "noise is inf, must be finite and at least 0"),
-        ({"scale": 0.0}, "scale is 0.0, must be finite and above 0"),
-        ({"start": -1.0}, "start is -1.0, must be finite and above 0"),
-        ({"seed": -1}, "seed is -1, must be at least 0"),
+        ({"dim": 0}, "dim is 0, must be an integer of at least 1"),
+        ({"length": 0}, "length is 0, must be an integer of at least 1"),
+        ({"hidden": 0}, "hidden is 0, must be an integer of at least 1"),
+        ({"noise": np.inf}, "noise is inf, must be a finite number of at least 0"),
+        ({"scale": 0.0}, "scale is 0.0, must be above 0"),
+        ({"start": -1.0}, "start is -1.0, must be above 0"),
+        ({"seed": -1}, "seed is -1, must be an integer of at least 0"),
     ],
 )
 def test_bad_settings_are_named(changes, message):

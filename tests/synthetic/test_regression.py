@@ -157,13 +157,19 @@ def test_task_is_a_static_argument_of_jit():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RegressionTask(dim_x=0), "dim_x must be at least 1, got 0"),
-        (lambda: RegressionTask(num_examples=-1), "num_examples must be at least 1, got -1"),
-        (lambda: RegressionTask(dim_y=0), "dim_y must be at least 1"),
-        (lambda: RegressionTask(queries=0), "queries must be at least 1"),
+        (lambda: RegressionTask(dim_x=0), "dim_x is 0, must be an integer of at least 1"),
+        (
+            lambda: RegressionTask(num_examples=-1),
+            "num_examples is -1, must be an integer",
+        ),
+        (lambda: RegressionTask(dim_y=0), "dim_y is 0, must be an integer of at least 1"),
+        (lambda: RegressionTask(queries=0), "queries is 0, must be an integer of at least 1"),
         (lambda: RegressionTask(noise=-0.1), "noise must be finite and at least 0, got -0.1"),
         (lambda: RegressionTask(noise=float("nan")), "noise must be finite"),
-        (lambda: RegressionTask().sample(jax.random.key(0), 0), "batch must be at least 1"),
+        (
+            lambda: RegressionTask().sample(jax.random.key(0), 0),
+            "batch is 0, must be an integer",
+        ),
         (lambda: RegressionTask().scaled_inputs(0), "factor must be positive"),
         (lambda: Uniform(1, 1), "low < high, got low=1.0, high=1.0"),
         (lambda: Uniform(float("nan"), 1), "finite low < high"),
@@ -185,7 +191,7 @@ def test_bad_settings_are_refused_in_one_line(make, message):
 
 
 def test_wrong_types_are_refused():
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="dim_x is 2.5, must be an integer"):
         RegressionTask(dim_x=2.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError):
         RegressionTask(inputs="normal")  # pyright: ignore[reportArgumentType]

@@ -166,8 +166,8 @@ def test_numbers():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"num_examples": 0}, ValueError, "num_examples must be at least 1"),
-        ({"queries": 1.5}, TypeError, "queries must be an integer"),
+        ({"num_examples": 0}, ValueError, "num_examples is 0, must be an integer of at least 1"),
+        ({"queries": 1.5}, ValueError, "queries is 1.5, must be an integer"),
         ({"low_amplitude": 0.6}, ValueError, "low_amplitude and high_amplitude"),
         ({"high": float("inf")}, ValueError, "low and high"),
         ({"tied": 1}, TypeError, "tied must be"),

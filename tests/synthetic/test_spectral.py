@@ -279,13 +279,13 @@ def test_other_covariances_are_refused(task):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps is 0, must be an integer of at least 1"):
         optimal_descent(BASE, 0, shared=True, curvature=True)
-    with pytest.raises(ValueError, match="contexts must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="contexts is 1, must be an integer of at least 2"):
         optimal_descent(BASE, 1, shared=True, curvature=True, contexts=1)
     with pytest.raises(ValueError, match="rates and curvatures"):
         spectral.descent_filter(jnp.ones(3), jnp.ones(2), jnp.ones(3))
     with pytest.raises(ValueError, match="penalty must be at least 0"):
         spectral.ridge_losses(BASE, jnp.ones((1, 10)), -1.0)
-    with pytest.raises(ValueError, match="examples must be at least 1"):
+    with pytest.raises(ValueError, match="examples is 0, must be an integer of at least 1"):
         eigenvalue_density(jax.random.key(0), jnp.ones(1), 1, 0, 1)
