@@ -25,7 +25,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from constructions.core.indices import take_rows
+from constructions.core.weights import take_rows
 from constructions.interchange.decoder import DecoderShape, Weights
 from synthetic.guards import number
 

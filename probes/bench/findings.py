@@ -59,10 +59,14 @@ def findings(records: Sequence[Record]) -> list[tuple[str, str]]:
     said("two heads that share a job hide one another from zero ablation", halves,
          "each shows {:.2f} of the effect of the one, in {} pairs of subjects")  # fmt: skip
     for disguise in ("bare", "sharp"):
-        shares = _flat(entries("attribution patching", "sites", disguise))
-        said(f"attribution patching fails where softmax saturates ({disguise})", shares,
-             "under a tenth of the exact effect for {:.2f} of {} values that have one, in families "
-             "with a softmax")  # fmt: skip
+        small = _small(entries("attribution patching", "sites", disguise))
+        everything = [value for values in small.values() for value in values]
+        text = "under a tenth of the exact effect for {:.2f} of {} values that have one, in "
+        text += "families with softmax heads"
+        if everything:
+            worst = max(small, key=lambda family: float(np.mean(small[family])))
+            text += f"; of {worst} {np.mean(small[worst]):.2f} of {len(small[worst])}"
+        said(f"attribution patching where softmax saturates, {disguise}", everything, text)
     fits, angles = [], []
     for record, entry in entries("alignment search", "sites"):
         slots = record["truth"]["sites"]["slots"]
@@ -98,12 +102,12 @@ def findings(records: Sequence[Record]) -> list[tuple[str, str]]:
     return found
 
 
-def _flat(entries: Sequence[tuple[Record, Any]]) -> list[bool]:
-    """Whether the estimate is under a tenth of what it estimates, of the values that move."""
-    found: list[bool] = []
+def _small(entries: Sequence[tuple[Record, Any]]) -> dict[str, list[bool]]:
+    """Whether the estimate is under a tenth of what it estimates, by family, where that moves."""
+    found: dict[str, list[bool]] = {}
     for record, entry in entries:
         if record["family"] in SOFTMAX and "exact" in entry:
             a, b = np.array(entry["answer"], float), np.array(entry["exact"], float)
             seen = b > max(0.01 * b.max(initial=0), 1e-9)
-            found += (a[seen] < 0.1 * b[seen]).tolist()
-    return found
+            found.setdefault(record["family"], []).extend((a[seen] < 0.1 * b[seen]).tolist())
+    return {family: values for family, values in found.items() if values}

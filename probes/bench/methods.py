@@ -307,11 +307,12 @@ METHODS: dict[str, Method] = {
     ),
     "path patching": Method(
         "one receiver reads what a head wrote on another input", causal=True, edges=path_patching,
-        fails="A backup that is silent now moves nothing along any path.",
+        fails="It hardly does: paths that carry nothing, as a silent backup's, are no part of the "
+        "truth; noise lets spare heads through.",
     ),
     "edge attribution": Method(
         "the first-order estimate of path patching", causal=True, edges=edge_attribution,
-        fails="As attribution patching: where a softmax or a threshold is flat, the slope is 0.",
+        fails="Its order hardly does; its numbers do where a softmax or a threshold is flat.",
     ),
     "attention": Method(
         "the head looks sharply", _attention, None, False,
@@ -339,7 +340,8 @@ METHODS: dict[str, Method] = {
     ),
     "patched probe": Method(
         "what the probe reads is exchanged", None, _patched_probe, True,
-        "What the probe reads is not all that the value is: beside a copy it reads a mixture.",
+        "What the probe reads is not all that the value is: beside a copy, and in superposition, "
+        "it reads a mixture.",
     ),
     "alignment search": Method(
         "a learnt subspace is exchanged", None, _alignment, True,
@@ -354,6 +356,6 @@ METHODS: dict[str, Method] = {
     ),
     "true subspace": Method(
         "ceiling: the value's own columns exchanged", None, _truth, True,
-        "It cannot: it is told the answer.",
+        "It is told the answer; in superposition the subspace holds parts of other values.",
     ),
 }  # fmt: skip
