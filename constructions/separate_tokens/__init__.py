@@ -5,7 +5,7 @@ construction    the algorithm, the hand-built weights, the trained counterpart, 
 paper           the paper's statements about two trained layers
 """
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, lazily
 
 SEPARATE_TOKENS = Family(
     name="separate-tokens",
@@ -14,4 +14,9 @@ SEPARATE_TOKENS = Family(
     about="copy, erase, then gradient descent, where inputs and outputs are separate tokens",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 3",
     measure="constructions.separate_tokens.construction:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    SeparateTokens="constructions.separate_tokens.construction",
 )
