@@ -145,7 +145,7 @@ def trained(family: Family, seed: int) -> tuple[Transformer, dict[str, float]]:
         def of_busy_heads(part: Part) -> dict[str, Array]:
             other, new = next(random), dict(part.weights)
             if part.kind == "heads":
-                busy = np.asarray(part.weights["output"]).any((2, 3))[:, :, None, None]
+                busy = np.asarray(part.weights["output"]).any((2, 3), keepdims=True)
                 for name in ("query", "key", "value", "output"):
                     new[name] = other.weights[name] * busy
             return new

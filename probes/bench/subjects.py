@@ -348,7 +348,9 @@ def _edges(
     def planted(end: End) -> bool:
         return end[1] >= 0 and bool(distractor[end])
 
-    return tuple(Edge(*a, *b, (a, b) in true, planted(a) or planted(b)) for a, b in kept)
+    return tuple(
+        Edge(a[0], a[1], b[0], b[1], (a, b) in true, planted(a) or planted(b)) for a, b in kept
+    )
 
 
 def _sites(
