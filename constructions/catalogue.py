@@ -183,3 +183,21 @@ class Catalogue(MutableMapping[str, Family]):
             raise ValueError(
                 f"unknown family {name!r}, must be one of {known}, or module:attribute"
             ) from None
+
+
+def lazily(package: str, **homes: str) -> Callable[[str], Any]:
+    """A package's `__getattr__`, for names that are imported when they are used.
+
+    Args:
+        package: its `__name__`.
+        **homes: name -> the module that it is in.
+    """
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(homes[name]), name)
+        setattr(sys.modules[package], name, found)
+        return found
+
+    return get

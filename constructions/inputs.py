@@ -3,7 +3,7 @@
 A family lists its inputs (`Construction.arguments`); `Construction.predict` takes lists, numbers
 and arrays of any library that numpy reads, checks them here and runs `apply`, which is pure.
 Values are looked at where they are concrete. Under `jit` only what is static can be refused; an
-index without a row then gives NaN, see `constructions.core.indices`.
+index without a row then gives NaN, see `constructions.core.weights`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array
 
-from constructions.core.indices import check_indices
 from constructions.core.transformer import Transformer
+from constructions.core.weights import check_indices
 
 NUMBERS, INTEGERS, FLAGS = "real numbers", "integers", "flags"
 

@@ -80,7 +80,7 @@ def auxiliary(layers):
 c = Tint(auxiliary(layers), "exact", learning_rate=rate)
 passes = {layer.name: layer for layer in c.program.layers}
 for layer in passes.values():
-    if layer.name in ("output 0", "output 0, back"):
+    if layer.name in ("output 0", "output 0, backward"):
         for head in layer.single_heads:
             print(f"{head.name:26} {head.mixer}, from {head.queries[0]} to {head.keys[0]}")
 print(components(c.program).markdown())

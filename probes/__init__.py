@@ -38,9 +38,10 @@ its own through the entry points `orrery.probes`.
 
 from __future__ import annotations
 
-import importlib
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from constructions.catalogue import resolve
 
 if TYPE_CHECKING:
     from probes.probe import Probe
@@ -113,13 +114,10 @@ def find(name: str) -> Probe:
     known = check_name(name)
     from probes.probe import Probe
 
-    module, _, attribute = known.get(name, name).partition(":")
     try:
-        found: Any = importlib.import_module(module)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"probe {name!r}: cannot import {module!r}: {error}") from error
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
+        found = resolve(known.get(name, name))
+    except ValueError as error:
+        raise ValueError(f"probe {error}") from error
     if not isinstance(found, Probe):
         raise ValueError(f"probe {name!r}: is a {type(found).__name__}, must be a Probe")
     return found

@@ -205,6 +205,11 @@ STATED: Mapping[str, Sequence[Stated]] = {
     ),
     "tint": (
         Stated("parameters by the formula, *", f"{_TINT}, parameter table"),
+        Stated(
+            "public code, *",
+            f"public code of {_TINT}, commit 1722081, as it was run",
+            size="width 48, random weights",
+        ),
         Stated("numbers that our simulator *", f"{_TINT}, parameter table"),
     ),
     "hyper-semi-supervised": (
@@ -256,7 +261,7 @@ ITEMS: Mapping[str, Sequence[Item]] = {
             "5 to 7 layers: in no default run; trained FULL layers of other depths than 2",
         ),
         Item("spread over seeds", "the table has the best of them, as ours has"),
-        Item("fig. 4", "weights that training finds"),
+        Item("fig. 4", "weights of other depths than 2"),
         Item("section 6"),
     ),
     "2303.08117": (
@@ -291,7 +296,7 @@ ITEMS: Mapping[str, Sequence[Item]] = {
         Item("parameter table", "", "notebook 06"),
         Item("WikiText-103", "a benchmark on exchanged words"),
         Item("classification", "a benchmark on synthetic labels"),
-        Item("public code", "its defects (bias of the second matrix, last position, masks)"),
+        Item("public code", "fitted models; half precision"),
     ),
 }
 

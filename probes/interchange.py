@@ -9,7 +9,8 @@ with inner products over batch and outputs: 0 if nothing moves, 1 if the predict
 source's. What moves in other directions is `off_axis`, in the same unit. Effects may exceed 1 or be
 negative: parts of a computation can overshoot or cancel.
 
-Patches at all layers and positions are arrays, so that a whole sweep is one compiled function.
+Patches at all layers and positions are arrays, so that a whole sweep is one compiled function. One
+patch (`interchange`), or one variable of the algorithm (`exchange`), is for use as a library.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def interchange(
     Args:
         base, source: inputs of equal shapes.
         site: a name in `SITES`.
-        where: booleans that broadcast to `[layer, batch, *axes]`, see `sites.where`.
+        where: booleans that broadcast to `[layer, batch, *axes]`, see `probes.subject.where`.
 
     Raises:
         ValueError: shapes of `base` and `source` differ, unknown site, `where` does not fit, or the

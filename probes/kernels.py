@@ -9,7 +9,8 @@ and one step along the sign of the gradient of a single output by -rate J sign(J
 kernels of gradient descent and of Adam's first steps (Malladi et al. 2022, arXiv 2210.05643). That
 much holds of any smooth model. Training is kernel-like only if it stays so: if K does not change
 along it, and the model that is linear in its weights, f(theta_0) + J (theta - theta_0), learns the
-same. Functions take `f(theta, data)`, of any shape of output.
+same. Functions take `f(theta, data)`, of any shape of output. The kernels of signs, the step that
+they predict and `kernel_descent` are for use as a library.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 A probe is trained on one part of the sequences, its regularisation is chosen on a second and its
 score measured on a third; all tokens of a sequence are in the same part. The control task (Hewitt &
 Liang 2019, arXiv 1909.03368) trains the same probe on labels that have nothing to do with the
-features; selectivity is the score minus the control's. `probes.linear` probes whole models.
+features; selectivity is the score minus the control's. `probes.linear` probes whole models;
+`ridge_probe` and `logistic_probe` take features of any kind, and are for use as a library.
 
 A probe that succeeds says that a value can be read, not that the model uses it (`interchange` asks
 that), and a value that is a linear function of the input can be read from every model: compare with

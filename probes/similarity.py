@@ -3,7 +3,8 @@ r"""How alike two models are as functions, and how alike two sets of activations
 Functions are compared through their predictions f(z) and their sensitivities d f_t / d z_t (von
 Oswald et al. 2022, arXiv 2212.07677, section 3), which no symmetry of the weights changes. What
 each measure cannot see is part of its definition: a cosine is blind to a scale (a step size 10 %
-too large), CKA to orthogonal maps and an isotropic scale, Procrustes to orthogonal maps only.
+too large), CKA to orthogonal maps and an isotropic scale, Procrustes to orthogonal maps only. These
+two are for use as a library.
 
 An `Apply` maps input arrays with leading axis `batch` to predictions `[batch, token, dim_out]`, as
 `functools.partial(construction.apply, model)` does.

@@ -247,11 +247,6 @@ def statistic_of(claim: Claim) -> Statistic:
     return STATISTICS[statistic]
 
 
-def measure(claim: Claim, evidence: Evidence) -> float:
-    """`value_of` the claim; NaN where `lacks` says that it does not apply to the model."""
-    return float("nan") if lacks(claim, evidence) else value_of(claim, evidence)
-
-
 def value_of(claim: Claim, evidence: Evidence) -> float:
     """The claim's statistic, of evidence that lacks nothing.
 

@@ -10,6 +10,8 @@ part as a `probes.foreign.Subject`, or as `Activations`, a function from inputs 
 
 `ParameterVector` is a model as a function of one vector, all its trained weights in one order:
 Jacobians, Hessians, masks over the weights and directions in their space all start there.
+
+For use as a library: `where` and `ablation`, the place and the values of an edit.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ WITHOUT_RIVAL = {
     (
         "kernel-descent",
         "published difference of predictions",
-    ): "least squares passes, as its note says",
+    ): "least squares passes",
 }
 
 

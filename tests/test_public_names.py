@@ -66,3 +66,12 @@ def test_the_readme_lists_every_notebook() -> None:
     for source in sorted((ROOT / "notebooks").glob("*.py")):
         (title, *_) = re.findall(r"^# # (.*)$", source.read_text(), re.MULTILINE)
         assert f"| [`{source.stem}`](notebooks/{source.stem}.ipynb) | {title} |" in readme
+
+
+@pytest.mark.parametrize("name", list(orrery.CATALOGUE))
+def test_a_familys_class_is_in_its_package(name: str) -> None:
+    module, _, cls = orrery.CATALOGUE[name].construct.partition(":")
+    package = importlib.import_module(module.rpartition(".")[0])
+    assert getattr(package, cls) is getattr(importlib.import_module(module), cls)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = package.Nothing

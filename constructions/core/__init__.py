@@ -8,9 +8,8 @@ picture       and drawn
 program       a construction as a tableau: heads, MLPs and norms over slots
 checks        what a program must satisfy
 config        the shape of a transformer
-indices       token numbers and kinds that have a row
 layer         one layer, and how scores become attention weights
-weights       stored weights by name, part by part and head by head
+weights       stored weights by name, part by part and head by head; rows of tables that exist
 transformer   the transformer: streams in, streams out, sites that are read and edited
 softmax       linear attention out of softmax heads
 compile       programs into dense weights, and shapes without a construction

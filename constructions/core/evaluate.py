@@ -25,11 +25,11 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from constructions.core.compile import check
-from constructions.core.indices import check_indices, inside
 from constructions.core.layer import ACTIVATIONS, MIXERS, TRANSPOSED
 from constructions.core.program import Head, HeadFamily, Layer, Program
 from constructions.core.slots import Affine, Slot
 from constructions.core.stream import At, Blocks, Stream, affine, index, join, times, write
+from constructions.core.weights import check_indices, inside
 
 
 @jax.tree_util.register_static

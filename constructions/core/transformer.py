@@ -26,9 +26,17 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from constructions.core.config import WIRING, Config, SegmentConfig
-from constructions.core.indices import check_indices, or_nan, take_rows
 from constructions.core.layer import Edit, Tap, normalise, run_layer
-from constructions.core.weights import LayerWeights, Part, Stored, Weights, parts_of
+from constructions.core.weights import (
+    LayerWeights,
+    Part,
+    Stored,
+    Weights,
+    check_indices,
+    or_nan,
+    parts_of,
+    take_rows,
+)
 
 Stream = Float[Array, "batch token width"]
 Groups = Int[Array, "*batch token"]

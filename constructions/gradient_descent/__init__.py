@@ -18,7 +18,7 @@ relu_optimum    does descent find the global optimum of a small ReLU layer?
 modifications   which of a grid of shapes matter?
 """
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, lazily
 
 GRADIENT_DESCENT = Family(
     name="gradient-descent",
@@ -54,4 +54,11 @@ HEDGE = Family(
     "mixes them: Hedge, with its regret bound",
     source="after Lu et al. 2022, arXiv 2203.01400",
     measure="constructions.gradient_descent.measurements:measure_regrets",
+)
+
+__getattr__ = lazily(
+    __name__,
+    GradientDescent="constructions.gradient_descent.construction",
+    Hedge="constructions.gradient_descent.hedge",
+    MemoryToken="constructions.gradient_descent.memory_token",
 )

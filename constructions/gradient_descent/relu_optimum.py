@@ -48,12 +48,6 @@ def rays(points: ArrayLike) -> np.ndarray:
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def patterns(points: np.ndarray) -> np.ndarray:
-    """Which points every cone's units are active at, `[2 N, N]` of bool."""
-    edge = rays(points)
-    return (edge + np.roll(edge, -1, axis=0)) @ points.T > 0
-
-
 def columns(points: np.ndarray) -> np.ndarray:
     """What units at the rays of every signed cone say, `[4 N, 2, N]`."""
     unit = np.maximum(rays(points) @ points.T, 0)

@@ -8,7 +8,7 @@ unlearning      a class's token deleted, and what that does to the others
 measurements    what examples without labels are worth
 """
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, lazily
 
 _SOURCE = "after Zhmoginov et al. 2022, arXiv 2201.04182"
 
@@ -46,4 +46,11 @@ HYPER_SEMI_SUPERVISED = Family(
     about="a layer before guesses the labels of examples that have none, and they count as well",
     source=_SOURCE,
     measure="constructions.hyper_transformer.measurements:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    HyperGradient="constructions.hyper_transformer.gradient",
+    HyperPrototypes="constructions.hyper_transformer.prototypes",
+    Memory="constructions.hyper_transformer.prototypes",
 )

@@ -18,9 +18,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from constructions.core.indices import or_nan
 from constructions.core.transformer import Transformer, randomise
-from constructions.core.weights import Part
+from constructions.core.weights import Part, or_nan
 from constructions.family import Construction, Counterpart
 from constructions.inputs import INTEGERS, Input
 from synthetic.fitting.recipe import Recipe

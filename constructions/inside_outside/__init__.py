@@ -11,7 +11,7 @@ spans           corrupted spans, and the exact posterior of what they were
 training_data   what is learnt from pruned text and from spans, beside exact optima
 """
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, lazily
 
 INSIDE_OUTSIDE = Family(
     name="inside-outside",
@@ -21,4 +21,9 @@ INSIDE_OUTSIDE = Family(
     about="attention between the ends of spans computes their inside and outside probabilities",
     source="Zhao et al. 2023, arXiv 2303.08117",
     measure="constructions.inside_outside.measurements:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    InsideOutside="constructions.inside_outside.construction",
 )

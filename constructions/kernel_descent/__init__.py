@@ -6,7 +6,7 @@ paper           the paper's statements about a trained model on sine waves
 contrastive     features by a contrastive loss, which does not say whether they are any good
 """
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, lazily
 
 KERNEL_DESCENT = Family(
     name="kernel-descent",
@@ -15,4 +15,9 @@ KERNEL_DESCENT = Family(
     about="an MLP in front of linear self-attention runs gradient descent on its features",
     source="von Oswald et al. 2022, arXiv 2212.07677, Prop. 2",
     measure="constructions.kernel_descent.contrastive:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    KernelDescent="constructions.kernel_descent.construction",
 )

@@ -9,7 +9,7 @@ measurements    its published losses, and ours; prompts that are tuned
 trained         deep layers in numbers: polynomials by depth, blocks of the products
 """
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, lazily
 
 MESA_RIDGE = Family(
     name="mesa-ridge",
@@ -27,4 +27,10 @@ MESA_POLYNOMIAL = Family(
     about="linear attention takes a gradient step, with any polynomial as preconditioner",
     source="von Oswald et al. 2023, arXiv 2309.05858, Prop. 1 and 2",
     measure="constructions.mesa.trained:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    MesaPolynomial="constructions.mesa.polynomial",
+    MesaRidge="constructions.mesa.ridge",
 )

@@ -148,11 +148,13 @@ def mesa(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _mesa(method: str, chunk: int, settings: Settings, given: Given) -> Array:
-    cut = Given(
-        *(split(x, chunk) for x in given[:3]),
-        given.ridge,
-        None if given.input_gate is None else split(given.input_gate, chunk),
-        None if given.forget_gate is None else split(given.forget_gate, chunk, fill=1.0),
+    beta, gamma = given.input_gate, given.forget_gate
+    cut = given._replace(
+        query=split(given.query, chunk),
+        key=split(given.key, chunk),
+        value=split(given.value, chunk),
+        input_gate=None if beta is None else split(beta, chunk),
+        forget_gate=None if gamma is None else split(gamma, chunk, fill=1.0),
     )
     wild = out_of_range(cut)
     output, condition = solved(METHODS[method], settings, tamed(wild, cut))

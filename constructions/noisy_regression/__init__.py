@@ -8,7 +8,7 @@ table           Table 1 of the paper, measured
 paper           the paper's statements about trained models
 """
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, lazily
 
 NOISY_REGRESSION = Family(
     name="noisy-regression",
@@ -23,4 +23,9 @@ NOISY_REGRESSION = Family(
     about="linear transformers estimate the noise of a context and shrink by it",
     source="Vladymyrov et al. 2024, arXiv 2402.14180",
     measure="constructions.noisy_regression.table:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    NoisyRegression="constructions.noisy_regression.construction",
 )

@@ -267,6 +267,7 @@ class NoisyRegression(Regression):
         if any(w[1] or w[3] for w in self.layers):
             misses["GD++ part"] = with_layers(lambda a, b, c, d: (a, 0.0, c, 0.0))
         if any(w[1] for w in self.layers):
+            misses["no curvature"] = with_layers(lambda a, b, c, d: (0.0, b, c, d))
             misses["no momentum"] = with_layers(lambda a, b, c, d: (a, 0.0, c, d))
         if any(w[3] for w in self.layers):
             misses["no rescaling"] = with_layers(lambda a, b, c, d: (a, b, c, 0.0))

@@ -297,11 +297,7 @@ def turn(key: Array, moments: Moments) -> Turned:
     """Every context in a basis of its own, uniform over the orthogonal group.
 
     A context is as likely in one basis as in any other, whatever its eigenvalues, so that these
-    are fresh contexts.
-
-    Args:
-        key: of `jax.random`.
-        moments: in the eigenbasis.
+    are fresh contexts. `moments` are in the eigenbasis.
     """
     count = moments.power.shape[0]
     parts = blocked(moments, even=True)

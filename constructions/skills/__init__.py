@@ -4,7 +4,7 @@ construction    the algorithm, its looped layer, the trained counterpart, rows
 paper           what is stated of trained ones, as claims
 """
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, lazily
 
 SKILL_COMPOSITION = Family(
     name="skill-composition",
@@ -13,4 +13,9 @@ SKILL_COMPOSITION = Family(
     about="one looped layer applies the skills that a task names, in order, in tuples never shown",
     source="Yu et al. 2023, arXiv 2310.17567; Arora and Goyal 2023, arXiv 2307.15936",
     measure="constructions.skills.construction:measure",
+)
+
+__getattr__ = lazily(
+    __name__,
+    SkillComposition="constructions.skills.construction",
 )

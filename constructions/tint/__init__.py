@@ -12,7 +12,7 @@ experiments   hardness of attention, labels learnt in context, sizes of simulato
 The decoder that is trained comes from `constructions.interchange`.
 """
 
-from constructions.catalogue import Family
+from constructions.catalogue import Family, lazily
 
 TINT = Family(
     name="tint",
@@ -32,4 +32,17 @@ TINT = Family(
     source="Panigrahi, Malladi, Xia, Arora 2023, arXiv 2307.01189",
     measure="constructions.tint.experiments:measure",
     claims="constructions.tint.paper:CLAIMS",
+)
+
+__getattr__ = lazily(
+    __name__,
+    TrainedAuxiliary="constructions.interchange.decoder",
+    decoder="constructions.interchange.decoder",
+    logits="constructions.interchange.decoder",
+    load_auxiliary="constructions.interchange.huggingface",
+    save_auxiliary="constructions.interchange.huggingface",
+    MODES="constructions.tint.algorithm",
+    Backward="constructions.tint.algorithm",
+    Outcome="constructions.tint.construction",
+    Tint="constructions.tint.construction",
 )

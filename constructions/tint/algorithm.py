@@ -14,7 +14,7 @@ The checks refuse all other settings and inputs with a ValueError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -25,27 +25,40 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from constructions.core.indices import take_rows
+from constructions.core.weights import take_rows
 from constructions.interchange.decoder import DecoderShape, Weights
 from synthetic.guards import number
 
 
 def decode(
-    w: Weights, tokens: Int[Array, " time"], shape: DecoderShape, value_only: bool = False
+    w: Weights,
+    tokens: Int[Array, " time"],
+    shape: DecoderShape,
+    value_only: bool = False,
+    counted: Array | None = None,
 ) -> Float[Array, "time word"]:
-    """Logits of the decoder on one sequence."""
+    """Logits of the decoder on one sequence.
+
+    Args:
+        counted: tokens, `[time]`, of which the weights of blocks and norms get a gradient; all if
+            None. The others pass gradients on, and contribute none of their own.
+    """
     times = partial(jnp.matmul, precision="highest")
+    held = jax.tree.map(jax.lax.stop_gradient, dict(w))
     time, d = len(tokens), shape.width // shape.heads
     causal = jnp.tril(jnp.ones((time, time), bool))
     act = {"gelu": partial(jax.nn.gelu, approximate=True), "relu": jax.nn.relu}[shape.activation]
 
+    def by_token(apply: Callable[[Weights], Array]) -> Array:
+        return apply(w) if counted is None else jnp.where(counted[:, None], apply(w), apply(held))
+
     def norm(x: Array, n: int) -> Array:
         x = x - x.mean(-1, keepdims=True)
         x = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + shape.eps)
-        return x * w["gain"][n] + w["offset"][n]
+        return by_token(lambda w: x * w["gain"][n] + w["offset"][n])
 
     def linear(name: str, layer: int, x: Array) -> Array:
-        return times(x, w[name][layer, :, :-1].T) + w[name][layer, :, -1]
+        return by_token(lambda w: times(x, w[name][layer, :, :-1].T) + w[name][layer, :, -1])
 
     x = take_rows(w["embedding"], tokens) + w["position"][:time]
     for layer in range(shape.layers):

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from constructions.core.indices import take_rows
 from constructions.core.slots import Affine, Slot, Slots
+from constructions.core.weights import take_rows
 from constructions.family import Place, Tokens
 from constructions.interchange.decoder import MATRICES, DecoderShape, Weights
 

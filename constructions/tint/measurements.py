@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -168,6 +169,52 @@ def gradient_update(
         return {name: -slope[name] for name in CHANGED}
 
     return jax.vmap(one)(tokens, train)
+
+
+def public_update(
+    weights: Weights, tokens: Array, marked: Array, shape: DecoderShape, *defects: str
+) -> dict[str, Array]:
+    """The update of the public code of TinT, with these of its defects, by autograd.
+
+    It takes marks of tokens: position t is trained on where token t + 1 is marked. Its attention is
+    differentiated by values alone.
+
+    Args:
+        weights: of the auxiliary model.
+        tokens, marked: sequences, and which of their tokens are marked, `[sequence, time]`.
+        shape: of the auxiliary model.
+        defects: of "bias" (W_2 is cut into four chunks, and each of them adds the whole update of
+            b_2), "last position" (its gradient is not masked, and has no target: log sum exp of its
+            logits is trained on as well), "holes" (weights collect the gradients of tokens that
+            are marked themselves).
+    """
+    return _public_update(weights, tokens, jnp.asarray(marked, bool), shape, defects)
+
+
+@partial(jax.jit, static_argnames=("shape", "defects"))
+def _public_update(
+    weights: Weights,
+    tokens: Array,
+    marked: Array,
+    shape: DecoderShape,
+    defects: tuple[str, ...],
+) -> dict[str, Array]:
+    def one(tokens: Array, marked: Array) -> dict[str, Array]:
+        def loss(w: Weights) -> Array:
+            counted = marked if "holes" in defects else None
+            scores = algorithm.decode(w, tokens, shape, True, counted)
+            logs = jax.nn.log_softmax(scores[:-1])
+            chosen = jnp.take_along_axis(logs, tokens[1:, None], -1)[:, 0]
+            last = jax.nn.logsumexp(scores[-1]) if "last position" in defects else 0.0
+            return last - jnp.where(marked[1:], chosen, 0).sum()
+
+        slope = jax.grad(loss)(dict(weights))
+        found = {name: -slope[name] for name in CHANGED}
+        if "bias" in defects:
+            found["back"] = found["back"].at[:, :, -1].multiply(4)
+        return found
+
+    return jax.vmap(one)(tokens, marked)
 
 
 def update_error(found: Changes, wanted: Changes, names: tuple[str, ...] = CHANGED) -> UpdateError:

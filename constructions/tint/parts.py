@@ -71,7 +71,7 @@ def attend(shape: DecoderShape, q: Slot, k: Slot, v: Slot, y: Slot) -> list[Head
     ]  # fmt: skip
 
 
-def value_back(shape: DecoderShape, q: Slot, k: Slot, dy: Slot, dv: Slot) -> list[Head]:
+def value_backward(shape: DecoderShape, q: Slot, k: Slot, dy: Slot, dv: Slot) -> list[Head]:
     """Gradients of values: the whole backward pass of "value-only" attention."""
     return [
         _head(ACROSS, k[rows], q[rows], dy[rows], {dv[rows]: 1.0}, shape, f"d value {h}")
@@ -79,7 +79,7 @@ def value_back(shape: DecoderShape, q: Slot, k: Slot, dy: Slot, dv: Slot) -> lis
     ]
 
 
-def score_back(
+def score_backward(
     shape: DecoderShape,
     given: tuple[Slot, Slot, Slot, Slot, Slot],
     wanted: tuple[Slot, Slot],
@@ -253,23 +253,23 @@ class LayerNorms:
         before, moved = (tape(n, self.width, norm) for n in ("before", "moved"))
         return [itself(before, moved, "move")]
 
-    def gain_back(self, tape: Tape, norm: int) -> Mlp:
+    def gain_backward(self, tape: Tape, norm: int) -> Mlp:
         """The gradient through the gain, and each token's part of the gain's own gradient."""
         d = self.width
         gain, error = tape("gain", d, norm), tape("d normed", d, norm)
-        back = tape("d normal", d, norm)
+        d_normal = tape("d normal", d, norm)
         one, none = Matrix.identity(d), Matrix((d, d))
-        write = {back: one}
+        write = {d_normal: one}
         if self.backward.norm == "finite-difference":
             write[tape("moved", d, norm)] = self.backward.step * one
         if not self.backward.gains:
-            return times(gain, error, write, "gain back")
+            return times(gain, error, write, "gain, backward")
         write = {slot: beside(m, none) for slot, m in write.items()}
         write[tape("d gain", d, norm)] = beside(none, one)
         both = concatenate(gain, self.normal(tape, norm))
-        return times(both, concatenate(error, error), write, "gain back")
+        return times(both, concatenate(error, error), write, "gain, backward")
 
-    def norm_back(self, tape: Tape, norm: int) -> Iterator[Layer]:
+    def norm_backward(self, tape: Tape, norm: int) -> Iterator[Layer]:
         """Adds the gradient through the normalisation to d stream; updates gain and offset."""
         d, group = self.width, self.layout.norms[norm]
         down, error = tape("d stream", d), tape("d normed", d, norm)
@@ -283,11 +283,11 @@ class LayerNorms:
             )
             for name, value in gradients
         ]  # fmt: skip
-        name = f"{group}, back"
+        name = f"{group}, backward"
         if norm == 0 and not self.first:  # what is below is not trained
             yield Layer(heads, name=name)
             return
-        normal, back = self.normal(tape, norm), tape("d normal", d, norm)
+        normal, d_normal = self.normal(tape, norm), tape("d normal", d, norm)
         if self.backward.norm == "finite-difference":
             moved, after = (tape(n, d, norm) for n in ("moved", "normal, moved"))
             act = Norm(moved, after, "layer", self.eps, token_groups=TEXT)
@@ -301,13 +301,13 @@ class LayerNorms:
         flat = tape("d normal, projected", d, norm)
         ones = np.ones((d, 1)) @ ONE
         heads += [
-            itself(back, flat, "as it is"),
+            itself(d_normal, flat, "as it is"),
             Head(
-                back, ones, ones, {flat: -1 / d}, queries=TEXT, keys=TEXT, window=SELF,
+                d_normal, ones, ones, {flat: -1 / d}, queries=TEXT, keys=TEXT, window=SELF,
                 name="less its mean",
             ),
             Head(
-                back, normal, normal, {flat: -1 / d}, queries=TEXT, keys=TEXT, window=SELF,
+                d_normal, normal, normal, {flat: -1 / d}, queries=TEXT, keys=TEXT, window=SELF,
                 name="less its part along the normalised",
             ),
         ]  # fmt: skip
@@ -318,7 +318,7 @@ class LayerNorms:
     def central(self, tape: Tape, norm: int, heads: list[Head], name: str) -> Iterator[Layer]:
         """The same by a difference along the gradient's direction u, times its size <u, g> / D."""
         d, step = self.width, self.backward.central / 10
-        before, back = tape("before", d, norm), tape("d normal", d, norm)
+        before, d_normal = tape("before", d, norm), tape("d normal", d, norm)
         along = tape("direction", d, norm)
         moved = [tape(n, d, norm) for n in ("moved", "moved back")]
         after = [tape(f"normal, {n}", d, norm) for n in ("moved", "moved back")]
@@ -326,14 +326,14 @@ class LayerNorms:
             itself(before + sign * step * along, slot, "move")
             for sign, slot in zip((1, -1), moved, strict=True)
         ]
-        yield Layer(heads, norm=direction(back, along), name=name)
+        yield Layer(heads, norm=direction(d_normal, along), name=name)
         first, second = (
             Norm(slot, found, "layer", self.eps, token_groups=TEXT)
             for slot, found in zip(moved, after, strict=True)
         )
         yield Layer(norm=first, name=name)
         difference = Head(
-            along, back, (0.5 / step) * (after[0] - after[1]), {tape("d stream", d): 1 / d},
+            along, d_normal, (0.5 / step) * (after[0] - after[1]), {tape("d stream", d): 1 / d},
             queries=TEXT, keys=TEXT, window=SELF, name="difference",
         )  # fmt: skip
         yield Layer([difference], norm=second, name=name)

@@ -45,10 +45,10 @@ from constructions.tint.parts import (
     attend,
     direction,
     itself,
-    score_back,
+    score_backward,
     score_differences,
     times,
-    value_back,
+    value_backward,
 )
 
 
@@ -159,7 +159,7 @@ class Words:
             ),
         ]  # fmt: skip
 
-    def readout_back(self, tape: Tape, final: Slot, guess: Slot) -> list[Head]:
+    def readout_backward(self, tape: Tape, final: Slot, guess: Slot) -> list[Head]:
         """guess_t += sum_v p_t(v) E_v - E_x(t+1), and the descent of the readout."""
         layout = self.layout
         current = tape("embedding", layout.embedding.size) if self.trained else layout.embedding
@@ -189,7 +189,7 @@ class Words:
         ]  # fmt: skip
         return heads
 
-    def enter_back(self, down: Slot) -> list[Head]:
+    def enter_backward(self, down: Slot) -> list[Head]:
         """Embeddings and positions descend as inputs, whose gradient is `down`."""
         own = self.layout.trainable
         return [
@@ -296,17 +296,17 @@ class Tableau:
         final, last = tape("normed", d, 2 * self.shape.layers), 2 * self.shape.layers
         guess, error = tape("expected - next embedding", d), tape("d normed", d, last)
         chosen = times(guess, np.ones((d, 1)) @ self.layout.train, {error: 1.0}, "train mask")
-        yield Layer(self.words.readout_back(tape, final, guess), chosen, name="loss")
-        heads, act = self.norms.prepare(tape, last), self.norms.gain_back(tape, last)
-        yield Layer(heads, act, name="final gain back")
-        yield from self.norms.norm_back(tape, last)
+        yield Layer(self.words.readout_backward(tape, final, guess), chosen, name="loss")
+        heads, act = self.norms.prepare(tape, last), self.norms.gain_backward(tape, last)
+        yield Layer(heads, act, name="final gain, backward")
+        yield from self.norms.norm_backward(tape, last)
         for layer in reversed(range(self.shape.layers)):
-            yield from self.mlp_back(tape, layer)
-            yield from self.attention_back(tape, layer)
+            yield from self.mlp_backward(tape, layer)
+            yield from self.attention_backward(tape, layer)
         if self.embeddings:
-            yield Layer(self.words.enter_back(tape("d stream", d)), name="embeddings back")
+            yield Layer(self.words.enter_backward(tape("d stream", d)), name="embeddings, backward")
 
-    def mlp_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
+    def mlp_backward(self, tape: Tape, layer: int) -> Iterator[Layer]:
         """Backward pass through norm, hidden layer and activation."""
         d, size, norm = self.shape.width, self.shape.hidden, 2 * layer + 1
         matrix, down = self.matrix(layer), tape("d stream", d)
@@ -316,20 +316,20 @@ class Tableau:
         heads += matrix["back"].descend(down, active)
         if self.backward.activation == "exact":
             kind = f"{self.shape.activation}_derivative"
-            act = Mlp(hidden, {d_hidden: 1.0}, d_active, kind, TEXT, "activation back")
+            act = Mlp(hidden, {d_hidden: 1.0}, d_active, kind, TEXT, "activation, backward")
         else:
             moved = concatenate(hidden + self.backward.step * d_active, hidden)
             both = Matrix.identity(size, 1 / self.backward.step)
             write = beside(both, -1.0 * both)
             act = Mlp(moved, {d_hidden: write}, None, self.shape.activation, TEXT, "difference")
-        yield Layer(heads, act, name=f"back {layer}, back")
+        yield Layer(heads, act, name=f"back {layer}, backward")
         heads = matrix["hidden"].transpose(d_hidden, tape("d normed", d, norm))
         heads += matrix["hidden"].descend(d_hidden, tape("normed", d, norm))
         heads += self.norms.prepare(tape, norm)
-        yield Layer(heads, self.norms.gain_back(tape, norm), name=f"hidden {layer}, back")
-        yield from self.norms.norm_back(tape, norm)
+        yield Layer(heads, self.norms.gain_backward(tape, norm), name=f"hidden {layer}, backward")
+        yield from self.norms.norm_backward(tape, norm)
 
-    def attention_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
+    def attention_backward(self, tape: Tape, layer: int) -> Iterator[Layer]:
         """Backward pass through norm, projections and attention."""
         d, norm = self.shape.width, 2 * layer
         matrix, down = self.matrix(layer), tape("d stream", d)
@@ -342,31 +342,31 @@ class Tableau:
             mean = tape("<dy, y>", self.shape.heads, layer)
             each = np.kron(np.eye(self.shape.heads), np.ones((1, d // self.shape.heads)))
             products = times(dy, y, {mean: each}, "<dy, y>")
-        yield Layer(heads, products, name=f"output {layer}, back")
-        yield from self.mixing_back(tape, layer)
+        yield Layer(heads, products, name=f"output {layer}, backward")
+        yield from self.mixing_backward(tape, layer)
         read, d_read = tape("normed", d, norm), tape("d normed", d, norm)
         heads = []
         for name, slot in errors.items():
             heads += matrix[name].transpose(slot, d_read)
             heads += matrix[name].descend(slot, read)
         heads += self.norms.prepare(tape, norm)
-        name = f"queries, keys, values {layer}, back"
-        yield Layer(heads, self.norms.gain_back(tape, norm), name=name)
-        yield from self.norms.norm_back(tape, norm)
+        name = f"queries, keys, values {layer}, backward"
+        yield Layer(heads, self.norms.gain_backward(tape, norm), name=name)
+        yield from self.norms.norm_backward(tape, norm)
 
-    def mixing_back(self, tape: Tape, layer: int) -> Iterator[Layer]:
+    def mixing_backward(self, tape: Tape, layer: int) -> Iterator[Layer]:
         """Backward pass from attention's output to values, queries and keys."""
-        d, shape, name = self.shape.width, self.shape, f"attention {layer}, back"
+        d, shape, name = self.shape.width, self.shape, f"attention {layer}, backward"
         q, k, v = (tape(n, d, layer) for n in ("query", "key", "value"))
         dy, dv = (tape(n, d, layer) for n in ("d mixed", "d value"))
-        heads = value_back(shape, q, k, dy, dv)
+        heads = value_backward(shape, q, k, dy, dv)
         if self.backward.attention == "value-only":
             yield Layer(heads, name=name)
             return
         dq, dk = (tape(n, d, layer) for n in ("d query", "d key"))
         if self.backward.attention == "exact":
             mean = tape("<dy, y>", shape.heads, layer)
-            yield Layer(heads + score_back(shape, (q, k, v, dy, mean), (dq, dk)), name=name)
+            yield Layer(heads + score_backward(shape, (q, k, v, dy, mean), (dq, dk)), name=name)
             return
         # along directions of unit size, then times the sizes
         along, size = tape("direction of d mixed", d, layer), tape("size of d mixed", 1, layer)

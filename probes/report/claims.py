@@ -114,6 +114,8 @@ class Claims:
             item = f" --item {self.item}" if self.item else ""
             raise ValueError(f"--paper {self.paper}{item}: neither row nor item of it is known")
         tables.show_coverage(lines)
+        for name in dict.fromkeys(row.family for line in lines for row in line.rows):
+            print(f"{name}: --quick {minutes(name, True)}; in full {minutes(name, False)}")
         write_json(self.json, [line.to_json() for line in lines], self.overwrite)
         return OK
 

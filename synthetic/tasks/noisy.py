@@ -130,11 +130,7 @@ class NoisyRegressionTask:
         return levels[jnp.floor(unit * len(self.noise_levels)).astype(int)]
 
     def sample(self, key: Array, batch: int) -> Batch:
-        """Draw independent contexts.
-
-        Args:
-            key: of `jax.random`.
-            batch: how many, at least 1.
+        """Draw independent contexts, at least 1.
 
         Returns:
             `inputs`: x `[batch, num_examples, dim_x]`, y `[batch, num_examples, 1]`, x_query

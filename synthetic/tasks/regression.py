@@ -252,11 +252,7 @@ class RegressionTask:
         return self.with_inputs(self.inputs.scaled(float(factor)))
 
     def sample(self, key: Array, batch: int) -> Batch:
-        """Draw independent contexts.
-
-        Args:
-            key: of `jax.random`.
-            batch: how many, at least 1.
+        """Draw independent contexts, at least 1.
 
         Returns:
             `inputs`: x `[batch, num_examples, dim_x]`, y `[batch, num_examples, dim_y]`,

@@ -84,11 +84,7 @@ class SineTask:
             raise TypeError(f"tied must be true or false, got {self.tied!r}")
 
     def sample(self, key: Array, batch: int) -> Batch:
-        """Draw independent contexts.
-
-        Args:
-            key: of `jax.random`.
-            batch: how many, at least 1.
+        """Draw independent contexts, at least 1.
 
         Returns:
             `inputs`: x `[batch, num_examples, 1]`, y `[batch, num_examples, 1]`,

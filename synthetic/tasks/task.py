@@ -48,12 +48,7 @@ def checked(task: Any, batch: Any) -> Batch:
 def half_squared_error(prediction: Array, target: Array) -> Array:
     """Half the squared error, summed over outputs, mean over queries, for every context.
 
-    Args:
-        prediction: `[batch, queries, dim_y]`.
-        target: likewise.
-
-    Raises:
-        ValueError: their shapes differ.
+    Both are `[batch, queries, dim_y]`; ValueError where their shapes differ.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction must have shape {target.shape}, got {prediction.shape}")

@@ -23,8 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from synthetic.compilation import compile_once
-from synthetic.tasks.noisy import Moments, NoisyRegressionTask
-from synthetic.tasks.task import Batch
+from synthetic.tasks.noisy import Moments
 from synthetic.theory.spectral import Estimate, estimate
 
 
@@ -128,15 +127,6 @@ def expected_adjusted_loss(weight: Float[Array, "dim_x context"], moments: Momen
     """Expected loss less the oracle's on the same contexts; the paired standard error."""
     oracle = expected_loss(oracle_weight(moments), moments)
     return estimate(expected_loss(weight, moments) - oracle)
-
-
-def adjusted_loss(
-    prediction: Float[Array, "batch query 1"], batch: Batch, task: NoisyRegressionTask
-) -> Estimate:
-    """Loss of predictions less the oracle ridge's on the same examples; paired standard error."""
-    x, y, x_query = batch.inputs
-    oracle = ridge(x, y, x_query, batch.target.noise**2)
-    return estimate(task.loss(prediction, batch) - task.loss(oracle, batch))
 
 
 def fit_constant(moments: Moments, start: float) -> float:

@@ -250,6 +250,15 @@ def test_near_misses_and_shapes_come_with_the_base_class():
         (-np.inf, {"above": 0}, "n is -inf, must be a finite number above 0"),
         (0.0, {"above": 0}, r"n is 0\.0, must be above 0$"),
         (0.5, {"least": 1}, r"n is 0\.5, must be a finite number of at least 1"),
+        (1.5, {"least": 0, "most": 1}, r"n is 1\.5, must be a finite number from 0 to 1$"),
+        (2, {"above": 0, "most": 1}, "n is 2, must be above 0 and at most 1$"),
+        (1.0, {"above": 0, "below": 1}, r"n is 1\.0, must be above 0 and below 1$"),
+        (np.nan, {"above": 0, "below": 1}, "must be a finite number above 0 and below 1$"),
+        (
+            7,
+            {"whole": True, "least": 0, "below": 7},
+            "must be an integer of at least 0 and below 7",
+        ),
     ],
 )
 def test_one_guard_for_numbers(value, limits, message):
@@ -258,5 +267,5 @@ def test_one_guard_for_numbers(value, limits, message):
 
 
 def test_what_the_guard_lets_through():
-    assert number("n", np.int32(3), whole=True, least=3) == 3
+    assert number("n", np.int32(3), whole=True, least=3, most=3) == 3
     assert type(number("n", 3)) is float and number("n", np.float32(0.5), above=0) == 0.5

@@ -159,7 +159,8 @@ def test_rotations_of_keys_and_queries_do_not_drift():
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_patterns_are_those_of_all_directions_and_vertices_of_the_zonotope(count):
     points, _ = relu_optimum.points_and_targets(3, count)
-    found = relu_optimum.patterns(points)
+    edge = relu_optimum.rays(points)
+    found = (edge + np.roll(edge, -1, axis=0)) @ points.T > 0  # of the units of each cone
     every = np.unique(np.random.default_rng(0).normal(size=(200_000, 2)) @ points.T > 0, axis=0)
     assert len(found) == 2 * count == len({tuple(p) for p in found.tolist()})
     assert {tuple(p) for p in found.tolist()} == {tuple(p) for p in every.tolist()}

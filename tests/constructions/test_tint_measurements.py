@@ -18,9 +18,9 @@ from tint_oracle import (
     reference,
 )
 
-from constructions.core.transformer import Transformer
+from constructions.core.transformer import Transformer, randomise
 from constructions.interchange.decoder import decoder, logits
-from constructions.tint.algorithm import Backward
+from constructions.tint.algorithm import Backward, decode
 from constructions.tint.construction import Tint
 from constructions.tint.experiments import fitted, hardness, label_accuracy
 from constructions.tint.measurements import (
@@ -31,6 +31,7 @@ from constructions.tint.measurements import (
     by_matrix,
     gradient_update,
     mean,
+    public_update,
     simulated_update,
     update_error,
 )
@@ -274,3 +275,41 @@ def test_fitted_learns_the_usual_labels():
     batch = task.sample(jax.random.key(1), 64)
     says = np.asarray(logits(auxiliary, batch.inputs[0]))[:, ::2].argmax(-1)
     assert (says == batch.target[:, ::2]).mean() > 0.95
+
+
+def test_defects_of_the_public_code_are_what_they_are_said_to_be(x64):
+    """Without any the update is the simulator's; each defect against a sum or a loss of its own."""
+    c = Tint(randomise(decoder(7, positions=6, layers=1, heads=2, width=4), jax.random.key(0), 0.5),
+             Backward(attention="value-only"), learning_rate=1.0)  # fmt: skip
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 7)
+    marked = jnp.array([[1, 0, 1, 1, 0, 1], [1, 1, 0, 0, 1, 0]], bool)
+
+    def update(*defects, marked=marked):
+        return public_update(c.weights, tokens, marked, c.shape, *defects)
+
+    train = jnp.pad(marked[:, 1:], ((0, 0), (0, 1)))
+    plain, simulated = update(), simulated_update(c, tokens, train)
+    for name, change in plain.items():
+        np.testing.assert_allclose(change, simulated[name], atol=1e-9, err_msg=name)
+    bias = update("bias")["back"] / plain["back"]
+    np.testing.assert_allclose(bias[..., -1], 4, rtol=1e-12)
+    np.testing.assert_allclose(bias[..., :-1], 1, rtol=1e-12)
+
+    @jax.jit
+    def collected(of):  # by the tokens that collect, one at a time
+        def loss(w, tokens, marked):
+            logs = jax.nn.log_softmax(decode(w, tokens, c.shape, True, jnp.arange(6) == of)[:-1])
+            chosen = jnp.take_along_axis(logs, tokens[1:, None], -1)[:, 0]
+            return jnp.where(marked[1:], chosen, 0).sum()
+
+        return jax.vmap(jax.grad(loss), (None, 0, 0))(c.weights, tokens, marked)
+
+    each = [collected(t) for t in range(6)]
+    for name, change in update("holes").items():
+        axes = (slice(None), *[None] * (change.ndim - 1))
+        wanted = sum(jnp.where(marked[:, t][axes], each[t][name], 0) for t in range(6))
+        np.testing.assert_allclose(change, wanted, atol=1e-9, err_msg=name)
+    scores = lambda w, tokens: jax.nn.logsumexp(decode(w, tokens, c.shape, True)[-1])  # noqa: E731
+    last = jax.jit(jax.vmap(jax.grad(scores), (None, 0)))(c.weights, tokens)
+    for name, change in update("last position").items():
+        np.testing.assert_allclose(change, plain[name] - last[name], atol=1e-9, err_msg=name)

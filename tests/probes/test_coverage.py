@@ -8,7 +8,7 @@ import pytest
 from constructions import CATALOGUE
 from constructions.measurement import Measurement, Remark
 from probes.cli import main
-from probes.coverage import ITEMS, STATED, cites, coverage, stated
+from probes.coverage import ITEMS, STATED, cites, costs, coverage, minutes, stated
 
 KEPT = Path(__file__).parents[2] / "benchmarks" / "results" / "table1_cpu.json"
 QUICK = ("hedge", "kernel-descent", "skill-composition")
@@ -98,3 +98,19 @@ def test_the_command_measures_nothing(monkeypatch, tmp_path, capsys):
     assert "--quick cannot be given with --table" in capsys.readouterr().err
     assert main([*words, "--item", "fig99"]) == 2
     assert "fig99: neither row nor item of it is known" in capsys.readouterr().err
+
+
+def test_costs_are_known_beforehand(monkeypatch):
+    """The kept ones are of families that there are; an item without claims needs no fit."""
+    assert set(costs()) <= set(CATALOGUE)
+    for parts in costs().values():
+        assert set(parts) == {"claims", "claims in full", "numbers"}
+        assert 0 < parts["claims"] <= parts["claims in full"] and parts["numbers"] >= 0
+    kept = {"hedge": {"claims": 240.0, "claims in full": 600.0, "numbers": 30.0}}
+    monkeypatch.setattr("probes.coverage.costs", lambda: kept)
+    assert minutes("hedge", True) == "about 4 min of one core"  # 270 s, to even
+    assert minutes("hedge", True, claims=False) == "about 30 s of one core"
+    assert minutes("hedge", True, seeds=1) == "about 78 s of one core"
+    told = "about 10 min of one core, and numbers not measured in full"
+    assert minutes("hedge", False) == told
+    assert minutes("tint", True) == "minutes not measured"

@@ -17,7 +17,7 @@ from constructions.core.transformer import Transformer
 from constructions.gradient_descent.construction import GradientDescent
 from probes.ledger import CONSTRUCTION, RANDOM, decide, ledger
 from probes.probe import compiled_like
-from probes.statistics import lacks, measure
+from probes.statistics import lacks, value_of
 from synthetic.tasks.task import Batch
 
 
@@ -371,14 +371,14 @@ def test_distributions(outcome):
     e = evidence_of(outcome, *map(jnp.asarray, given))
     kl = (q * np.log(q / p)).sum(-1)[:, :2].mean()
     own = replace(claim(), statistic="divergence")
-    assert measure(own, e) == pytest.approx(kl, rel=1e-5)
+    assert value_of(own, e) == pytest.approx(kl, rel=1e-5)
     same = (p.argmax(-1) == q.argmax(-1))[:, :2].mean()
-    assert measure(replace(own, statistic="same_outcome"), e) == pytest.approx(same)
+    assert value_of(replace(own, statistic="same_outcome"), e) == pytest.approx(same)
     if outcome == "logits":
         shifted = theirs + 10 * rng.normal(size=(2, 3, 1))
         e = evidence_of(outcome, jnp.asarray(shifted), jnp.asarray(theirs))
         for statistic in ("divergence", "prediction_distance"):
-            assert measure(replace(own, statistic=statistic), e) < 1e-5
+            assert value_of(replace(own, statistic=statistic), e) < 1e-5
     values = evidence_of("values", *map(jnp.asarray, given))
     assert lacks(own, values) == "Guess: its predictions are no distributions"
 
@@ -395,7 +395,7 @@ def test_statistics_that_are_not_defined_are_nan():
         key,
     )
     weights = next(c for c in construction.claims if c.statistic == "weight_distance")
-    assert np.isnan(measure(weights, evidence))
+    assert lacks(weights, evidence)
     assert not weights.holds(float("nan"))
     loss = replace(weights, statistic=lambda e: jnp.asarray(e.size))
-    assert measure(loss, evidence) == 16
+    assert value_of(loss, evidence) == 16

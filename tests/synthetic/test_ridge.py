@@ -73,16 +73,6 @@ def test_the_oracle_is_the_posterior_mean_and_no_other_penalty_beats_it(x64):
         assert worse.mean > 4 * worse.standard_error
 
 
-def test_adjusted_loss_pairs_the_same_examples(batch):
-    prediction = ridge.ridge(*batch.inputs, 1.5)
-    value = np.asarray(batch.target.value)
-    ours = 0.5 * ((np.asarray(prediction) - value) ** 2).mean((1, 2))
-    best = 0.5 * ((_solved(batch, batch.target.noise**2) - value) ** 2).mean((1, 2))
-    result = ridge.adjusted_loss(prediction, batch, TASK)
-    assert result.mean == pytest.approx((ours - best).mean())
-    assert result.standard_error == pytest.approx((ours - best).std(ddof=1) / 6**0.5)
-
-
 def test_expected_loss_is_the_mean_over_queries(x64):
     task = NoisyRegressionTask(3, 7, max_noise=1.0, queries=40_000)
     batch = task.sample(jax.random.key(3), 2)
