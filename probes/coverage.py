@@ -7,7 +7,6 @@ said in `ITEMS`; a test compares both with what is measured. Nothing is fitted o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from constructions import CATALOGUE
 from constructions.catalogue import resolve
+from synthetic.files import json_object
 
 
 class Stated(NamedTuple):
@@ -410,7 +410,7 @@ def coverage(names: Sequence[str], paper: str = "", item: str = "") -> list[Line
 @cache
 def costs() -> Mapping[str, Mapping[str, float]]:
     """Family -> CPU seconds of its parts, five seeds; see `benchmarks/claims_costs.py`."""
-    return json.loads(COSTS.read_text(encoding="utf-8"))["families"]
+    return json_object(COSTS)["families"]
 
 
 def minutes(name: str, quick: bool, claims: bool = True, seeds: int = 5) -> str:

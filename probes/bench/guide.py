@@ -13,6 +13,7 @@ from typing import Any
 
 from probes.bench.disguises import DISGUISES
 from probes.bench.methods import METHODS
+from synthetic.files import read_text
 
 #: Files with a table, and which.
 MARKED = {"README.md": "short", "docs/probes.md": "long"}
@@ -114,5 +115,5 @@ def write(card: dict[str, Any], root: Path) -> None:
     """Puts the tables into the files."""
     for file, text in tables(card).items():
         path = root / file
-        before, _, behind = between(path.read_text(encoding="utf-8"))
+        before, _, behind = between(read_text(path))
         path.write_text(before + text + behind, encoding="utf-8")

@@ -179,7 +179,7 @@ def changed(**fields):
         ({"token_groups": ("a", "b")}, "token_groups is"),
         ({"tokens": None}, "tables of words"),
         ({"tokens": {"tied": False}}, "tokens.tied is False, must be True"),
-        ({"tokens": {"positions": 0}}, "positions is 0, must be at least 1"),
+        ({"tokens": {"positions": 0}}, "positions is 0, must be an integer of at least 1"),
         ({"tokens": {"probabilities": "shares"}}, "probabilities is 'shares', must be 'softmax'"),
     ],
 )

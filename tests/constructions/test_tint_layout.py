@@ -22,6 +22,7 @@ from tint_oracle import (
     updated,
 )
 
+from constructions.claims import is_function
 from constructions.core.evaluate import SlotBySlot
 from constructions.core.transformer import Transformer
 from constructions.family import verify
@@ -143,6 +144,9 @@ def test_near_misses(x64, tint, dense):
     found = {}
     for name, (model, base) in tint.near_misses().items():
         assert base is tint
+        if is_function(model):  # of predictions alone; the ledger's tests have them
+            assert name in ("no step", "cache of words")
+            continue
         found[name] = updated(simulate(tint, model=model))
     changes = {name: flat(after, small()) for name, after in found.items()}
     np.testing.assert_allclose(changes["up the gradient"], -right, atol=1e-12)
