@@ -1,10 +1,10 @@
-"""What settings and arguments may be, said in one line where they are not."""
+"""What settings and arguments may be, said in one line where they are not. Imports no numpy."""
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
 from typing import Any
-
-import numpy as np
 
 
 def number(
@@ -28,9 +28,9 @@ def number(
     Raises:
         ValueError: it is something else, NaN, infinite or out of range.
     """
-    kinds = (int, np.integer) if whole else (int, float, np.number)
-    right = isinstance(value, kinds) and not isinstance(value, bool)
-    right = right and bool(whole or np.isfinite(value))
+    numbers: Any = Integral if whole else Real  # numpy's are registered as such
+    right = isinstance(value, numbers) and not isinstance(value, bool)
+    right = right and (whole or _finite(value))
     if right and not (
         (least is not None and value < least)
         or (most is not None and value > most)
@@ -48,3 +48,10 @@ def number(
     bare = right and not whole and least is None and limits
     must = " and ".join(limits) if bare else " ".join([kind, " and ".join(limits)]).strip()
     raise ValueError(f"{name} is {value!r}, must be {must}")
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False

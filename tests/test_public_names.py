@@ -42,6 +42,14 @@ def test_import_takes_no_jax(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_list_takes_neither_jax_nor_numpy(tmp_path: Path) -> None:
+    look = "bool({'jax', 'numpy'} & {*sys.modules})"
+    done = run(
+        f"import orrery; sys.argv[1:] = ['list']; sys.exit(orrery.main() or {look})", tmp_path
+    )
+    assert done.returncode == 0 and "gradient-descent" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_a_project_with_a_folder_of_the_same_name(tmp_path: Path, kind: str) -> None:
     if kind == "folder":
