@@ -247,6 +247,8 @@ def test_near_misses_and_shapes_come_with_the_base_class():
         (None, {"above": 0}, "n is None, must be a finite number above 0"),
         (False, {}, "n is False, must be a finite number$"),
         (np.float32("nan"), {}, "must be a finite number$"),
+        (10**400, {}, "0, must be a finite number$"),
+        (1j, {}, "n is 1j, must be a finite number$"),
         (-np.inf, {"above": 0}, "n is -inf, must be a finite number above 0"),
         (0.0, {"above": 0}, r"n is 0\.0, must be above 0$"),
         (0.5, {"least": 1}, r"n is 0\.5, must be a finite number of at least 1"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from constructions.claims import Evidence
+from constructions.core.symmetry import transform
 from constructions.family import verify
 from constructions.gradient_descent.construction import GradientDescent
 from constructions.noisy_regression import paper as claims
@@ -160,3 +161,19 @@ def test_statistics_of_the_claims():
     # what is linear in the labels shrinks alike at all levels, the oracle does not
     assert abs(claims.shrinkage(evidence(linear))) < 0.01
     assert claims.shrinkage(evidence(oracle)) > 0.2
+
+
+def test_the_four_numbers_are_read_off_a_model(x64):
+    """Whatever its basis, by the numbers that it was built of; all but the last layer's of x."""
+    sizes = {"dim_x": 3, "num_examples": 7, "max_noise": 1.0}
+    wanted = np.random.default_rng(0).uniform(-1, 1, (3, 4)) * 0.05
+    built = NoisyRegression(**sizes, layers=tuple(map(tuple, wanted.tolist())))
+    claimed = NoisyRegression(**sizes, layers=tuple(map(tuple, (2 * wanted).tolist())))
+    model = transform(built.reference, jax.random.key(1), built.gauge())
+    examples = built.task.sample(jax.random.key(2), 2)
+    e = Evidence(claimed, model, claimed.reference, examples, jax.random.key(3))
+    found = claims.numbers(e)
+    np.testing.assert_allclose(found[:-1], wanted[:-1], atol=1e-12)
+    np.testing.assert_allclose(found[-1, 2:], wanted[-1, 2:], atol=1e-12)
+    for which in range(4):
+        assert claims.number_error(e, which) == pytest.approx(0.5, abs=1e-9)
