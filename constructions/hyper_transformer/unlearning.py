@@ -77,6 +77,7 @@ def unlearnt(
     return jax.lax.map(without, jnp.arange(construction.classes))
 
 
+@compile_once
 def others(logits: Array) -> Float[Array, "class ..."]:
     """Of logits `[deleted, ..., class]` those of the other classes, less their mean over them."""
     count = logits.shape[-1]
@@ -86,21 +87,24 @@ def others(logits: Array) -> Float[Array, "class ..."]:
     return found - found.mean(-1, keepdims=True)
 
 
-@compile_once(static_argnums=0, often=True)
-def _both(construction: Any, model: Transformer, examples: Batch) -> tuple[Array, Array]:
-    """Centred logits of the other classes, without each class's token and with all of them."""
-    after = unlearnt(construction, model, *examples.inputs)
-    before = construction.apply(model, *examples.inputs)
-    return others(after), others(jnp.broadcast_to(before, after.shape))
-
-
 def _some(e: Evidence) -> Batch:
-    return jax.tree.map(lambda a: a[:_EPISODES], e.examples)
+    """The first `_EPISODES` of the examples."""
+    return e.once("some", lambda: jax.tree.map(lambda a: a[:_EPISODES], e.examples))
+
+
+def _without(e: Evidence) -> Array:
+    """Centred logits of the other classes, without each class's token in turn."""
+    return others(unlearnt(e.construction, e.model, *_some(e).inputs))
+
+
+def _with_all(e: Evidence, logits: Array) -> Array:
+    """The same of logits `[episode, query, class]` that all classes have gone into."""
+    return others(jnp.broadcast_to(logits, (e.construction.classes, *logits.shape)))
 
 
 def damage(e: Evidence) -> float:
     """What deleting a class's token does to the other logits, relative: root mean squares."""
-    after, before = _both(e.construction, e.model, e.once("some", lambda: _some(e)))
+    after, before = _without(e), _with_all(e, e.prediction[:_EPISODES])
     return float(jnp.sqrt(jnp.mean((after - before) ** 2) / jnp.mean(before**2)))
 
 
@@ -109,11 +113,10 @@ def above_rest(e: Evidence) -> float:
 
     On the queries of the other classes, mean over the class whose token is deleted.
     """
-    c, examples = e.construction, e.once("some", lambda: _some(e))
-    exact = e.once("posterior of some", lambda: c.task.posterior(*examples.inputs))
-    after, _ = _both(c, e.model, examples)
-    best = others(jnp.broadcast_to(exact, (c.classes, *exact.shape)))
-    return float(_loss(after, examples.target) / _loss(best, examples.target)) - 1
+    examples = _some(e)
+    exact = e.once("some posterior", lambda: e.construction.task.posterior(*examples.inputs))
+    losses = (_loss(x, examples.target) for x in (_without(e), _with_all(e, exact)))
+    return float(next(losses) / next(losses)) - 1
 
 
 @compile_once

@@ -81,7 +81,9 @@ class Family:
         if isinstance(self.construction, InsideOutside):
             tokens, lengths, mask = (np.asarray(a) for a in sample(key, 64 * batch))
             kept = np.flatnonzero(lengths == tokens.shape[1])[:batch]
-            assert len(kept) == batch, "long sentences are rare"
+            if len(kept) < batch:
+                longest = f"{len(kept)} of {len(tokens)} sentences have {tokens.shape[1]} words"
+                raise ValueError(f"batch is {batch}: {longest}")
             return tuple(jnp.asarray(a[kept]) for a in (tokens, lengths, mask))
         return sample(key, batch)
 
